@@ -1,0 +1,54 @@
+# Every target starts from a fresh clone: the environment is a stamp, rebuilt when its inputs change.
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := .venv/.installed
+LOWEST := .venv-lowest
+# One thread: sums keep their order, so that a test can say "equal".
+export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full test-lowest check fmt bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(SETUP) ## Let SwiGLU diverge in FP8, then write the report that says why
+	$(BIN)/fp8lab run swiglu_divergence --out runs/demo
+	$(BIN)/fp8lab report runs/demo -o runs/demo/report.html
+
+test: $(SETUP) ## Run the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+test-full: $(SETUP) ## Run every test
+	$(BIN)/python -m pytest
+
+test-lowest: $(LOWEST)/.installed ## Run the tests on the oldest libraries that pyproject.toml allows
+	$(LOWEST)/bin/python -m pytest -m "not slow"
+
+check: $(SETUP) ## Everything a change must pass: lint, types, tests, wheel (this is CI)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+	tests/wheel_check.sh $(BIN)/python
+
+fmt: $(SETUP) ## Format, and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(SETUP) ## Time the casts and the watching
+	$(BIN)/python benchmarks/run.py
+
+clean: ## Remove the environments, the build outputs and the caches; keep runs/
+	rm -rf .venv $(LOWEST) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first, alone: the constraint picks its build, and nothing that follows moves it.
+.venv/.installed: pyproject.toml constraints.txt
+.venv-lowest/.installed: pyproject.toml constraints-lowest.txt
+%/.installed:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fp8lab needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $*
+	$*/bin/pip install -q -c $(filter constraints%,$^) torch
+	$*/bin/pip install -q -c $(filter constraints%,$^) -e ".[dev]"
+	@touch $@

@@ -1,0 +1,77 @@
+"""fp8lab: why an FP8 training run diverges, which tensor, layer and channel, since when.
+
+This is the door: the public names and where they live. Names resolve on first use, so importing
+fp8lab is free and reading a report needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fp8lab import formats as formats
+    from fp8lab import mitigations as mitigations
+    from fp8lab.casting import Quantized as Quantized
+    from fp8lab.casting import fake_quantize as fake_quantize
+    from fp8lab.casting import quantize as quantize
+    from fp8lab.casting import round_to as round_to
+    from fp8lab.conversion import convert as convert
+    from fp8lab.diagnosis import Diagnosis as Diagnosis
+    from fp8lab.diagnosis import diagnose as diagnose
+    from fp8lab.ffn import FeedForward as FeedForward
+    from fp8lab.ffn import GatedFeedForward as GatedFeedForward
+    from fp8lab.formats import FloatFormat as FloatFormat
+    from fp8lab.linear import autocast as autocast
+    from fp8lab.monitor import watch as watch
+    from fp8lab.recipe import DelayedScaling as DelayedScaling
+    from fp8lab.recipe import Float8CurrentScaling as Float8CurrentScaling
+    from fp8lab.recipe import Format as Format
+    from fp8lab.recipe import HighPrecision as HighPrecision
+    from fp8lab.recipe import Plan as Plan
+    from fp8lab.recipe import load_recipe as load_recipe
+    from fp8lab.record import Finding as Finding
+    from fp8lab.report import write_report as write_report
+    from fp8lab.sites import GateSite as GateSite
+    from fp8lab.sites import find_gates as find_gates
+    from fp8lab.store import Run as Run
+    from fp8lab.store import open_run as open_run
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "casting": ("Quantized", "fake_quantize", "quantize", "round_to"),
+    "conversion": ("convert",),
+    "diagnosis": ("Diagnosis", "diagnose"),
+    "ffn": ("FeedForward", "GatedFeedForward"),
+    "formats": ("FloatFormat",),
+    "linear": ("autocast",),
+    "monitor": ("watch",),
+    "recipe": (
+        "DelayedScaling",
+        "Float8CurrentScaling",
+        "Format",
+        "HighPrecision",
+        "Plan",
+        "load_recipe",
+    ),
+    "record": ("Finding",),
+    "report": ("write_report",),
+    "sites": ("GateSite", "find_gates"),
+    "store": ("Run", "open_run"),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = sorted([*_ROOM_OF, "formats", "mitigations"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("formats", "mitigations"):
+        return import_module(f"fp8lab.{name}")
+    if name in _ROOM_OF:
+        return getattr(import_module(f"fp8lab.{_ROOM_OF[name]}"), name)
+    raise AttributeError(f"module 'fp8lab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
