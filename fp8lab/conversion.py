@@ -1,0 +1,110 @@
+"""`convert`: a model's `nn.Linear`s become `Fp8Linear`s, in place.
+
+Loud or nothing. A pattern that names no layer is an error, as is a model in which nothing matched,
+and a layer that would carry the label FP8 without ever running in FP8: a feed-forward that computes
+with its children's weights instead of calling them is refused by name.
+
+Rejected: returning a converted copy. The optimizer, the hooks and the user's own references point
+at the layers that exist; they must be the layers that train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from fp8lab.linear import Fp8Linear, close_region, open_region
+from fp8lab.recipe import OPERANDS, Operand, Plan, Recipe
+from fp8lab.sites import find_gates
+
+
+def convert(
+    model: nn.Module,
+    recipe: Recipe | Plan,
+    *,
+    include: Iterable[str] = ("*",),
+    exclude: Iterable[str] = (),
+    overrides: Mapping[str, Recipe] | None = None,
+) -> nn.Module:
+    """Emulate FP8 in the linear layers of `model`; returns the same model.
+
+    `include`, `exclude` and `overrides` are those of `Plan` (`"*.down:input"` is an operand of a
+    layer); they are not given when `recipe` is a plan already. The model's outermost forward is
+    the region after which delayed scales move, unless `fp8lab.autocast` is used.
+
+    Raises ValueError if no layer matched, a pattern matched none, a layer is converted already,
+    or a matching layer cannot be converted.
+    """
+    plan = _plan(recipe, tuple(include), tuple(exclude), overrides or {})
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    unmatched = plan.patterns_without_match(linears)
+    if unmatched and linears:
+        known = ", ".join(list(linears)[:8])
+        raise ValueError(f"convert: pattern {unmatched[0]!r} matches no linear layer of {known}, …")
+    chosen = {name: linear for name, linear in linears.items() if plan.covers(name)}
+    if not chosen:
+        raise ValueError(
+            f"convert: nothing to convert in {type(model).__name__}: "
+            f"{len(linears)} linear layers, none included"
+        )
+    for name, linear in chosen.items():
+        if type(linear) is not nn.Linear:
+            kind = type(linear).__name__
+            already = " (converted already)" if isinstance(linear, Fp8Linear) else ""
+            raise ValueError(
+                f"convert: {name} is a {kind}{already}, expected nn.Linear: exclude it"
+            )
+    _refuse_layers_that_never_run(model, chosen)
+    for name, linear in chosen.items():
+        recipes: dict[Operand, Recipe] = {o: plan.recipe_for(name, o) for o in OPERANDS}
+        Fp8Linear.adopt(linear, recipes)
+    model.register_forward_pre_hook(open_region)
+    model.register_forward_hook(close_region, always_call=True)
+    return model
+
+
+def _plan(
+    recipe: Recipe | Plan,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    overrides: Mapping[str, Recipe],
+) -> Plan:
+    if not isinstance(recipe, Plan):
+        return Plan(recipe=recipe, include=include, exclude=exclude, overrides=overrides)
+    if include != ("*",) or exclude or overrides:
+        raise ValueError(
+            "convert: include, exclude, overrides: expected in the plan that was given"
+        )
+    return recipe
+
+
+def _refuse_layers_that_never_run(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
+    try:
+        gates = find_gates(model)
+    except ValueError:  # no gated feed-forward: nothing to check
+        return
+    by_weight = {id(linear.weight): name for name, linear in chosen.items()}
+    for gate in gates:
+        for projection in (gate.gate, gate.up, gate.down):
+            name = by_weight.get(id(projection.weight))
+            if name is not None and projection.module is None:
+                raise ValueError(
+                    f"convert: {name} is never called: {gate.name} computes with its weight "
+                    f"itself, so it would stay in high precision; exclude it or call it"
+                )
+
+
+def converted_downs(model: nn.Module, who: str) -> list[tuple[str, Fp8Linear]]:
+    """The down projections of all gated feed-forwards, with the feed-forwards' names.
+
+    Raises ValueError, opening with `who`, if one of them is not converted.
+    """
+    downs = []
+    for gate in find_gates(model):
+        if not isinstance(gate.down.module, Fp8Linear):
+            raise ValueError(f"{who}: {gate.name}: down is not converted, expected convert() first")
+        downs.append((gate.name, gate.down.module))
+    return downs
