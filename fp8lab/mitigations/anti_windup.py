@@ -1,0 +1,41 @@
+"""Anti-wind-up: no gradient through product elements that saturated in the cast.
+
+While the product is clipped the output no longer answers to gate and up, yet the straight-through
+gradient keeps pushing them: the integrator wind-up of control theory. When a later event is not
+clipped, all that growth is let loose at once. Anti-wind-up gives saturated elements no gradient,
+as quantisation-aware training does by default (the clipped straight-through estimator); Transformer
+Engine and torchao pass the gradient through.
+
+It bounds the growth behind the clipping, not the clipping: the forward error of a stale scale
+stays, for the steps until the history has caught up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from fp8lab.conversion import converted_downs
+from fp8lab.recipe import HighPrecision
+
+
+@dataclass(frozen=True, kw_only=True)
+class AntiWindup:
+    """Zero the gradient of product elements beyond the format's largest value."""
+
+    kind: ClassVar[str] = "model"
+    changes_function: ClassVar[bool] = False
+    cost: ClassVar[str] = "a bit per product element, one comparison and one masked write"
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Put it on every gated feed-forward of a converted model; returns the same model.
+
+        Raises ValueError if a product is not cast with a scale: nothing could saturate.
+        """
+        for name, down in converted_downs(model, type(self).__name__):
+            if isinstance(down.recipes["input"], HighPrecision):
+                raise ValueError(f"AntiWindup: the product of {name} is not FP8, nothing saturates")
+            down.gradient_of_saturated = "zero"
+        return model
