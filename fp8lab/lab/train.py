@@ -1,0 +1,143 @@
+"""The training loop. There is one.
+
+A task says what a batch is and what the loss of a model on it is; the loop does the rest the same
+way for every task, precision and mitigation: forward, backward, clip, optimizer step, `watch.step`.
+Batches are pure functions of the step, so a resumed run sees what the uninterrupted one would have.
+
+A checkpoint is one safetensors file: parameters, buffers (FP8 histories and scales among them),
+optimizer state and the random state as tensors, the step in the metadata. No pickle. Training
+resumed from it gives the same losses to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fp8lab.monitor import Watch
+
+
+class Task(Protocol):
+    """What is trained on."""
+
+    def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss of `model` on the batch of `step`, and further numbers to record."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long, how clipped, and when a run counts as diverged.
+
+    `clip_norm` limits the gradients' total norm. A run has diverged when its loss (or the metric
+    named `judged_by`) is not finite or above `diverged_above`; it ends there.
+    """
+
+    steps: int
+    clip_norm: float | None = None
+    diverged_above: float = math.inf
+    judged_by: str = "loss"
+    checkpoint_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Schedule: {name}={value}, expected at least 1")
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    task: Task,
+    schedule: Schedule,
+    *,
+    watch: Watch | None = None,
+    checkpoints: Path | None = None,
+    first_step: int = 0,
+    progress: Callable[[int, float], None] | None = None,
+) -> int | None:
+    """Train from `first_step`; returns the step at which the run diverged, None if it did not.
+
+    With `checkpoint_every`, step n's checkpoint is `checkpoints/step-n.safetensors`: the state
+    before step n.
+    """
+    for step in range(first_step, schedule.steps):
+        if schedule.checkpoint_every and step % schedule.checkpoint_every == 0 and checkpoints:
+            save_checkpoint(checkpoints / f"step-{step}.safetensors", model, optimizer, step)
+        loss, metrics = task.loss(model, step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if schedule.clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), schedule.clip_norm)
+        optimizer.step()
+        value = float(loss.detach())
+        if watch is not None:
+            watch.step(step, loss=value, **metrics)
+        if progress is not None:
+            progress(step, value)
+        judged = value if schedule.judged_by == "loss" else metrics[schedule.judged_by]
+        if not math.isfinite(judged) or judged > schedule.diverged_above:
+            if watch is not None:
+                watch.event(step, "diverged", f"{schedule.judged_by} is {judged:.4g}")
+            return step
+    return None
+
+
+def save_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int
+) -> None:
+    """Write everything that the next step depends on, by one rename."""
+    from safetensors.torch import save_file
+
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    plain: dict[str, dict[str, Any]] = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+            else:
+                plain.setdefault(str(index), {})[name] = value
+    tensors["random"] = torch.get_rng_state()
+    copies = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    save_file(copies, temporary, metadata={"step": str(step), "optimizer": json.dumps(plain)})
+    temporary.replace(path)
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Restore model, optimizer and random state in place; returns the step to go on with.
+
+    Raises ValueError in one line if the file is damaged or belongs to another model.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        step, plain = int(metadata["step"]), json.loads(metadata["optimizer"])
+        states: dict[int, dict[str, Any]] = {int(index): state for index, state in plain.items()}
+        weights = {}
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "model":
+                weights[rest] = value
+            elif kind == "optimizer":
+                index, _, key = rest.partition(".")
+                states.setdefault(int(index), {})[key] = value
+        model.load_state_dict(weights)
+        described = optimizer.state_dict()
+        optimizer.load_state_dict({"state": states, "param_groups": described["param_groups"]})
+        torch.set_rng_state(tensors["random"])
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"checkpoint {path}: cannot be loaded: {reason}") from None
+    return step
