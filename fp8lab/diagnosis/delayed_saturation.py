@@ -1,0 +1,89 @@
+"""Cause: a delayed scale clips the gate product, and what grows behind the clipping.
+
+A delayed scale was made by the largest product of the last steps. A rare input that makes the
+product jump meets a scale that is too large, and everything beyond the format's largest value is
+cut off. That alone costs accuracy, in single steps. What kills is the wind-up: while the product is
+clipped the output does not answer to gate and up, the straight-through gradient pushes them on,
+and the product of the clipped steps grows, until one of them falls inside the history, is not
+clipped, and lets all of it loose.
+
+Seen first: staleness (amax / the amax that made the scale in force) above 2, in single steps. Then
+the amax of the clipped steps runs away from their own median. What contradicts a wind-up: clipped
+steps that stay on one level, as with anti-wind-up. The staleness itself does not tell the two
+apart: runs at a small learning rate sit at 4 to 14 and survive.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from fp8lab.record import CLIPPED_STALENESS, Evidence, Finding
+from fp8lab.store import Run
+
+# The product is quadratic in the two rows: two octaves are one octave of growth in each. Chosen on
+# the rare-token experiment: the runs that diverged reached 4.6 to 617, those with anti-wind-up 1.2.
+WOUND_UP_GROWTH = 4.0
+
+REMEDY = (
+    "keep the product in BF16, or scale it just in time (Float8CurrentScaling), or SmoothSwiGLU; "
+    "AntiWindup if the scale must stay delayed"
+)
+
+
+def find(run: Run) -> list[Finding]:
+    """One finding for every gate product that was clipped."""
+    tensors = run.tensors()
+    products = tensors[tensors["site"].str.endswith(":product")]
+    clipped = products[products["staleness"] > CLIPPED_STALENESS]
+    return [_judge(str(site), rows) for site, rows in clipped.groupby("site")]
+
+
+def _judge(site: str, clipped: pd.DataFrame) -> Finding:
+    peak = clipped.nlargest(1, "cur_amax").iloc[0]
+    worst = clipped.nlargest(1, "staleness").iloc[0]
+    growth = float(peak["cur_amax"] / clipped["cur_amax"].median())
+    wound_up = growth >= WOUND_UP_GROWTH
+    summary = (
+        f"the delayed scale clipped the product in {len(clipped)} steps, "
+        f"at worst to 1/{worst['staleness']:.3g} of its largest value"
+    )
+    if wound_up:
+        summary += f"; behind the clipping the product grew to {growth:.3g} times its usual size"
+    evidence = [_evidence(clipped.iloc[0]), _evidence(worst)]
+    if wound_up:
+        evidence.append(
+            Evidence(
+                step=int(peak["step"]),
+                site=site,
+                quantity="amax of the clipped product / its median over clipped steps",
+                value=growth,
+                threshold=WOUND_UP_GROWTH,
+                source="rare-token experiment",
+            )
+        )
+    return Finding(
+        cause="delayed_saturation",
+        summary=summary,
+        severity="high" if wound_up else "medium",
+        confidence="high" if wound_up else "medium",
+        site=site,
+        channel=int(peak["hot_channel"]),
+        since=int(clipped["step"].iloc[0]),
+        evidence=tuple(evidence),
+        remedy=REMEDY,
+        cannot_exclude=(
+            "that the product jumps for a reason of its own (bad data, learning rate too high): "
+            "the same run with the product in BF16 decides"
+        ),
+    )
+
+
+def _evidence(row: pd.Series) -> Evidence:
+    return Evidence(
+        step=int(row["step"]),
+        site=str(row["site"]),
+        quantity="staleness",
+        value=float(row["staleness"]),
+        threshold=CLIPPED_STALENESS,
+        source="more than an octave",
+    )

@@ -1,0 +1,51 @@
+"""Not FP8: the run went wrong, and it does so in high precision too.
+
+Either the run itself used no FP8, or its twin (the same training in high precision) went wrong as
+well. Learning rate, data and the model itself are then the place to look.
+"""
+
+from __future__ import annotations
+
+from fp8lab.diagnosis.loss import loss_alarm
+from fp8lab.record import Evidence, Finding
+from fp8lab.store import Run
+
+_WIDE = ("BF16", "FP16", "FP32")
+
+
+def uses_fp8(run: Run) -> bool:
+    """Whether any operand of any recorded layer was cast to less than 16 bits."""
+    layers = run.info.get("precision") or {}
+    return any(
+        not precision.startswith(_WIDE)
+        for operands in layers.values()
+        for precision in operands.values()
+    )
+
+
+def find(run: Run, twin: Run | None) -> list[Finding]:
+    """A finding if the run went wrong and precision cannot be the reason."""
+    alarm = loss_alarm(run)
+    if alarm is None:
+        return []
+    if not uses_fp8(run):
+        summary, witness = "the run went wrong and no operand of it is FP8", alarm
+    else:
+        twin_alarm = None if twin is None else loss_alarm(twin)
+        if twin is None or twin_alarm is None or uses_fp8(twin):
+            return []
+        summary, witness = "the twin in high precision went wrong too", twin_alarm
+    return [
+        Finding(
+            cause="not_fp8",
+            summary=summary,
+            severity="high",
+            confidence="high",
+            since=alarm,
+            evidence=(
+                Evidence(step=witness, site="", quantity="loss alarm at step", value=witness),
+            ),
+            remedy="lower the learning rate, clip gradients, look at the data of these steps",
+            cannot_exclude="that FP8 made it earlier or worse: compare the two alarms",
+        )
+    ]
