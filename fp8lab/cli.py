@@ -1,0 +1,365 @@
+"""The command line: verbs over runs and experiments, each a thin layer over the library.
+
+`--json` gives any listing as data. Exit codes: 0 fine, 1 when `diagnose` found something of high
+severity or a run of an experiment failed, 2 for wrong usage or bad input (one line on stderr that
+names the file, the key and what was expected), 130 after Ctrl-C (what was recorded is kept).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from fp8lab.store import Run, RunError, find_runs, open_run
+
+
+class _OneLineErrors(TyperGroup):
+    """Bad input ends in one line, not in a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, RunError, OSError) as error:
+            line = str(error).strip().splitlines()[0]
+            if isinstance(error, OSError) and error.filename is not None:
+                line = f"{error.filename}: {error.strerror}"
+            typer.echo(f"error: {line}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted: what was recorded is kept", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Why an FP8 training run diverges: which tensor, layer and channel, since when.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print data instead of a table.")]
+RunPath = Annotated[Path, typer.Argument(help="A run directory.")]
+RunPaths = Annotated[list[Path], typer.Argument(help="Run directories, or folders of them.")]
+
+
+@app.command()
+def run(
+    experiment: Annotated[str, typer.Argument(help="A .py file, or a name: swiglu_divergence.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the runs. [runs/NAME]")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 2,
+    arm: Annotated[list[str] | None, typer.Option(help="Only this arm; repeatable.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only this seed; repeatable.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of every training.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text for the language model.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run an experiment, arms x seeds; go on where it stopped."""
+    from fp8lab.lab.data import read_text
+    from fp8lab.lab.experiment import Settings, load_experiment, run_experiment
+
+    file, value = load_experiment(experiment)
+    if text is not None:
+        read_text(text)
+    out = out or Path("runs") / value.name
+    console = Console(stderr=as_json)
+    with _Progress(console) as progress:
+        failures = run_experiment(
+            file,
+            value,
+            out,
+            workers=workers,
+            arms=arm,
+            seeds=seed,
+            settings=Settings(steps=steps, text=None if text is None else str(text.resolve())),
+            on_start=progress.started,
+            on_report=progress.reported,
+            on_end=progress.ended,
+        )
+    runs = [open_run(path) for path in find_runs(out)]
+    if as_json:
+        _print_json([_summary(one) for one in runs])
+    else:
+        for part in value.parts:
+            if any(_config(one).get("part") == part.name for one in runs):
+                titles = {one.name: one.title for one in part.arms}
+                console.print(_grid(part.title, titles, part.name, runs))
+        console.print(f"runs: {out}", highlight=False, soft_wrap=True)
+    for failure in failures:
+        typer.echo(f"failed: {failure}", err=True)
+    if failures:
+        raise typer.Exit(1)
+
+
+@app.command("ls")
+def list_runs(
+    folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List the runs below a folder."""
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no such folder")
+    summaries, damaged = [], []
+    for path in find_runs(folder):
+        try:
+            summaries.append(_summary(open_run(path)))
+        except RunError as error:
+            damaged.append({"run": str(path), "state": "damaged", "error": str(error)})
+    if as_json:
+        _print_json([*summaries, *damaged])
+        return
+    names = ("run", "state", "steps", "diverged_at", "final_loss")
+    table = _table(names)
+    for row in [*summaries, *damaged]:
+        name = str(Path(row["run"]).relative_to(folder))
+        table.add_row(name, *(_cell(row.get(key)) for key in names[1:]))
+    Console().print(table)
+
+
+@app.command()
+def show(run: RunPath, as_json: Json = False) -> None:
+    """What a run is: versions, precision in force, sites, events, where it stands."""
+    opened = open_run(run)
+    info = {key: value for key, value in opened.info.items() if key != "pid"}
+    info["state"] = opened.state
+    info |= {key: value for key, value in _summary(opened).items() if key not in info}
+    events = opened.events()[["step", "kind", "site", "detail"]].to_dict("records")
+    if as_json:
+        _print_json(info | {"events": events})
+        return
+    console = Console()
+    table = Table(show_header=False, box=None)
+    for key in ("run", "state", "steps", "loss", "machine", "command", "every"):
+        table.add_row(key, _cell(info.get(key)))
+    table.add_row("versions", ", ".join(f"{k} {v}" for k, v in info["versions"].items()))
+    for site in info["sites"]:
+        parts = ", ".join(f"{role} {site[role]}" for role in ("gate", "up", "down"))
+        table.add_row(f"site {site['site']}", f"{parts}; {site['activation']}")
+    for layer, operands in info["precision"].items():
+        table.add_row(layer, ", ".join(f"{o} {p}" for o, p in operands.items()))
+    for event in events:
+        table.add_row(f"step {event['step']}", f"{event['kind']}: {event['detail']}")
+    console.print(table)
+
+
+@app.command("diagnose")
+def diagnose_runs(
+    runs: RunPaths,
+    twin: Annotated[Path | None, typer.Option(help="The same training in BF16.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Name the cause, the place and the hour; exit code 1 if a finding is of high severity."""
+    from fp8lab.diagnosis import diagnose
+
+    diagnoses = [diagnose(path, twin) for path in _expand(runs)]
+    if as_json:
+        _print_json([one.to_dict() for one in diagnoses])
+    else:
+        for one in diagnoses:
+            typer.echo(str(one))
+    if any(finding.severity == "high" for one in diagnoses for finding in one.findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: RunPaths,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("report.html"),
+) -> None:
+    """Write one offline HTML page about the runs."""
+    from fp8lab.report import write_report
+
+    _expand(runs)
+    typer.echo(f"report: {write_report(runs, out)}")
+
+
+@app.command()
+def compare(runs: RunPaths, as_json: Json = False) -> None:
+    """One table of arms: diverged, final loss, what the casts did to the product, speed.
+
+    Losses and speeds are medians over runs; staleness, saturated, flushed and bulk error are the
+    largest that were recorded.
+    """
+    groups: dict[str, list[Run]] = {}
+    for path in _expand(runs):
+        opened = open_run(path)
+        config = _config(opened)
+        key = f"{config['part']}/{config['arm']}" if "arm" in config else str(path)
+        groups.setdefault(key, []).append(opened)
+    rows = [_comparison(arm, members) for arm, members in groups.items()]
+    if as_json:
+        _print_json(rows)
+        return
+    table = _table(rows[0])
+    for row in rows:
+        table.add_row(*(_cell(cell) for cell in row.values()))
+    Console().print(table)
+
+
+def _expand(paths: Iterable[Path]) -> list[Path]:
+    """Run directories at or below the paths; each path must hold at least one."""
+    found = []
+    for path in paths:
+        below = list(find_runs(path))
+        if not below:
+            open_run(path)  # raises with the reason
+        found += below
+    return found
+
+
+def _config(run: Run) -> dict[str, Any]:
+    config = run.info.get("config")
+    return config if isinstance(config, dict) else {}
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    steps = run.steps()
+    result = run.info.get("result") or {}
+    losses = steps["loss"].dropna()
+    return {
+        "run": str(run.path),
+        "state": run.state,
+        "part": _config(run).get("part"),
+        "arm": _config(run).get("arm"),
+        "seed": _config(run).get("seed"),
+        "steps": len(steps),
+        "loss": float(losses.iloc[-1]) if len(losses) else None,
+        "diverged_at": result.get("diverged_at"),
+        "final_loss": result.get("final_loss"),
+    }
+
+
+def _grid(title: str, arms: dict[str, str], part: str, runs: list[Run]) -> Table:
+    """Arms x seeds: the step at which a run diverged, or its final loss."""
+    cells: dict[tuple[str, int], str] = {}
+    for one in runs:
+        config, summary = _config(one), _summary(one)
+        if config.get("part") == part:
+            diverged, final = summary["diverged_at"], summary["final_loss"]
+            text = summary["state"] if final is None else f"{final:.3f}"
+            if diverged is not None:
+                text = f"[bold red]diverged at {diverged}[/]"
+            cells[config["arm"], config["seed"]] = text
+    seeds = sorted({seed for _, seed in cells})
+    table = Table(
+        "arm", *(f"seed {seed}" for seed in seeds), title=title, title_justify="left", box=None
+    )
+    for arm, arm_title in arms.items():
+        if any((arm, seed) in cells for seed in seeds):
+            table.add_row(arm_title, *(cells.get((arm, seed), "") for seed in seeds))
+    return table
+
+
+def _comparison(arm: str, runs: list[Run]) -> dict[str, Any]:
+    results = [run.info.get("result") or {} for run in runs]
+    products = [run.tensors() for run in runs]
+    products = [frame[frame["site"].str.endswith(":product")] for frame in products]
+    seconds = [run.steps()["seconds"].median() for run in runs]
+
+    def largest(column: str) -> float | None:
+        values = [float(frame[column].max()) for frame in products if frame[column].notna().any()]
+        return max(values, default=None)
+
+    finals = [r["final_loss"] for r in results if r.get("final_loss") is not None]
+    speeds = [1.0 / s for s in seconds if s and not math.isnan(s)]
+    return {
+        "arm": arm,
+        "runs": len(runs),
+        "diverged": sum(result.get("diverged_at") is not None for result in results),
+        "final_loss": statistics.median(finals) if finals else None,
+        "staleness": largest("staleness"),
+        "saturated": largest("saturated"),
+        "flushed": largest("flushed"),
+        "bulk_error": largest("bulk_error"),
+        "steps_per_second": statistics.median(speeds) if speeds else None,
+    }
+
+
+def _table(names: Iterable[str]) -> Table:
+    """Columns whose headings wrap; the first names a thing and does not."""
+    table = Table(box=None)
+    for position, name in enumerate(names):
+        table.add_column(name.replace("_", " "), no_wrap=position == 0)
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(_without_nan(data), indent=1))
+
+
+def _without_nan(data: Any) -> Any:
+    """JSON has no NaN and no infinity: what is not a number is missing."""
+    if isinstance(data, dict):
+        return {key: _without_nan(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_without_nan(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+class _Progress:
+    """A bar over all runs and a line for each one that is under way."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._console = console
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._all = self._bars.add_task("runs", total=0, numbers="")
+        self._jobs: dict[int, tuple[str, Any, float]] = {}
+        self._alarms: dict[int, int] = {}
+
+    def __enter__(self) -> _Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def started(self, index: int, label: str) -> None:
+        self._jobs[index] = (label, None, 0.0)
+        self._bars.update(self._all, total=len(self._jobs))
+
+    def reported(self, report: Any) -> None:
+        label, task, began = self._jobs[report.index]
+        if task is None:
+            began = time.monotonic()
+            task = self._bars.add_task(label, total=report.steps, numbers="")
+            self._jobs[report.index] = (label, task, began)
+        self._alarms[report.index] = report.alarms
+        speed = report.step / max(time.monotonic() - began, 0.1)
+        numbers = f"{speed:.0f} steps/s  loss {report.loss:.4g}  alarms {report.alarms}"
+        self._bars.update(task, completed=report.step, numbers=numbers)
+        self._bars.update(self._all, numbers=f"alarms {sum(self._alarms.values())}")
+
+    def ended(self, index: int, error: str | None) -> None:
+        label, task, _ = self._jobs[index]
+        if task is not None:
+            self._bars.remove_task(task)
+        self._bars.advance(self._all)
+        if not self._console.is_terminal:
+            self._console.print(error or f"done: {label}", highlight=False, soft_wrap=True)
