@@ -61,7 +61,8 @@ def round_to(
         raise ValueError(f"round_to: {tensor.dtype}, expected float32, bfloat16 or float16")
     if not fmt.signed:
         raise ValueError(f"round_to: {fmt.name} is a format of scales, expected one of elements")
-    return _round_float32(tensor.float(), fmt, rounding, generator).to(tensor.dtype)
+    rounded = _round_float32(tensor.float(), fmt, rounding, generator).to(tensor.dtype)
+    return rounded.clone() if rounded is tensor else rounded  # FP32 of float32: nothing to round
 
 
 def _round_float32(
@@ -182,8 +183,11 @@ class Cast(NamedTuple):
 def cast_for(tensor: Tensor, recipe: Recipe, operand: Operand, scale: Tensor | None = None) -> Cast:
     """How `recipe` casts `tensor` as that operand; `scale` overrides the just-in-time one.
 
-    Raises ValueError for delayed scaling without a scale: its history is kept by a layer.
+    Raises ValueError for delayed scaling without a scale, whose history is kept by a layer, and for
+    float64, which would be rounded twice.
     """
+    if tensor.dtype == torch.float64:
+        raise ValueError(f"{operand}: float64, expected float32, bfloat16 or float16")
     fmt = operand_format(recipe, operand)
     if isinstance(recipe, HighPrecision):
         return Cast(tensor, recipe, fmt, None)

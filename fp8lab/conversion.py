@@ -61,7 +61,7 @@ def convert(
     for name, linear in chosen.items():
         recipes: dict[Operand, Recipe] = {o: plan.recipe_for(name, o) for o in OPERANDS}
         Fp8Linear.adopt(linear, recipes)
-    model.register_forward_pre_hook(open_region)
+    model.register_forward_pre_hook(open_region, prepend=True)
     model.register_forward_hook(close_region, always_call=True)
     return model
 

@@ -94,11 +94,16 @@ class Fp8Linear(nn.Linear):
         return f"{super().extra_repr()}, {casts}"
 
     def precision(self) -> dict[Operand, str]:
-        """What each operand really is: its format, and the recipe that scales it."""
-        return {
+        """What each operand really is: its format, its recipe, and what is put on top."""
+        operands = {
             operand: f"{operand_format(recipe, operand).name} {type(recipe).__name__}"
             for operand, recipe in self.recipes.items()
         }
+        if self.channel_scale is not None:
+            operands["input"] += ", channels balanced"
+        if self.gradient_of_saturated == "zero":
+            operands["input"] += ", no gradient where saturated"
+        return operands
 
     def cast_in_force(self, operand: Operand, tensor: Tensor) -> Cast:
         """How this layer casts `tensor` now; changes no state.
@@ -162,8 +167,13 @@ class Fp8Linear(nn.Linear):
             recipe, column = self.recipes[operand], OPERANDS.index(operand)
             if not isinstance(recipe, DelayedScaling):
                 continue
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if _ranks() > 1:
                 raise RuntimeError("DelayedScaling: emulated amaxes are not reduced over ranks yet")
+            if recipe.amax_history_len > len(self.amax_history):
+                raise RuntimeError(
+                    f"DelayedScaling: amax_history_len={recipe.amax_history_len}, expected at most "
+                    f"the {len(self.amax_history)} steps that the layer was converted with"
+                )
             history = self.amax_history[: recipe.amax_history_len, column]
             rolled = history.roll(-1)
             if callable(recipe.amax_compute_algo):
@@ -181,6 +191,12 @@ class Fp8Linear(nn.Linear):
             )
             history.copy_(rolled)
             history[0] = 0.0
+
+
+def _ranks() -> int:
+    distributed = torch.distributed
+    started = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if started else 1
 
 
 class _Gemms(torch.autograd.Function):
