@@ -29,10 +29,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fp8lab.probes import GateProbe, OptimizerProbe, Vector
-from fp8lab.record import CLIPPED_STALENESS
+from fp8lab.probes import GateProbe, OptimizerProbe, OutputProbe, Vector
+from fp8lab.record import CLIPPED_STALENESS, STEPS
 from fp8lab.sites import GateSite, find_gates
 from fp8lab.store import RunWriter
+
+_STEP_COLUMNS = {column.name for column in STEPS}
 
 
 def watch(
@@ -70,17 +72,14 @@ def watch(
         writer = RunWriter.create(path, info)
     else:
         writer = RunWriter.resume(path, resume_at)
-    watching = Watch(sites, writer, every, channels, flush_seconds, resume_at or 0)
-    if optimizer is not None:
-        watching.attach_optimizer(optimizer)
-    return watching
+    return Watch(model, sites, optimizer, writer, every, channels, flush_seconds, resume_at or 0)
 
 
 def _describe(model: nn.Module, sites: list[GateSite]) -> dict[str, Any]:
     precision = {
         name: module.precision()
         for name, module in model.named_modules()
-        if hasattr(module, "precision")
+        if callable(getattr(module, "precision", None))
     }
     return {
         "created": time.time(),
@@ -118,7 +117,9 @@ class Watch:
 
     def __init__(
         self,
+        model: nn.Module,
         sites: list[GateSite],
+        optimizer: torch.optim.Optimizer | None,
         writer: RunWriter,
         every: int,
         channels: int,
@@ -135,18 +136,18 @@ class Watch:
         self._loss_was_finite = True
         self.alarms = 0  # steps in which a product was clipped or something was not finite
         self._probes = [GateProbe(site, channels, self._records_now) for site in sites]
-        self._optimizer: OptimizerProbe | None = None
-        self._handles = [handle for probe in self._probes for handle in probe.attach()]
+        self._step_probes: list[OutputProbe | OptimizerProbe] = [
+            OutputProbe(model, self._records_now)
+        ]
+        if optimizer is not None:
+            self._step_probes.append(OptimizerProbe(optimizer, self._records_now))
+        probes = [*self._probes, *self._step_probes]
+        self._handles = [handle for probe in probes for handle in probe.attach()]
 
     @property
     def path(self) -> Path:
         """The run directory."""
         return self._writer.path
-
-    def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Read learning rate, gradient norm, update ratio and RMS_t at the optimizer's step."""
-        self._optimizer = OptimizerProbe(optimizer, self._records_now)
-        self._handles += self._optimizer.attach()
 
     def _records_now(self) -> bool:
         return self._next_step % self._every == 0
@@ -154,33 +155,34 @@ class Watch:
     def step(self, step: int, *, loss: Tensor | float | None = None, **metrics: float) -> None:
         """The step is over: write its rows. Call it once per optimizer step.
 
-        `metrics` are further numbers to keep with the step.
+        `metrics` are further numbers to keep with the step. Raises ValueError if one of them has
+        the name of a column of `record.STEPS`.
         """
+        for name in metrics.keys() & _STEP_COLUMNS:
+            raise ValueError(f"watch.step: {name} is a column of its own, expected another name")
         now = time.monotonic()
         seconds = None if self._last_time is None else now - self._last_time
         self._last_time = now
-        vectors = [v for probe in self._probes for v in probe.vectors()]
-        if self._optimizer is not None:
-            vectors += self._optimizer.vectors()
+        probes = [*self._probes, *self._step_probes]
+        vectors = [vector for probe in probes for vector in probe.vectors()]
         if loss is not None:
             vectors.append(torch.as_tensor(loss).detach().double().reshape(1))
-        values = _to_host(vectors)
-        row: dict[str, Any] = {"step": step, "rank": 0, "seconds": seconds}
-        row["metrics"] = [(name, float(value)) for name, value in metrics.items()]
-        if loss is not None:
-            row["loss"] = float(values.pop()[0])
-        if self._optimizer is not None:
-            row |= self._optimizer.row([values.pop() for _ in range(self._optimizer.count)][::-1])
+        values = iter(_to_host(vectors))
+        where = {"step": step, "rank": 0}
         alarming = False
         for probe in self._probes:
-            taken, values = values[: probe.count], values[probe.count :]
-            tensors, channels = probe.rows(taken)
-            where = {"step": step, "rank": 0}
+            tensors, channels = probe.rows([next(values) for _ in range(probe.count)])
+            self._note_nonfinite(step, probe, tensors)
             self._writer.append("tensors", [where | tensor for tensor in tensors])
             self._writer.append("channels", [where | channel for channel in channels])
-            self._note_nonfinite(step, probe, tensors)
             clipped = any(row.get("staleness", 0.0) > CLIPPED_STALENESS for row in tensors)
             alarming = alarming or clipped or not probe.was_finite
+        row: dict[str, Any] = where | {"seconds": seconds}
+        row["metrics"] = [(name, float(value)) for name, value in metrics.items()]
+        for step_probe in self._step_probes:
+            row |= step_probe.row([next(values) for _ in range(step_probe.count)])
+        if loss is not None:
+            row["loss"] = float(next(values)[0])
         self._writer.append("steps", [row])
         self._note_loss(step, row.get("loss"))
         self.alarms += alarming or not self._loss_was_finite
@@ -216,9 +218,8 @@ class Watch:
     def _flush(self) -> None:
         try:
             self._writer.flush()
-        except (
-            OSError
-        ) as error:  # a full disk must not end the training; rows wait for the next try
+        except OSError as error:
+            # A full disk must not end the training; the rows wait for the next try.
             if not self._warned:
                 warnings.warn(f"{self.path}: rows cannot be written: {error}", stacklevel=3)
             self._warned = True

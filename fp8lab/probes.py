@@ -14,7 +14,7 @@ in evaluation mode without gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -53,46 +53,53 @@ class GateProbe:
         site = self.site
         gate, up, down = site.gate.module, site.up.module, site.down.module
         if gate is None or up is None or down is None:
-            return [site.module.register_forward_hook(self._recompute)]
+            return [site.module.register_forward_hook(self._recompute, with_kwargs=True)]
         return [
             gate.register_forward_hook(self._keep("gate")),
             up.register_forward_hook(self._keep("up")),
-            down.register_forward_pre_hook(self._product_ready),
+            down.register_forward_pre_hook(self._product_ready, with_kwargs=True),
             down.register_forward_hook(self._output_ready),
         ]
 
     def _keep(self, role: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             if self._records_now() and _counts_as_training(module):
-                self._outputs[role] = output.detach()
+                self._outputs[role] = output.detach().clone()  # an activation may work in place
 
         return hook
 
-    def _product_ready(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _product_ready(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if _counts_as_training(module):
+            product: Tensor = (*args, *kwargs.values())[0]
             gate, up = self._outputs.pop("gate", None), self._outputs.pop("up", None)
-            self._measure(args[0].detach(), gate, up)
+            self._measure(product.detach(), gate, up)
 
     def _output_ready(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if self._records_now() and _counts_as_training(module):
             self._measured.append(("output", measure.sketch_vector(output)))
 
     @torch.no_grad()
-    def _recompute(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def _recompute(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """The projections are never called: what they computed is computed again."""
         if _counts_as_training(module):
-            gate, up = self.site.gate(args[0]), self.site.up(args[0])
+            input = (*args, *kwargs.values())[0]
+            gate, up = self.site.gate(input), self.site.up(input)
             activated_gate, activated_up = self.site.activated(gate, up)
-            self._measure(activated_gate * activated_up, gate, up)
+            product = activated_gate * activated_up
             if self._records_now():
-                self._measured.append(("output", measure.sketch_vector(output)))
+                self._measure(product, gate, up)
+                self._measured.append(("output", measure.sketch_vector(self.site.down(product))))
+            else:
+                self._measure(product, None, None)
 
     @torch.no_grad()
     def _measure(self, product: Tensor, gate: Tensor | None, up: Tensor | None) -> None:
+        if product.numel() == 0:  # an expert that got no token
+            return
         how = cast_in_force(self.site.down.module, "input", product)
         add = self._measured.append
         add(("sentinel", measure.sentinel_vector(product, how)))
-        if gate is None or up is None or product.numel() == 0:
+        if gate is None or up is None:
             return
         for role, tensor in (("gate", gate), ("up", up), ("product", product)):
             add((role, measure.sketch_vector(tensor)))
@@ -142,13 +149,12 @@ class GateProbe:
             ("structure", measure.STRUCTURE_COLUMNS),
             ("amplification", measure.GATE_COLUMNS),
         ):
-            largest = np.stack(kinds[kind]).max(axis=0)
-            product |= _finite_columns(columns, largest)
+            product |= _finite_columns(columns, np.fmax.reduce(kinds[kind]))
         if "operand" in kinds:
             product |= self._cast | measure.operand_statistics(np.sum(kinds["operand"], axis=0))
         matrices = [v.reshape(len(measure.CHANNEL_COLUMNS), -1) for v in kinds["channels"]]
-        channels = self._channel_rows(matrices, kinds["weights"][-1], product)
-        return rows, channels
+        hottest = int(np.argmax([matrix[0].max() for matrix in matrices]))
+        return rows, self._channel_rows(matrices, kinds["weights"][hottest], product)
 
     def _sentinel_row(self, sentinels: Vector) -> dict[str, Any]:
         amax, channel, scale, staleness = sentinels.T
@@ -184,7 +190,7 @@ class GateProbe:
         self._follow({channel: float(amax[channel]) for channel in top})
         median = float(np.median(amax))
         rows = []
-        for channel in sorted(self._followed):
+        for channel in sorted(top | self._followed.keys()):
             row: dict[str, Any] = {"site": self.site.name, "channel": channel}
             row |= _finite_columns(measure.CHANNEL_COLUMNS, merged[:, channel])
             if median > 0 and "product_amax" in row:
@@ -200,15 +206,45 @@ def _finite_columns(names: tuple[str, ...], values: Vector) -> dict[str, Any]:
     return {name: float(value) for name, value in pairs if np.isfinite(value)}
 
 
+class OutputProbe:
+    """The largest magnitude of what the model returns: of its logits, in a language model.
+
+    Looks at a tensor, or at the `logits` of an output that has them; anything else is passed over.
+    """
+
+    def __init__(self, model: nn.Module, records_now: Callable[[], bool]) -> None:
+        self._model = model
+        self._records_now = records_now
+        self._peaks: list[Tensor] = []
+
+    def attach(self) -> list[Any]:
+        return [self._model.register_forward_hook(self._returned)]
+
+    def _returned(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._records_now() and _counts_as_training(module):
+            logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+            if isinstance(logits, Tensor) and logits.is_floating_point() and logits.numel():
+                self._peaks.append(logits.detach().abs().amax().double())
+
+    @property
+    def count(self) -> int:
+        return len(self._peaks)
+
+    def vectors(self) -> list[Tensor]:
+        return [peak.reshape(1) for peak in self._peaks]
+
+    def row(self, values: list[Vector]) -> dict[str, Any]:
+        self._peaks.clear()
+        return {"logit_max": float(np.max(values))} if values else {}
+
+
 class OptimizerProbe:
     """Reads the optimizer around its step. Sources: RMS_t is StableAdamW's (2304.13013)."""
-
-    COLUMNS = ("grad_norm", "update_ratio", "rms_t")
 
     def __init__(self, optimizer: torch.optim.Optimizer, records_now: Callable[[], bool]) -> None:
         self._optimizer = optimizer
         self._records_now = records_now
-        self._before: list[Tensor] = []
+        self._before: list[tuple[nn.Parameter, Tensor]] = []
         self._measured: dict[str, Tensor] = {}
         self._learning_rate: float | None = None
 
@@ -229,33 +265,22 @@ class OptimizerProbe:
         self._learning_rate = float(self._optimizer.param_groups[0]["lr"])
         if parameters:
             gradients = [p.grad for p in parameters if p.grad is not None]
-            self._measured["grad_norm"] = nn.utils.get_total_norm(gradients).double()
+            self._measured["grad_norm"] = _l2_norm(gradients)
         if self._records_now():
-            self._before = [p.detach().clone() for p in parameters]
+            self._before = [(p, p.detach().clone()) for p in parameters]
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         if not self._before:
             return
-        parameters = self._parameters()
-        changes = [p - before for p, before in zip(parameters, self._before, strict=True)]
-        norm = nn.utils.get_total_norm(self._before).double()
-        self._measured["update_ratio"] = nn.utils.get_total_norm(changes).double() / norm
+        changes = _l2_norm(p.double() - before for p, before in self._before)
+        self._measured["update_ratio"] = changes / _l2_norm(before for _, before in self._before)
         self._before = []
-        rms = [value for p in parameters if (value := self._rms_t(p)) is not None]
-        if rms:
-            self._measured["rms_t"] = torch.stack(rms).amax()
-
-    def _rms_t(self, parameter: nn.Parameter) -> Tensor | None:
-        state = self._optimizer.state.get(parameter, {})
-        if "exp_avg_sq" not in state or parameter.grad is None:
-            return None
-        group = next(g for g in self._optimizer.param_groups if _contains(g["params"], parameter))
-        correction = 1.0 - group["betas"][1] ** float(state["step"])
-        second_moment = state["exp_avg_sq"].double() / correction
-        floor = second_moment.clamp(min=group["eps"] ** 2)
-        rms: Tensor = (parameter.grad.double().square() / floor).mean().sqrt()
-        return rms
+        groups = self._optimizer.param_groups
+        rms = [_rms_t(p, self._optimizer.state.get(p, {}), g) for g in groups for p in g["params"]]
+        known = [value for value in rms if value is not None]
+        if known:
+            self._measured["rms_t"] = _on_one_device(known).amax()
 
     @property
     def count(self) -> int:
@@ -273,5 +298,24 @@ class OptimizerProbe:
         return row
 
 
-def _contains(parameters: list[nn.Parameter], parameter: nn.Parameter) -> bool:
-    return any(candidate is parameter for candidate in parameters)
+def _rms_t(parameter: nn.Parameter, state: Any, group: dict[str, Any]) -> Tensor | None:
+    # Adafactor, too, has an exp_avg_sq, but no beta to correct it with.
+    if "exp_avg_sq" not in state or "betas" not in group or parameter.grad is None:
+        return None
+    # A fused optimizer counts its steps on the device: converting to a float would wait for it.
+    steps = torch.as_tensor(state["step"], dtype=torch.float64)
+    second_moment = state["exp_avg_sq"].double() / (1.0 - group["betas"][1] ** steps)
+    floor = second_moment.clamp(min=group["eps"] ** 2)
+    rms: Tensor = (parameter.grad.double().square() / floor).mean().sqrt()
+    return rms
+
+
+def _l2_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Of all tensors together, in float64: BF16 gradients' norm in BF16 has two digits."""
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+    norm: Tensor = torch.linalg.vector_norm(_on_one_device(norms))
+    return norm
+
+
+def _on_one_device(scalars: list[Tensor]) -> Tensor:
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars])

@@ -40,6 +40,7 @@ STEPS = (
     Column("grad_norm", _F64, "", "l2 norm of all gradients, at the optimizer's step"),
     Column("update_ratio", _F64, "", "l2 norm of the update / l2 norm of the parameters"),
     Column("rms_t", _F64, "", "largest over tensors: sqrt(mean(g^2 / max(v, eps^2))), Adam only"),
+    Column("logit_max", _F64, "", "largest magnitude of the model's output"),
     Column("seconds", _F64, "s", "since the previous step"),
     Column("metrics", pa.map_(_TEXT, _F64), "", "further numbers given to watch.step"),
 )

@@ -24,6 +24,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.ipc
 import pyarrow.parquet
 
@@ -45,8 +46,10 @@ class RunWriter:
 
     @classmethod
     def create(cls, path: str | Path, info: Mapping[str, Any]) -> RunWriter:
-        """Start a run; `info` is JSON-able. Raises RunError if `path` exists already."""
+        """Start a run. Raises RunError if `path` exists already, TypeError if `info` is not
+        JSON-able; then nothing was created."""
         path = Path(path)
+        json.dumps(dict(info))
         try:
             path.mkdir(parents=True)
         except FileExistsError:
@@ -72,7 +75,8 @@ class RunWriter:
         folder = run.path / "segments"
         folder.mkdir(exist_ok=True)
         numbers = [int(segment.name) for segment in folder.iterdir() if segment.name.isdigit()]
-        writer = cls(run.path, dict(run.info), max(numbers, default=-1) + 1)
+        info = {key: value for key, value in run.info.items() if key != "error"}
+        writer = cls(run.path, info, max(numbers, default=-1) + 1)
         writer._write_segment(kept, replaces_earlier=True)
         for number in numbers:
             shutil.rmtree(run.path / "segments" / f"{number:06d}")
@@ -184,26 +188,45 @@ class Run:
 
     def arrow(self, table: Table) -> pa.Table:
         """A table as recorded. Raises RunError if a file of it is damaged."""
-        schema = TABLES[table]
-        compacted = self.path / f"{table}.parquet"
-        files = [compacted] if compacted.exists() else []
-        files = files or [s / f"{table}.arrow" for s in _segments(self.path)]
-        parts = []
-        for file in files:
+        while True:
+            files = self._files(table)
             try:
-                if file.suffix == ".parquet":
-                    parts.append(pa.parquet.read_table(file))
-                elif file.exists():
-                    with pa.ipc.open_file(pa.memory_map(str(file))) as reader:
-                        parts.append(reader.read_all())
-            except (OSError, pa.ArrowInvalid) as error:
-                raise RunError(f"{file}: damaged: {str(error).splitlines()[0]}") from None
-        return pa.concat_tables([schema.empty_table(), *(part.cast(schema) for part in parts)])
+                parts = [_read(file, TABLES[table]) for file in files]
+            except RunError:
+                if all(file.exists() for file in files):
+                    raise
+            else:
+                if all(file.exists() for file in files):
+                    return pa.concat_tables([TABLES[table].empty_table(), *parts])
+            # The run was closed or resumed meanwhile: its rows are in another file now.
+
+    def _files(self, table: Table) -> list[Path]:
+        # Segments are listed first: closing removes them after the compacted file has appeared.
+        files = [segment / f"{table}.arrow" for segment in _segments(self.path)]
+        files = [file for file in files if file.exists()]
+        compacted = self.path / f"{table}.parquet"
+        return [compacted] if compacted.exists() else files
+
+
+def _read(file: Path, schema: pa.Schema) -> pa.Table:
+    try:
+        if file.suffix == ".parquet":
+            rows = pa.parquet.read_table(file)
+        else:
+            with pa.ipc.open_file(pa.memory_map(str(file))) as reader:
+                rows = reader.read_all()
+        rows.validate(full=True)  # offsets of a damaged file point anywhere
+        return rows.cast(schema)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise RunError(f"{file}: damaged: {str(error).splitlines()[0]}") from None
 
 
 def _segments(path: Path) -> list[Path]:
-    folder = path / "segments"
-    segments = sorted(s for s in folder.iterdir() if s.name.isdigit()) if folder.is_dir() else []
+    try:
+        segments = [s for s in (path / "segments").iterdir() if s.name.isdigit()]
+    except FileNotFoundError:
+        return []
+    segments.sort(key=lambda segment: int(segment.name))
     for position in range(len(segments) - 1, -1, -1):
         # A resumed run starts with one segment that holds what was kept of all before it.
         if (segments[position] / "replaces-earlier").exists():
@@ -246,10 +269,13 @@ def open_run(path: str | Path) -> Run:
 def find_runs(path: str | Path) -> Iterator[Path]:
     """Run directories at or below `path`, sorted; unreadable folders are passed over."""
     path = Path(path)
-    if (path / "run.json").is_file():
-        yield path
+    try:
+        if (path / "run.json").is_file():
+            yield path
+            return
+        children = [child for child in sorted(path.iterdir()) if child.is_dir()]
+    except OSError:
         return
-    if path.is_dir():
-        for child in sorted(path.iterdir()):
-            if child.is_dir() and not child.is_symlink():
-                yield from find_runs(child)
+    for child in children:
+        if not child.is_symlink():
+            yield from find_runs(child)

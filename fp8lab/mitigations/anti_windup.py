@@ -34,8 +34,10 @@ class AntiWindup:
 
         Raises ValueError if a product is not cast with a scale: nothing could saturate.
         """
-        for name, down in converted_downs(model, type(self).__name__):
+        downs = converted_downs(model, type(self).__name__)
+        for name, down in downs:
             if isinstance(down.recipes["input"], HighPrecision):
                 raise ValueError(f"AntiWindup: the product of {name} is not FP8, nothing saturates")
+        for _, down in downs:
             down.gradient_of_saturated = "zero"
         return model

@@ -50,9 +50,11 @@ class SmoothSwiGLU:
         The weight of down is scaled just in time from then on, whatever the recipe said. Raises
         ValueError if a down projection is not converted or its product is not FP8.
         """
-        for name, down in converted_downs(model, type(self).__name__):
+        downs = converted_downs(model, type(self).__name__)
+        for name, down in downs:
             if isinstance(down.recipes["input"], HighPrecision):
                 raise ValueError(f"SmoothSwiGLU: the product of {name} is not FP8")
+        for _, down in downs:
             down.channel_scale = channel_scale
             weight = down.recipes["weight"]
             if isinstance(weight, DelayedScaling):
@@ -71,5 +73,7 @@ def channel_scale(product: Tensor) -> Tensor:
     # amax = fraction · 2^exponent with fraction in [1/2, 1): already ceil, but for exact powers.
     exponent = torch.where(fraction == 0.5, exponent - 1, exponent)
     # Beyond ±126 the scale or its reciprocal would leave the normal range and stop being exact.
-    scale = torch.ldexp(torch.ones_like(amax), -exponent.clamp(-126, 126))
-    return torch.where((amax > 0) & amax.isfinite(), scale, torch.ones_like(scale))
+    # Made from its bits: what ldexp returns is not promised to be a power of two.
+    scale = ((127 - exponent.clamp(-126, 126)) << 23).view(torch.float32)
+    # frexp(0) is (0, 0) and gives 1; of infinity and NaN the exponent is not specified.
+    return torch.where(amax.isfinite(), scale, 1.0)

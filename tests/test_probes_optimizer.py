@@ -1,0 +1,177 @@
+"""The columns of a step row that are read at the optimizer's step and at the model's output.
+
+Each is computed again in float64 from what the test holds itself: parameters before and after the
+step, gradients as the optimizer met them, and the optimizer's own state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fp8lab.ffn import GatedFeedForward
+from fp8lab.monitor import watch
+from fp8lab.store import open_run
+
+DIM, HIDDEN = 16, 24
+COLUMNS = ("learning_rate", "grad_norm", "update_ratio", "rms_t")
+
+
+def inputs(step: int) -> Tensor:
+    return torch.randn(2, 5, DIM, generator=torch.Generator().manual_seed(step))
+
+
+def norm(tensors: list[Tensor]) -> float:
+    return float(np.linalg.norm(np.concatenate([t.double().numpy().ravel() for t in tensors])))
+
+
+class NoBetas(torch.optim.Optimizer):
+    """Has a state called exp_avg_sq, as transformers' Adafactor, and is no Adam."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {"lr": 0.01, "eps": (1e-30, 1e-3)})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter -= group["lr"] * parameter.grad
+                    self.state[parameter] = {"step": 1, "exp_avg_sq": torch.zeros(3)}
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
+    "Adam": lambda groups: torch.optim.Adam(groups, lr=0.01, betas=(0.8, 0.95), weight_decay=0.1),
+    "AdamW, fused": lambda groups: torch.optim.AdamW(groups, lr=0.01, fused=True),
+    "NAdam": lambda groups: torch.optim.NAdam(groups, lr=0.01),
+    "no betas": lambda groups: NoBetas(groups),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_columns_are_their_definitions(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = GatedFeedForward(DIM, HIDDEN, bias=True).to(dtype)
+    model.up.bias.requires_grad_(False)
+    groups = [
+        {"params": list(model.gate.parameters()), "eps": 1e-3},
+        {"params": [*model.up.parameters(), *model.down.parameters()]},
+    ]
+    optimizer = OPTIMIZERS[name](groups)
+    expected = []
+    with watch(model, tmp_path / "run", optimizer=optimizer, every=2) as watching:
+        for step in range(4):
+            optimizer.zero_grad()
+            model(inputs(step).to(dtype)).float().square().sum().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.param_groups[0]["lr"] = 0.01 * (step + 1)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            before = [p.detach().double() for p in trained]
+            optimizer.step()
+            row = {"learning_rate": 0.01 * (step + 1), "grad_norm": norm([p.grad for p in trained])}
+            if step % 2 == 0:
+                changes = [
+                    p.detach().double() - old for p, old in zip(trained, before, strict=True)
+                ]
+                row["update_ratio"] = norm(changes) / norm(before)
+            rms = [
+                rms_t(parameter, group, optimizer.state[parameter])
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+                if "exp_avg_sq" in optimizer.state[parameter] and "betas" in group
+            ]
+            if step % 2 == 0 and rms:
+                row["rms_t"] = max(rms)
+            expected.append(row)
+            watching.step(step)
+    assert ("rms_t" in expected[0]) == (name not in ("SGD", "no betas"))
+    steps = open_run(tmp_path / "run").steps()
+    for got, row in zip(steps.to_dict("records"), expected, strict=True):
+        present = {name: got[name] for name in COLUMNS if not math.isnan(got[name])}
+        assert present == pytest.approx(row, rel=1e-10)
+
+
+def rms_t(parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> float:
+    """StableAdamW: sqrt(mean(g² / max(v, eps²))), v with its bias corrected."""
+    gradient = parameter.grad.double().numpy()
+    corrected = state["exp_avg_sq"].double().numpy() / (1 - group["betas"][1] ** int(state["step"]))
+    return math.sqrt(np.mean(gradient**2 / np.maximum(corrected, group["eps"] ** 2)))
+
+
+def test_a_skipped_optimizer_step_leaves_its_columns_missing(tmp_path: Path) -> None:
+    model = GatedFeedForward(DIM, HIDDEN)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with watch(model, tmp_path / "run", optimizer=optimizer, every=1) as watching:
+        for step in range(3):
+            model(inputs(step)).sum().backward()
+            if step != 1:
+                optimizer.step()
+            watching.step(step)
+    steps = open_run(tmp_path / "run").steps()
+    for name in COLUMNS:
+        assert steps[name].isna().tolist() == [False, True, False], name
+
+
+def test_a_closure_does_not_break_the_watching(tmp_path: Path) -> None:
+    model = GatedFeedForward(DIM, HIDDEN)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    calls = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        calls.append(1)
+        if len(calls) > 1:
+            model.gate.weight.requires_grad_(False)  # fewer gradients than before the step
+        loss = model(inputs(0)).sum()
+        loss.backward()
+        return loss
+
+    with watch(model, tmp_path / "run", optimizer=optimizer, every=1) as watching:
+        for step in range(3):
+            optimizer.step(closure)
+            watching.step(step)
+    assert open_run(tmp_path / "run").steps()["learning_rate"].tolist() == [0.1] * 3
+
+
+class Output(dict):
+    """As transformers returns it: a mapping whose entries are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name] if name in self else None
+
+
+@pytest.mark.parametrize("kind", ["tensor", "logits", "nothing"])
+def test_logit_max_is_the_largest_magnitude_of_the_output(kind: str, tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = GatedFeedForward(DIM, HIDDEN)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.mlp(x)
+            return {"tensor": y, "logits": Output(logits=y), "nothing": (y, y)}[kind]
+
+    model = Model()
+    with torch.no_grad():
+        peaks = [float(model.mlp(inputs(step)).abs().max()) for step in range(3)]
+    with watch(model, tmp_path / "run", every=2) as watching:
+        for micro_batches in ([0, 1], [2], [2]):
+            for batch in micro_batches:
+                model(inputs(batch))
+            watching.step(len(open_run(tmp_path / "run").steps()))
+            watching._flush()
+    logit_max = open_run(tmp_path / "run").steps()["logit_max"]
+    expected = [math.nan, math.nan, math.nan]
+    if kind != "nothing":
+        expected = [max(peaks[0], peaks[1]), math.nan, peaks[2]]
+    np.testing.assert_array_equal(logit_max.to_numpy(), expected)

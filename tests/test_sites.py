@@ -1,0 +1,511 @@
+"""Roles found by running, on every way of writing a gated feed-forward that we have met.
+
+Each model here is written with names that lie, or with none to go by, and its true roles stand
+beside it. What is found must be what was written: the very weights, biases and modules, and the
+activations by name; and the product made of what was found must be the model's own, to the bit.
+The classes of `transformers` are the real ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fp8lab
+from fp8lab.ffn import ACTIVATIONS, GLU_VARIANTS, FeedForward, GatedFeedForward, Swish
+from fp8lab.lab.model import LanguageModel, ModelConfig
+from fp8lab.sites import GateSite, cast_in_force, find_gates
+
+DIM, HIDDEN = 16, 40
+DELAYED = fp8lab.DelayedScaling(amax_history_len=4)
+
+Act = Callable[[Tensor, Tensor], Tensor]
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+class Called(nn.Module):
+    """torchtitan, OLMo and Llama's own code: w1 is gate, w3 is up, w2 is down."""
+
+    def __init__(self, act: Act = swiglu, dim: int = DIM, hidden: int = HIDDEN, **more: Any):
+        super().__init__()
+        self.act = act
+        self.w1 = nn.Linear(dim, hidden, **{"bias": False, **more})
+        self.w2 = nn.Linear(hidden, dim, **{"bias": False, **more})
+        self.w3 = nn.Linear(dim, hidden, **{"bias": False, **more})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.act(self.w1(x), self.w3(x)))
+
+
+class Twice(Called):
+    """Seed 000: gate is called twice in one forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.w1(x).sigmoid() * self.w1(x) * self.w3(x))
+
+
+class DownIsThird(Called):
+    """xformers: w1 is gate, w2 is up, w3 is down."""
+
+    def __init__(self, dim: int = DIM, hidden: int = HIDDEN):
+        super().__init__(dim=dim, hidden=hidden)
+        self.w2, self.w3 = self.w3, self.w2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class Weights(DownIsThird):
+    """Seed 002: the modules are never called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.silu(F.linear(x, self.w1.weight)) * F.linear(x, self.w2.weight)
+        return F.linear(hidden, self.w3.weight)
+
+
+class WeightsWithBias(DownIsThird):
+    def __init__(self, dim: int = DIM, hidden: int = HIDDEN):
+        super().__init__(dim, hidden)
+        self.b1, self.b2 = (nn.Parameter(torch.randn(hidden)) for _ in range(2))
+        self.b3 = nn.Parameter(torch.randn(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = F.linear(x, self.w1.weight, self.b1)
+        up = F.linear(x, bias=self.b2, weight=self.w2.weight)
+        return F.linear(F.silu(gate) * up, self.w3.weight, bias=self.b3)
+
+
+class Transposed(nn.Module):
+    """Bare parameters; `gate` and `up` are named the wrong way round."""
+
+    def __init__(self, dim: int = DIM, hidden: int = HIDDEN):
+        super().__init__()
+        self.up, self.gate = (nn.Parameter(torch.randn(hidden, dim)) for _ in range(2))
+        self.out = nn.Parameter(torch.randn(dim, hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = torch.matmul(x, self.gate.t())
+        return (F.silu(x @ self.up.T) * up) @ self.out.T
+
+
+class Dropped(Called):
+    """Seed 004, the right form, with its dropout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
+class InPlace(Called):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(input=F.silu(self.w1(x), inplace=True).mul_(self.w3(input=x)))
+
+
+def only(model: nn.Module) -> GateSite:
+    (site,) = find_gates(model)
+    return site
+
+
+def assert_roles(
+    site: GateSite, gate: str, up: str, down: str, activations: tuple[str, str] = ("silu", "")
+) -> None:
+    assert (site.gate.name, site.up.name, site.down.name) == (gate, up, down)
+    assert (site.activation, site.up_activation) == (activations[0], activations[1] or "identity")
+    own = dict(site.module.named_parameters())
+    for projection in (site.gate, site.up, site.down):
+        assert projection.weight is own[projection.name]
+        owner, _, _ = projection.name.rpartition(".")
+        if projection.module is not None:
+            assert projection.module is site.module.get_submodule(owner)
+            assert projection.bias is projection.module.bias
+
+
+def assert_explains(site: GateSite, model: nn.Module) -> None:
+    """What the roles say the model computes is what it computes, to the bit."""
+    dtype = site.gate.weight.dtype
+    x = torch.randn(3, site.gate.weight.shape[1]).to(dtype)
+    activated_gate, activated_up = site.activated(site.gate(x), site.up(x))
+    model.eval()
+    assert torch.equal(site.down(activated_gate * activated_up), model(x))
+
+
+CALLED: dict[str, tuple[Callable[[], nn.Module], tuple[str, str, str]]] = {
+    "torchtitan": (Called, ("w1", "w3", "w2")),
+    "xformers": (DownIsThird, ("w1", "w2", "w3")),
+    "seed 004": (Dropped, ("w1", "w3", "w2")),
+    "in place, by keyword": (InPlace, ("w1", "w3", "w2")),
+    "dim is hidden": (lambda: Called(dim=24, hidden=24), ("w1", "w3", "w2")),
+    "hidden below dim": (lambda: Called(dim=24, hidden=9), ("w1", "w3", "w2")),
+    "one channel": (lambda: Called(dim=4, hidden=1), ("w1", "w3", "w2")),
+    "bias": (lambda: Called(bias=True), ("w1", "w3", "w2")),
+}
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_projections_that_are_called(name: str) -> None:
+    build, roles = CALLED[name]
+    model = build()
+    site = only(model)
+    assert_roles(site, *(f"{role}.weight" for role in roles))
+    assert site.hookable
+    assert_explains(site, model)
+
+
+def test_a_gate_that_is_called_twice() -> None:
+    site = only(Twice())
+    assert_roles(site, "w1.weight", "w3.weight", "w2.weight")
+    assert site.hookable
+
+
+UNCALLED: dict[str, tuple[Callable[[], nn.Module], tuple[str, str, str]]] = {
+    "seed 002": (Weights, ("w1.weight", "w2.weight", "w3.weight")),
+    "seed 002, square": (lambda: Weights(24, 24), ("w1.weight", "w2.weight", "w3.weight")),
+    "with bias": (WeightsWithBias, ("w1.weight", "w2.weight", "w3.weight")),
+    "x @ w.T": (Transposed, ("up", "gate", "out")),
+    "x @ w.T, dim is hidden": (lambda: Transposed(24, 24), ("up", "gate", "out")),
+}
+
+
+@pytest.mark.parametrize("name", UNCALLED)
+def test_projections_that_are_never_called(name: str) -> None:
+    build, roles = UNCALLED[name]
+    model = build()
+    site = only(model)
+    assert_roles(site, *roles)
+    assert not site.hookable
+    assert_explains(site, model)
+
+
+def test_biases_of_uncalled_projections_are_found() -> None:
+    model = WeightsWithBias()
+    site = only(model)
+    assert site.gate.bias is model.b1
+    assert site.up.bias is model.b2
+    assert site.down.bias is model.b3
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", GLU_VARIANTS)
+def test_every_variant_of_the_zoo(variant: str, dtype: torch.dtype, bias: bool) -> None:
+    model = GatedFeedForward(DIM, HIDDEN, variant, bias=bias, dropout=0.5).to(dtype)
+    site = only(model)
+    assert_roles(site, "gate.weight", "up.weight", "down.weight", GLU_VARIANTS[variant])
+    assert_explains(site, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_is_told_from_every_other(activation: str, dtype: torch.dtype) -> None:
+    act = ACTIVATIONS[activation]
+    site = only(Called(lambda gate, up: act(gate) * up).to(dtype))
+    assert_roles(site, "w1.weight", "w3.weight", "w2.weight", (activation, "identity"))
+
+
+def written_gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_activation_written_out_is_recognised(dtype: torch.dtype) -> None:
+    gemma = Called(lambda gate, up: written_gelu_tanh(gate) * up).to(dtype)
+    assert only(gemma).activation == "gelu_tanh"
+    silu = Called(lambda gate, up: up * (gate / (1 + torch.exp(-gate)))).to(dtype)
+    assert only(silu).activation == "silu"
+
+
+@pytest.mark.parametrize("size", [0.01, 20.0])
+def test_small_and_large_weights(size: float) -> None:
+    model = Called()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=size)
+    assert_roles(only(model), "w1.weight", "w3.weight", "w2.weight")
+
+
+# --- whole models -----------------------------------------------------------------------------
+
+
+def language_model(variant: str = "swiglu") -> LanguageModel:
+    config = ModelConfig(dim=16, layers=3, heads=2, context=8, variant=variant)
+    return LanguageModel(config, seed=0)
+
+
+def test_every_layer_of_the_lab_model() -> None:
+    sites = find_gates(language_model())
+    assert [site.name for site in sites] == [f"layers.{i}.mlp" for i in range(3)]
+    for site in sites:
+        assert_roles(site, "gate.weight", "up.weight", "down.weight")
+    assert sites[2].site("product") == "layers.2.mlp:product"
+
+
+@pytest.mark.parametrize("recipe", [DELAYED, fp8lab.Float8CurrentScaling()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_converted_models(recipe: Any, dtype: torch.dtype) -> None:
+    model = fp8lab.convert(language_model("geglu").to(dtype), recipe)
+    for layer, site in enumerate(find_gates(model)):
+        assert site.name == f"layers.{layer}.mlp"
+        assert_roles(site, "gate.weight", "up.weight", "down.weight", ("gelu", ""))
+        how = cast_in_force(site.down.module, "input", torch.ones(1, HIDDEN))
+        assert type(how.recipe) is type(recipe)
+
+
+def test_a_plain_layer_does_not_say_how_it_casts() -> None:
+    assert cast_in_force(nn.Linear(4, 4), "input", torch.ones(1, 4)) is None
+    assert cast_in_force(None, "input", torch.ones(1, 4)) is None
+
+
+def test_experts_are_sites_of_their_own() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(DIM, 2, bias=False)
+            self.experts = nn.ModuleList([Called(), Called()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(expert(x) for expert in self.experts) * self.router(x).amax()
+
+    assert [site.name for site in find_gates(Experts())] == ["experts.0", "experts.1"]
+
+
+HUGGING_FACE = {
+    "llama": ("LlamaMLP", "LlamaConfig", "silu"),
+    "mistral": ("MistralMLP", "MistralConfig", "silu"),
+    "qwen3": ("Qwen3MLP", "Qwen3Config", "silu"),
+    "gemma2": ("Gemma2MLP", "Gemma2Config", "gelu_tanh"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", HUGGING_FACE)
+def test_the_real_classes_of_transformers(family: str, dtype: torch.dtype) -> None:
+    module, config, activation = HUGGING_FACE[family]
+    room = import_module(f"transformers.models.{family}.modeling_{family}")
+    sizes = {"hidden_size": DIM, "intermediate_size": HIDDEN, "num_attention_heads": 2}
+    mlp = getattr(room, module)(getattr(room, config)(**sizes)).to(dtype)
+    site = only(mlp)
+    roles = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+    assert_roles(site, *roles, (activation, ""))
+    assert_explains(site, mlp)
+
+
+def test_a_whole_llama_of_transformers() -> None:
+    llama = import_module("transformers.models.llama.modeling_llama")
+    config = llama.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=32,
+        max_position_embeddings=16,
+    )
+    sites = find_gates(llama.LlamaForCausalLM(config))
+    assert [site.name for site in sites] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    for site in sites:
+        assert_roles(site, "gate_proj.weight", "up_proj.weight", "down_proj.weight")
+
+
+# --- what is no gate --------------------------------------------------------------------------
+
+
+class Misplaced(Called):
+    """Seed 004 as printed: the parenthesis closes too early."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x))) * self.w3(x)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(DIM, DIM, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))
+
+
+class Biased(WeightsWithBias):
+    """A bias that is added outside the linear map, or is no parameter: it would be lost."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.apart = apart
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = F.linear(x, self.w1.weight, None if self.apart else 2 * self.b1)
+        gate = gate + self.b1 if self.apart else gate
+        return F.linear(F.silu(gate) * F.linear(x, self.w2.weight), self.w3.weight)
+
+
+class Alone(Called):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w1(x))
+
+
+class SquareFromTheRight(nn.Module):
+    """x @ w: the map's matrix is the transpose of the parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = (nn.Parameter(torch.randn(DIM, DIM)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.silu(x @ self.w1) * (x @ self.w2)) @ self.w3
+
+
+def fails(gate: Tensor, up: Tensor) -> Tensor:
+    raise AssertionError  # without a message
+
+
+NO_FIT = "no two of its projections give the input of a third as act(gate) * up"
+NO_GATE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "plain": (lambda: FeedForward(DIM, HIDDEN), ""),
+    "linear": (lambda: nn.Linear(DIM, HIDDEN), ""),
+    "nothing": (nn.Identity, ""),
+    "attention": (Attention, NO_FIT),
+    "seed 004 as printed": (Misplaced, "the probe failed: The size of tensor a"),
+    "seed 004 as printed, square": (lambda: Misplaced(dim=24, hidden=24), NO_FIT),
+    "sum": (lambda: Called(lambda gate, up: F.silu(gate) + up), NO_FIT),
+    "off by one": (lambda: Called(lambda gate, up: F.silu(gate) * (up + 1)), NO_FIT),
+    "slope": (lambda: Called(lambda gate, up: gate * torch.sigmoid(1.702 * gate) * up), NO_FIT),
+    "clamped": (lambda: Called(lambda gate, up: F.silu(gate.clamp(max=7)) * up), NO_FIT),
+    "Swish": (lambda: GatedFeedForward(DIM, HIDDEN, swish=Swish(1.5)), NO_FIT),
+    "gate alone": (Alone, NO_FIT),
+    "bias apart": (lambda: Biased(True), NO_FIT),
+    "bias computed": (lambda: Biased(False), NO_FIT),
+    "from the right": (SquareFromTheRight, NO_FIT),
+    "raises": (lambda: Called(fails), "the probe failed: AssertionError"),
+    "meta": (lambda: Called(device="meta"), "its weights are on the meta device"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NO_GATE)
+def test_another_function_is_no_gate_and_the_error_says_why(name: str, dtype: torch.dtype) -> None:
+    build, reason = NO_GATE[name]
+    model = build().to(dtype)
+    with pytest.raises(ValueError, match="no gated feed-forward found") as error:
+        find_gates(model)
+    message = str(error.value)
+    assert message.startswith(f"{type(model).__name__}: ")
+    assert "\n" not in message
+    assert f"(.: {reason}" in message if reason else "(" not in message.partition("separate")[2]
+
+
+def test_what_does_not_fit_is_passed_over_where_another_fits() -> None:
+    model = nn.ModuleDict({"attention": Attention(), "mlp": Called(), "wrong": Misplaced()})
+    assert only(model).name == "mlp"
+
+
+# --- the probe leaves no trace ----------------------------------------------------------------
+
+
+class Counting(Called):
+    """Draws random numbers and writes to its buffers, in place and anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.rand(7)
+        self.calls += 1
+        self.last = torch.ones(3)
+        return super().forward(x)
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    return {
+        "values": {k: v.clone() for k, v in (*model.named_parameters(), *model.named_buffers())},
+        "identities": {k: id(v) for k, v in (*model.named_parameters(), *model.named_buffers())},
+        "versions": {k: v._version for k, v in model.named_parameters()},
+        "modes": [module.training for module in model.modules()],
+        "hooks": [
+            [list(hooks) for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
+            for m in model.modules()
+        ],
+        "gradients": [parameter.requires_grad for parameter in model.parameters()],
+        "rng": torch.random.get_rng_state(),
+        "enabled": torch.is_grad_enabled(),
+    }
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert torch.equal(before.pop("rng"), after.pop("rng"))
+    old, new = before.pop("values"), after.pop("values")
+    assert old.keys() == new.keys()
+    for name, value in old.items():
+        assert torch.equal(value, new[name]), name
+    assert before == after
+
+
+def trained() -> nn.Module:
+    model = fp8lab.convert(language_model(), DELAYED)
+    model.loss(torch.randint(0, 256, (2, 9))).backward()
+    return model
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        Called,
+        Counting,
+        Weights,
+        Misplaced,
+        lambda: Called(fails),
+        lambda: GatedFeedForward(DIM, HIDDEN, dropout=0.5).bfloat16(),
+        trained,
+    ],
+    ids=["called", "counting", "uncalled", "misplaced", "raising", "dropout", "delayed"],
+)
+def test_the_probe_leaves_everything_as_it_was(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    for position, module in enumerate(model.modules()):
+        module.training = position % 2 == 0
+    model.register_forward_hook(lambda *_: None)
+    before = snapshot(model)
+    try:
+        find_gates(model)
+    except ValueError as error:
+        assert isinstance(model, Misplaced) or "AssertionError" in str(error)
+    assert_same(before, snapshot(model))
+
+
+def test_a_snapshot_sees_a_difference() -> None:
+    model = Counting()
+    before = snapshot(model)
+    model(torch.ones(1, DIM))
+    with pytest.raises(AssertionError):
+        assert_same(before, snapshot(model))
+
+
+def test_delayed_scales_do_not_move_in_the_probe() -> None:
+    watched = trained()
+    alone = copy.deepcopy(watched)
+    tokens = torch.randint(0, 256, (2, 9))
+    find_gates(watched)
+    for model in (watched, alone):
+        model.loss(tokens).backward()
+    for one, other in zip(watched.buffers(), alone.buffers(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_message_of_a_long_failure_is_cut_to_one_line() -> None:
+    def boom(gate: Tensor, up: Tensor) -> Tensor:
+        raise RuntimeError("first line " + "x" * 500 + "\nsecond line")
+
+    with pytest.raises(ValueError, match="first line x") as error:
+        find_gates(Called(boom))
+    assert not re.search("second|\n", str(error.value))
+    assert len(str(error.value)) < 320
