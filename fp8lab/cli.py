@@ -10,35 +10,41 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from fp8lab.store import Run, RunError, find_runs, open_run
 
 
 class _OneLineErrors(TyperGroup):
-    """Bad input ends in one line, not in a traceback."""
+    """Bad input and wrong usage end in one line, not in a traceback or a box."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().invoke(ctx)
-        except (ValueError, RunError, OSError) as error:
-            line = str(error).strip().splitlines()[0]
+            code = super().main(*args, **kwargs | {"standalone_mode": False})
+        except Exception as error:
+            # Typer's own usage errors: their class has no public name.
+            usage = getattr(error, "format_message", None)
+            if usage is None and not isinstance(error, ValueError | RunError | OSError):
+                raise
+            message = str(error) or type(error).__name__ if usage is None else usage()
             if isinstance(error, OSError) and error.filename is not None:
-                line = f"{error.filename}: {error.strerror}"
-            typer.echo(f"error: {line}", err=True)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
+                message = f"{error.filename}: {error.strerror}"
+            if message:  # no arguments at all: the help has been printed
+                typer.echo(f"error: {message.strip().splitlines()[0]}", err=True)
+            sys.exit(2)
+        if code == 130:
             typer.echo("interrupted: what was recorded is kept", err=True)
-            raise typer.Exit(130) from None
+        sys.exit(code)
 
 
 app = typer.Typer(
@@ -73,7 +79,7 @@ def run(
     if text is not None:
         read_text(text)
     out = out or Path("runs") / value.name
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, markup=False)
     with _Progress(console) as progress:
         failures = run_experiment(
             file,
@@ -124,7 +130,7 @@ def list_runs(
     for row in [*summaries, *damaged]:
         name = str(Path(row["run"]).relative_to(folder))
         table.add_row(name, *(_cell(row.get(key)) for key in names[1:]))
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 @app.command()
@@ -138,15 +144,16 @@ def show(run: RunPath, as_json: Json = False) -> None:
     if as_json:
         _print_json(info | {"events": events})
         return
-    console = Console()
+    console = Console(markup=False)
     table = Table(show_header=False, box=None)
     for key in ("run", "state", "steps", "loss", "machine", "command", "every"):
         table.add_row(key, _cell(info.get(key)))
-    table.add_row("versions", ", ".join(f"{k} {v}" for k, v in info["versions"].items()))
-    for site in info["sites"]:
+    versions = info.get("versions", {})
+    table.add_row("versions", ", ".join(f"{k} {v}" for k, v in versions.items()))
+    for site in info.get("sites", []):
         parts = ", ".join(f"{role} {site[role]}" for role in ("gate", "up", "down"))
         table.add_row(f"site {site['site']}", f"{parts}; {site['activation']}")
-    for layer, operands in info["precision"].items():
+    for layer, operands in info.get("precision", {}).items():
         table.add_row(layer, ", ".join(f"{o} {p}" for o, p in operands.items()))
     for event in events:
         table.add_row(f"step {event['step']}", f"{event['kind']}: {event['detail']}")
@@ -195,7 +202,8 @@ def compare(runs: RunPaths, as_json: Json = False) -> None:
     for path in _expand(runs):
         opened = open_run(path)
         config = _config(opened)
-        key = f"{config['part']}/{config['arm']}" if "arm" in config else str(path)
+        named = "part" in config and "arm" in config
+        key = f"{config['part']}/{config['arm']}" if named else str(path)
         groups.setdefault(key, []).append(opened)
     rows = [_comparison(arm, members) for arm, members in groups.items()]
     if as_json:
@@ -204,7 +212,7 @@ def compare(runs: RunPaths, as_json: Json = False) -> None:
     table = _table(rows[0])
     for row in rows:
         table.add_row(*(_cell(cell) for cell in row.values()))
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def _expand(paths: Iterable[Path]) -> list[Path]:
@@ -242,15 +250,15 @@ def _summary(run: Run) -> dict[str, Any]:
 
 def _grid(title: str, arms: dict[str, str], part: str, runs: list[Run]) -> Table:
     """Arms x seeds: the step at which a run diverged, or its final loss."""
-    cells: dict[tuple[str, int], str] = {}
+    cells: dict[tuple[str, int], str | Text] = {}
     for one in runs:
         config, summary = _config(one), _summary(one)
         if config.get("part") == part:
             diverged, final = summary["diverged_at"], summary["final_loss"]
-            text = summary["state"] if final is None else f"{final:.3f}"
+            cell: str | Text = summary["state"] if final is None else f"{final:.3f}"
             if diverged is not None:
-                text = f"[bold red]diverged at {diverged}[/]"
-            cells[config["arm"], config["seed"]] = text
+                cell = Text(f"diverged at {diverged}", style="bold red")
+            cells[config["arm"], config["seed"]] = cell
     seeds = sorted({seed for _, seed in cells})
     table = Table(
         "arm", *(f"seed {seed}" for seed in seeds), title=title, title_justify="left", box=None

@@ -49,9 +49,10 @@ class Diagnosis:
             told = "" if self.loss_alarm is None else f"; the loss told at step {self.loss_alarm}"
             return f"{self.run}: nothing found{told}"
         text = "\n".join(str(finding) for finding in self.findings)
-        if self.loss_alarm is not None and self.first_alarm is not None:
-            lead = self.loss_alarm - self.first_alarm
-            text += f"\nfirst alarm {lead} steps before the loss's own, at step {self.loss_alarm}"
+        if self.loss_alarm is not None:
+            text += f"\nthe loss told at step {self.loss_alarm}"
+            if self.first_alarm is not None and self.first_alarm < self.loss_alarm:
+                text += f", {self.loss_alarm - self.first_alarm} steps after the first alarm"
         return f"{self.run}:\n{text}"
 
 

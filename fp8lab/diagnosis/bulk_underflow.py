@@ -33,6 +33,7 @@ def find(run: Run) -> list[Finding]:
     products = tensors[tensors["site"].str.endswith(":product") & tensors["scale"].notna()]
     below_normal = products["flushed"] + products["subnormal"]
     damaged = products[(products["bulk_error"] > DAMAGED) & (below_normal > UNDERFLOWN)]
+    damaged = damaged.dropna(subset=["hot_channel", "channel_ratio"])
     return [_judge(str(site), rows) for site, rows in damaged.groupby("site")]
 
 

@@ -1,8 +1,9 @@
 """When the loss itself says that a run has gone wrong: the clock that every lead time is read on.
 
-An experiment that knows its own criterion writes the event `diverged`, and that is taken. Otherwise
-it is the first non-finite loss, or the first loss above ten times the largest of the run's first
-twentieth (at least ten steps): a loss that left the place where it started.
+The earliest of three: the event `diverged` of an experiment that knows its own criterion, the first
+non-finite loss, and the first loss above ten times the largest of the run's first twentieth (at
+least ten steps): a loss that left the place where it started. The last needs a loss that starts
+above zero.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def loss_alarm(run: Run) -> int | None:
     if len(loss):
         start = loss[: max(10, len(loss) // 20)]
         start = start[np.isfinite(start)]
-        if len(start):
+        if len(start) and start.max() > 0:
             beyond = np.flatnonzero(loss > EXCESS * start.max())
             alarms += [int(steps["step"].iloc[i]) for i in beyond[:1]]
     return min(alarms, default=None)

@@ -1,10 +1,10 @@
 """Experiments: a question, a prediction written before the run, arms and seeds; run and resumed.
 
 An experiment is a Python value in a file of its own, `EXPERIMENT`. It has parts; a part runs the
-same training once for every arm and seed, each in its own process with one thread (two-thread pools
+same training once for every arm and seed, each in a process with one thread (two-thread pools
 under contention are many times slower on small tensors) and its own run directory,
 
-    OUT/experiment.json                    question, prediction, arms
+    OUT/experiment.json                    question, prediction, arms, settings
     OUT/<part>/<arm>/seed-<seed>/          a run, see `store`
 
 Finished runs are kept; what was interrupted or killed is run again, and nothing else is touched.
@@ -17,23 +17,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import multiprocessing
-import queue
+import re
 import shutil
-import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from fp8lab.conversion import convert
+from fp8lab.lab.workers import Workers, in_one_line
 from fp8lab.recipe import Plan, recipe_to_dict
 from fp8lab.store import RunError, open_run
 
@@ -125,6 +124,9 @@ class Part:
     run: Callable[[Job, Progress], None]
     prepare: Callable[[int, Path, Settings, Progress], None] | None = None
 
+    def __post_init__(self) -> None:
+        _require_folder_names(f"Part {self.name}: arms", [arm.name for arm in self.arms])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
@@ -137,6 +139,10 @@ class Experiment:
     refuted_if: str
     limits: tuple[str, ...]
     parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        _require_folder_names("Experiment: name", [self.name])
+        _require_folder_names("Experiment: parts", [part.name for part in self.parts])
 
     def describe(self) -> dict[str, Any]:
         """JSON-able: everything but the code."""
@@ -158,10 +164,18 @@ class Experiment:
         }
 
 
+def _require_folder_names(where: str, names: list[str]) -> None:
+    for name in names:
+        if not re.fullmatch(r"\w[\w.-]*", name) or names.count(name) > 1:
+            expected = "distinct names of letters, digits, dots, underscores and hyphens"
+            raise ValueError(f"{where}: {name!r}, expected {expected}")
+
+
 def load_experiment(name_or_path: str) -> tuple[Path, Experiment]:
     """An experiment's file and value, by path or by the name of one that comes with fp8lab.
 
-    Raises ValueError in one line if there is no such file, or no `EXPERIMENT` in it.
+    Raises ValueError in one line if there is no such file, it does not run, or it has no
+    `EXPERIMENT`.
     """
     path = Path(name_or_path)
     if path.suffix != ".py":
@@ -195,13 +209,18 @@ def _load_module(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise ValueError(f"experiment {path}, line {error.lineno}: {error.msg}") from None
+        where = error.filename or path
+        raise ValueError(f"experiment {where}, line {error.lineno}: {error.msg}") from None
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((f.lineno for f in reversed(frames) if f.filename == str(path)), None)
+        raise ValueError(f"experiment {path}, line {line}: {in_one_line(error)}") from None
     return module
 
 
 @dataclass(frozen=True)
 class Report:
-    """A worker's word on one job: where it is, or how it ended."""
+    """A worker's word on a job that is under way."""
 
     index: int
     step: int
@@ -210,17 +229,14 @@ class Report:
     alarms: int
 
 
-_reports: Any = None  # the queue to the parent, in a worker
-
-
-def _start_worker(reports: Any) -> None:
-    global _reports
-    _reports = reports
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _do(index: int, file: Path, part_name: str, arm_name: str | None, job_args: Any) -> None:
+def _do(
+    send: Callable[[Report], None],
+    index: int,
+    file: Path,
+    part_name: str,
+    arm_name: str | None,
+    about: tuple[int, Path, Settings],
+) -> None:
     """In a worker: one job, or a seed's preparation where `arm_name` is None."""
     _, experiment = load_experiment(str(file))
     part = next(p for p in experiment.parts if p.name == part_name)
@@ -231,15 +247,29 @@ def _do(index: int, file: Path, part_name: str, arm_name: str | None, job_args: 
         now = time.monotonic()
         if now - last_report > 0.1 or step == steps:
             last_report = now
-            _reports.put(Report(index, step, steps, loss, alarms))
+            send(Report(index, step, steps, loss, alarms))
 
-    seed, path, settings = job_args
+    seed, path, settings = about
+    torch.manual_seed(seed)  # or what a run draws would depend on the runs before it in the process
     if arm_name is None:
         assert part.prepare is not None
         part.prepare(seed, path, settings, progress)
         return
     arm = next(a for a in part.arms if a.name == arm_name)
     part.run(Job(experiment.name, part.name, arm, seed, path, settings), progress)
+
+
+class _Work(NamedTuple):
+    """A run, or without an arm what is prepared for a part's runs of one seed."""
+
+    part: Part
+    arm: Arm | None
+    seed: int
+    path: Path
+
+    @property
+    def label(self) -> str:
+        return f"{self.part.name}/{self.arm.name if self.arm else 'prepare'}/seed-{self.seed}"
 
 
 def run_experiment(
@@ -256,75 +286,49 @@ def run_experiment(
     on_end: Callable[[int, str | None], None] = lambda index, error: None,
 ) -> list[str]:
     """Do every run of the experiment that is not finished in `out`; returns what failed, one line
-    each.
+    each. Runs whose preparation failed are not done.
 
-    The callbacks get a job's index and label when it is submitted, its progress, and its end (with
-    the error in one line, None if it went well). Raises ValueError for an unknown arm, and RunError
-    if `out` holds something else.
+    The callbacks get a job's index and label when it is known, its progress, and its end (with the
+    error in one line, None if it went well). Raises ValueError for an unknown arm or fewer than one
+    worker, and RunError if `out` holds something else, runs with other settings among it.
     """
     settings = settings or Settings()
-    _claim(out, experiment)
     wanted = set(arms) if arms is not None else None
     known = {arm.name for part in experiment.parts for arm in part.arms}
     if wanted is not None and not wanted <= known:
         unknown = ", ".join(sorted(wanted - known))
         raise ValueError(f"arm {unknown}: expected some of {', '.join(sorted(known))}")
-    context = multiprocessing.get_context("spawn")
-    reports = context.Queue()
-    failures: list[str] = []
-    with ProcessPoolExecutor(workers, context, _start_worker, (reports,)) as pool:
-        try:
-            index = 0
-            for stage in _stages(experiment, out, wanted, seeds):
-                running: dict[Future[None], tuple[int, str]] = {}
-                for part, arm, seed, path in stage:
-                    label = f"{part.name}/{arm.name if arm else 'prepare'}/seed-{seed}"
-                    args = (seed, path, settings)
-                    name = None if arm is None else arm.name
-                    future = pool.submit(_do, index, file, part.name, name, args)
-                    running[future] = (index, label)
-                    on_start(index, label)
-                    index += 1
-                failures += _follow(running, reports, on_report, on_end)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    return failures
+    begun: list[_Work] = []
+    failures: dict[int, str] = {}
 
+    def ended(index: int, error: str | None) -> None:
+        if error is not None:
+            failures[index] = f"{begun[index].label}: {error}"
+        on_end(index, failures.get(index))
 
-def _follow(
-    running: dict[Future[None], tuple[int, str]],
-    reports: Any,
-    on_report: Callable[[Report], None],
-    on_end: Callable[[int, str | None], None],
-) -> list[str]:
-    failures = []
-    while running:
-        done, _ = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
-        while True:
-            try:
-                on_report(reports.get_nowait())
-            except queue.Empty:
-                break
-        for future in done:
-            index, label = running.pop(future)
-            error = future.exception()
-            line = None
-            if error is not None:
-                reason = (str(error).strip().splitlines() or [""])[0]
-                line = f"{label}: {type(error).__name__}: {reason}"
-                failures.append(line)
-            on_end(index, line)
-    return failures
+    def do(stage: list[_Work]) -> None:
+        jobs: dict[int, Any] = {}
+        for index, (part, arm, seed, path) in enumerate(stage, len(begun)):
+            name = None if arm is None else arm.name
+            jobs[index] = (_do, (index, file, part.name, name, (seed, path, settings)))
+        begun.extend(stage)
+        for index in jobs:
+            on_start(index, begun[index].label)
+        pool.do(jobs, on_report, ended)
 
-
-_Work = tuple[Part, Arm | None, int, Path]
+    with Workers(workers) as pool:
+        _claim(out, experiment, settings)
+        preparations, runs = _stages(experiment, out, wanted, seeds)
+        do(preparations)
+        unprepared = {(begun[index].part.name, begun[index].seed) for index in failures}
+        do([work for work in runs if (work.part.name, work.seed) not in unprepared])
+    return list(failures.values())
 
 
 def _stages(
     experiment: Experiment, out: Path, arms: set[str] | None, seeds: Iterable[int] | None
-) -> Iterator[list[_Work]]:
-    """First what parts prepare, then all runs, without those that are finished."""
+) -> tuple[list[_Work], list[_Work]]:
+    """What parts prepare, and all runs without those that are finished."""
     wanted_seeds = None if seeds is None else set(seeds)
     preparations: list[_Work] = []
     runs: list[_Work] = []
@@ -334,38 +338,45 @@ def _stages(
             for arm in part.arms:
                 path = out / part.name / arm.name / f"seed-{seed}"
                 if (arms is None or arm.name in arms) and not _finished(path):
-                    todo.append((part, arm, seed, path))
+                    todo.append(_Work(part, arm, seed, path))
             if todo and part.prepare is not None:
-                preparations.append((part, None, seed, out / part.name))
+                preparations.append(_Work(part, None, seed, out / part.name))
             runs += todo
-    yield preparations
-    yield runs
+    return preparations, runs
 
 
 def _finished(path: Path) -> bool:
     """Whether a run is complete; what was left unfinished is removed, to be done again."""
     if not path.exists():
         return False
-    run = open_run(path)
-    if run.state == "finished":
-        return True
-    if run.state == "running":
-        raise RunError(f"{path}: is being written by process {run.info.get('pid')}")
+    # Without a run.json: its process was killed between two lines of `RunWriter.create`.
+    if {child.name for child in path.iterdir()} - {"segments", ".run.json"}:
+        run = open_run(path)
+        if run.state == "finished":
+            return True
+        if run.state == "running":
+            raise RunError(f"{path}: is being written by process {run.info.get('pid')}")
     shutil.rmtree(path)
     return False
 
 
-def _claim(out: Path, experiment: Experiment) -> None:
+def _claim(out: Path, experiment: Experiment, settings: Settings) -> None:
     """Make `out` this experiment's folder, or check that it is."""
     file = out / "experiment.json"
     if out.exists() and any(out.iterdir()):
         try:
-            name = json.loads(file.read_text(encoding="utf-8"))["name"]
+            known = json.loads(file.read_text(encoding="utf-8"))
+            name, earlier = known["name"], known["settings"]
         except (OSError, ValueError, KeyError, TypeError):
             raise RunError(
                 f"{out}: exists and holds no experiment, expected a new folder"
             ) from None
         if name != experiment.name:
             raise RunError(f"{out}: holds experiment {name!r}, expected {experiment.name!r}")
+        if earlier != asdict(settings):
+            raise RunError(f"{out}: holds runs with {earlier}, expected {asdict(settings)}")
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(experiment.describe(), indent=1) + "\n", encoding="utf-8")
+    description = experiment.describe() | {"settings": asdict(settings)}
+    temporary = out / ".experiment.json"
+    temporary.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(file)

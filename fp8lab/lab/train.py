@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,8 +66,13 @@ def train(
     """Train from `first_step`; returns the step at which the run diverged, None if it did not.
 
     With `checkpoint_every`, step n's checkpoint is `checkpoints/step-n.safetensors`: the state
-    before step n.
+    before step n. Raises ValueError if only one of the two is given.
     """
+    if (schedule.checkpoint_every is None) != (checkpoints is None):
+        raise ValueError(
+            f"train: checkpoint_every={schedule.checkpoint_every}, checkpoints={checkpoints}, "
+            f"expected both or neither"
+        )
     for step in range(first_step, schedule.steps):
         if schedule.checkpoint_every and step % schedule.checkpoint_every == 0 and checkpoints:
             save_checkpoint(checkpoints / f"step-{step}.safetensors", model, optimizer, step)
@@ -106,38 +111,63 @@ def save_checkpoint(
                 plain.setdefault(str(index), {})[name] = value
     tensors["random"] = torch.get_rng_state()
     copies = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
+    metadata = {
+        "step": str(step),
+        "optimizer": _kind(optimizer),
+        "optimizer_state": json.dumps(plain),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    save_file(copies, temporary, metadata={"step": str(step), "optimizer": json.dumps(plain)})
+    save_file(copies, temporary, metadata=metadata)
     temporary.replace(path)
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Restore model, optimizer and random state in place; returns the step to go on with.
 
-    Raises ValueError in one line if the file is damaged or belongs to another model.
+    Raises ValueError in one line if the file is damaged or belongs to another model or optimizer;
+    then nothing has changed.
     """
     from safetensors import SafetensorError, safe_open
 
+    tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "random": {}}
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        step, plain = int(metadata["step"]), json.loads(metadata["optimizer"])
-        states: dict[int, dict[str, Any]] = {int(index): state for index, state in plain.items()}
-        weights = {}
-        for name, value in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "model":
-                weights[rest] = value
-            elif kind == "optimizer":
-                index, _, key = rest.partition(".")
-                states.setdefault(int(index), {})[key] = value
-        model.load_state_dict(weights)
-        described = optimizer.state_dict()
-        optimizer.load_state_dict({"state": states, "param_groups": described["param_groups"]})
-        torch.set_rng_state(tensors["random"])
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+            metadata = file.metadata() or {}
+            for name in file.keys():
+                kind, _, rest = name.partition(".")
+                tensors[kind][rest] = file.get_tensor(name)
+        step, kind = int(metadata["step"]), metadata["optimizer"]
+        states = {int(i): dict(of) for i, of in json.loads(metadata["optimizer_state"]).items()}
+        for name, value in tensors["optimizer"].items():
+            index, _, key = name.partition(".")
+            states.setdefault(int(index), {})[key] = value
+        random = tensors["random"][""]
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"checkpoint {path}: cannot be loaded: {reason}") from None
+    if kind != _kind(optimizer):
+        raise ValueError(f"checkpoint {path}: optimizer {kind}, expected {_kind(optimizer)}")
+    found, expected = _shapes(tensors["model"]), _shapes(model.state_dict())
+    for name in sorted(found.keys() | expected.keys()):
+        got, wanted = found.get(name, "nothing"), expected.get(name, "nothing")
+        if got != wanted:
+            raise ValueError(f"checkpoint {path}: {name}: {got}, expected {wanted}")
+    try:
+        torch.set_rng_state(random)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"checkpoint {path}: damaged: random state") from None
+    model.load_state_dict(tensors["model"])
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
     return step
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    """Its class, and how many parameters each of its groups has."""
+    groups = [len(group["params"]) for group in optimizer.param_groups]
+    return f"{type(optimizer).__name__} of {groups} parameters"
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{value.dtype} {list(value.shape)}" for name, value in tensors.items()}
