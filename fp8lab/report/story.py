@@ -1,0 +1,392 @@
+"""What a report is about: runs read once, judged, and put beside what was predicted of them.
+
+`load` turns paths into a `Story`: parts of arms of runs. An experiment's own file, the
+`experiment.json` at the top of a given folder, names the parts, the arms and what was predicted;
+runs that no experiment knows are each an arm of their own. A run that cannot be read is listed with
+the reason and costs the page nothing else.
+
+The twin that a diagnosis asks for is found here: the run of the same part and seed whose settings
+differ in nothing but precision, and which has none of FP8. Rejected: leaving that to the caller,
+who would have to name one for every run.
+
+What is picked here are rows, by rules that the page states. The only arithmetic is counting.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import isfinite
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from fp8lab.diagnosis import Diagnosis, diagnose
+from fp8lab.diagnosis.not_fp8 import uses_fp8
+from fp8lab.record import SEVERITIES, TABLES
+from fp8lab.store import Run, RunError, find_runs, open_run
+
+# What differs between the arms of one training; everything else in `config` must be the same.
+_ARM_KEYS = ("arm", "recipe", "mitigations")
+
+
+class Seen:
+    """A run as the page shows it: its rows, and what the diagnosis says of them."""
+
+    def __init__(self, label: str, run: Run) -> None:
+        self.label = label
+        self.run = run
+        config = run.info.get("config")
+        self.config: dict[str, Any] = config if isinstance(config, dict) else {}
+        result = run.info.get("result")
+        self.result: dict[str, Any] = result if isinstance(result, dict) else {}
+        self.part = str(self.config.get("part", ""))
+        self.arm = str(self.config.get("arm", label))
+        seed = self.config.get("seed")
+        self.seed = seed if isinstance(seed, int) else "" if seed is None else str(seed)
+        self.steps = _first_rank(run.steps())
+        self.diagnosis = Diagnosis(run=label, findings=(), loss_alarm=None)
+
+    @property
+    def state(self) -> str:
+        return self.run.state
+
+    @cached_property
+    def products(self) -> pd.DataFrame:
+        """Tensor rows of the gate products."""
+        rows = _first_rank(self.run.tensors())
+        return rows[rows["site"].str.endswith(":product")]
+
+    @cached_property
+    def channels(self) -> pd.DataFrame:
+        return _first_rank(self.run.channels())
+
+    @property
+    def diverged_at(self) -> int | None:
+        """By the run's own criterion; without one, where the loss told, if it ended not finite."""
+        if "diverged_at" in self.result:
+            step = self.result["diverged_at"]
+            return None if step is None else int(step)
+        losses = self.steps["loss"].to_numpy(dtype=float)
+        return self.diagnosis.loss_alarm if losses.size and not isfinite(losses[-1]) else None
+
+    @property
+    def decided(self) -> bool:
+        """Whether no further step could change the outcome."""
+        return self.state == "finished" or self.diverged_at is not None
+
+    @property
+    def doses(self) -> list[dict[str, float]]:
+        """Of a dose-response run: dose, loss, gradient_cosine."""
+        return list(self.result.get("doses") or [])
+
+    def when(self, step: int) -> str:
+        """A step in words; in a dose-response run, the dose that it was measured at."""
+        if "dose" in self.steps:
+            doses = self.steps.loc[self.steps["step"] == step, "dose"].dropna()
+            if len(doses):
+                return f"amplification 2{superscript(int(doses.iloc[0]))}"
+        return f"step {step}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to train, and its runs in the order of their seeds."""
+
+    name: str
+    title: str
+    predicted: str = "open"
+    mitigations: tuple[str, ...] = ()
+    options: Mapping[str, Any] | None = None
+    runs: tuple[Seen, ...] = ()
+
+    @property
+    def diverged(self) -> tuple[Seen, ...]:
+        return tuple(run for run in self.runs if run.diverged_at is not None)
+
+    @property
+    def uses_fp8(self) -> bool:
+        return any(uses_fp8(run.run) for run in self.runs)
+
+    @property
+    def decided(self) -> tuple[Seen, ...]:
+        return tuple(run for run in self.runs if run.decided)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The same training in several arms. `seeds` are those planned and any others."""
+
+    name: str
+    title: str
+    seeds: tuple[Any, ...]
+    arms: tuple[Arm, ...]
+    missing: int = 0  # runs that were planned and are not here
+
+    @property
+    def runs(self) -> tuple[Seen, ...]:
+        return tuple(run for arm in self.arms for run in arm.runs)
+
+    def reference_of(self, arm: Arm) -> Arm | None:
+        """The first other arm that trains the same with no FP8, if `arm` has any."""
+        for other in self.arms:
+            same = "arm" in self.runs[0].config and other.options == arm.options
+            if other is not arm and same and arm.uses_fp8 and not other.uses_fp8 and other.runs:
+                return other
+        return None
+
+    @property
+    def is_dose_response(self) -> bool:
+        return any(run.doses for run in self.runs)
+
+
+class Unread(NamedTuple):
+    """Something that could not be read, and why."""
+
+    label: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Story:
+    """Everything that a report is written from."""
+
+    experiments: tuple[dict[str, Any], ...]
+    parts: tuple[Part, ...]
+    unread: tuple[Unread, ...]
+
+    @property
+    def runs(self) -> tuple[Seen, ...]:
+        return tuple(run for part in self.parts for run in part.runs)
+
+    def twin_of(self, run: Seen) -> Seen | None:
+        """The same training in high precision, if it is here and the run itself is not that."""
+        for part in self.parts:
+            for arm in part.arms:
+                reference = part.reference_of(arm) if run in arm.runs else None
+                for other in () if reference is None else reference.runs:
+                    if _setting(other) == _setting(run):
+                        return other
+        return None
+
+    def worst_first(self) -> list[Seen]:
+        """Those that diverged, then those whose loss told, then by severity, then by how far
+        beyond its threshold the evidence lies; dose-response runs, which train nothing, last."""
+        return sorted(self.runs, key=_badness)
+
+
+def _badness(run: Seen) -> tuple[bool, bool, bool, int, float]:
+    findings = [f for f in run.diagnosis.findings if f.site is not None]
+    severity = min((SEVERITIES.index(f.severity) for f in findings), default=len(SEVERITIES))
+    beyond = [e.value / e.threshold for f in findings for e in f.evidence if e.threshold]
+    worst = max((ratio for ratio in beyond if isfinite(ratio)), default=0.0)
+    silent = run.diagnosis.loss_alarm is None
+    return (bool(run.doses), run.diverged_at is None, silent, severity, -worst)
+
+
+def _setting(run: Seen) -> dict[str, Any]:
+    return {key: value for key, value in run.config.items() if key not in _ARM_KEYS}
+
+
+def _first_rank(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[rows["rank"] == rows["rank"].min()] if len(rows) else rows
+
+
+def superscript(number: int) -> str:
+    """An exponent in plain text."""
+    return str(number).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def load(paths: Iterable[str | Path]) -> Story:
+    """Read and judge every run at or below `paths`.
+
+    Raises RunError if a path holds neither a run nor an experiment.
+    """
+    if isinstance(paths, str | Path):
+        raise TypeError(f"runs: {str(paths)!r}, expected a list of paths")
+    experiments: list[dict[str, Any]] = []
+    found: dict[Path, None] = {}
+    unread: list[Unread] = []
+    for path in map(Path, paths):
+        below = [run.resolve() for run in find_runs(path)]
+        experiment = _experiment(path, unread)
+        if experiment is not None and experiment not in experiments:
+            experiments.append(experiment)
+        if not below and not (path / "experiment.json").is_file():
+            raise RunError(f"{path}: no run here, expected run directories or a folder of them")
+        found |= dict.fromkeys(below)
+    runs = list(_read(list(found), unread))
+    parts = tuple(_arranged(experiments, runs))
+    story = Story(experiments=tuple(experiments), parts=parts, unread=tuple(unread))
+    for run in runs:
+        twin = story.twin_of(run)
+        judged = diagnose(run.run, None if twin is None else twin.run)
+        run.diagnosis = replace(judged, run=run.label)
+    return story
+
+
+def _experiment(path: Path, unread: list[Unread]) -> dict[str, Any] | None:
+    file = path / "experiment.json"
+    if not file.is_file():
+        return None
+    try:
+        experiment = json.loads(file.read_text(encoding="utf-8"))
+        _demand(experiment, "name", "question", "prediction", "refuted_if", "limits", "parts")
+        for part in experiment["parts"]:
+            _demand(part, "name", "title", "seeds", "arms")
+            for arm in part["arms"]:
+                _demand(arm, "name")
+    except (OSError, ValueError, TypeError) as error:
+        unread.append(Unread(file.name, f"damaged: {error}"))
+        return None
+    return dict(experiment)
+
+
+def _demand(described: Any, *keys: str) -> None:
+    missing = [key for key in keys if key not in described]
+    if missing:
+        raise ValueError(f"no {', '.join(missing)}")
+
+
+def _read(paths: list[Path], unread: list[Unread]) -> Iterator[Seen]:
+    """Runs named by what their paths do not share, so that a page says nothing of the machine."""
+    shared = os.path.commonpath([path.parent for path in paths]) if paths else ""
+    for path in paths:
+        label = path.relative_to(shared).as_posix()
+        try:
+            opened = open_run(path)
+            for table in TABLES:
+                opened.arrow(table)
+            run = Seen(label, opened)
+        except (RunError, ValueError) as error:
+            reason = str(error).replace(f"{path}{os.sep}", "").replace(f"{path}: ", "")
+            unread.append(Unread(label, reason.splitlines()[0]))
+        else:
+            yield run
+
+
+def _arranged(experiments: list[dict[str, Any]], runs: list[Seen]) -> Iterator[Part]:
+    """What experiments planned, in their order; then every run that none of them knows."""
+    left = dict.fromkeys(runs)
+    for experiment in experiments:
+        for planned in experiment["parts"]:
+            arms = []
+            for arm in planned["arms"]:
+                mine = [
+                    run
+                    for run in left
+                    if run.config.get("experiment") == experiment.get("name")
+                    and (run.part, run.arm) == (planned["name"], arm["name"])
+                ]
+                for run in mine:
+                    del left[run]
+                arms.append(_arm(arm, mine))
+            yield _part(planned["name"], planned["title"], planned["seeds"], arms)
+    for name in dict.fromkeys(run.part for run in left):
+        names = dict.fromkeys(run.arm for run in left if run.part == name)
+        groups = {arm: [run for run in left if (run.part, run.arm) == (name, arm)] for arm in names}
+        arms = [
+            _arm({"name": arm, "mitigations": group[0].config.get("mitigations")}, group)
+            for arm, group in groups.items()
+        ]
+        yield _part(name, name or "Runs", (), arms)
+
+
+def _arm(described: Mapping[str, Any], runs: list[Seen]) -> Arm:
+    return Arm(
+        name=str(described["name"]),
+        title=str(described.get("title", described["name"])),
+        predicted=str(described.get("predicted", "open")),
+        mitigations=tuple(str(one) for one in described.get("mitigations") or ()),
+        options=described.get("options"),
+        runs=tuple(sorted(runs, key=lambda run: _by_number(run.seed))),
+    )
+
+
+def _part(name: str, title: str, planned: Iterable[Any], arms: list[Arm]) -> Part:
+    planned = list(planned)
+    seeds = {*planned, *(run.seed for arm in arms for run in arm.runs)}
+    here = [{run.seed for run in arm.runs} for arm in arms]
+    return Part(
+        name=str(name),
+        title=str(title),
+        seeds=tuple(sorted(seeds, key=_by_number)),
+        arms=tuple(arms),
+        missing=sum(seed not in seen for seen in here for seed in planned),
+    )
+
+
+def _by_number(seed: int | str) -> tuple[int, str]:
+    return len(str(seed)), str(seed)
+
+
+# --- what to show of a run ------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """The gate product and the channel that a run is looked at."""
+
+    site: str
+    channel: int
+
+    @property
+    def module(self) -> str:
+        return self.site.removesuffix(":product")
+
+
+def place_of(run: Seen) -> Place | None:
+    """Where the worst finding points; without one, the largest product whose weights were kept."""
+    for finding in run.diagnosis.findings:
+        if finding.site is not None and finding.channel is not None:
+            return Place(finding.site, finding.channel)
+    kept = run.channels[run.channels["gate_weights"].notna()].dropna(subset="product_amax")
+    if kept.empty:
+        return None
+    row = kept.nlargest(1, "product_amax").iloc[0]
+    return Place(f"{row['site']}:product", int(row["channel"]))
+
+
+def weight_rows(run: Seen, place: Place) -> list[pd.Series]:
+    """The first and the last channel row that holds the place's weights; one or none if fewer."""
+    rows = run.channels[
+        (run.channels["site"] == place.module)
+        & (run.channels["channel"] == place.channel)
+        & run.channels["gate_weights"].notna()
+        & run.channels["up_weights"].notna()
+    ]
+    picked = [0, len(rows) - 1] if len(rows) > 1 else range(len(rows))
+    return [rows.iloc[position] for position in picked]
+
+
+def clipped_row(run: Seen, place: Place) -> pd.Series | None:
+    """The histogram recorded where the scale in force was most stale."""
+    rows = _with_range(run.products[run.products["site"] == place.site])
+    return None if rows.empty else rows.nlargest(1, "staleness").iloc[0]
+
+
+def starved_row(runs: Iterable[Seen]) -> tuple[Seen, pd.Series] | None:
+    """The histogram with the largest bulk error under a scale that was made just in time."""
+    best: tuple[Seen, pd.Series] | None = None
+    for run in runs:
+        rows = _with_range(run.products).dropna(subset="bulk_error")
+        rows = rows[rows["recipe"] == "Float8CurrentScaling"]
+        if len(rows):
+            row = rows.nlargest(1, "bulk_error").iloc[0]
+            if best is None or row["bulk_error"] > best[1]["bulk_error"]:
+                best = run, row
+    return best
+
+
+def _with_range(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows that hold a histogram, and a scale that is the product's own: amax / staleness is then
+    the magnitude that the scale maps to the format's largest. With a scale a channel it is not."""
+    from fp8lab import formats
+
+    rows = rows[rows["histogram"].notna() & rows["format"].notna() & (rows["scale"] > 0)]
+    largest = rows["format"].map(lambda name: getattr(formats, name).max).astype(float)
+    off = rows["cur_amax"] / rows["staleness"] * rows["scale"] / largest - 1.0
+    return rows[off.abs() < 1e-3]

@@ -1,0 +1,212 @@
+"""The tables: numbers from run.json and from findings, set in rows.
+
+A cell is text and what it means (bad, warn, good, quiet); how that looks is the template's affair,
+and the text alone must say it too. The arithmetic is counting, a median over an arm's runs and,
+for doses, a mean over them; each heading says which.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from fp8lab.record import Severity
+from fp8lab.report.story import Arm, Part, Seen, Story, superscript
+from fp8lab.report.verdict import in_words, judged
+
+Meaning = Literal["", "bad", "warn", "good", "quiet"]
+
+
+class Cell(NamedTuple):
+    """What a table says in one place."""
+
+    text: str
+    meaning: Meaning = ""
+
+
+NOTHING = Cell("–", "quiet")
+OF = "\N{NO-BREAK SPACE}of\N{NO-BREAK SPACE}"  # two numbers that belong on one line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows under a heading each; the first column names the row."""
+
+    head: tuple[str, ...]
+    rows: Sequence[tuple[Cell, ...]]
+    title: str = ""
+    note: str = ""
+    kind: str = field(default="table", init=False)
+
+
+def number(value: Any) -> str:
+    """Four digits; a dash for what is missing."""
+    if value is None:
+        return NOTHING.text
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def predictions(part: Part) -> Table:
+    """Predicted and seen, arm by arm."""
+    meanings: dict[str, Meaning] = {"contradicted": "bad", "as predicted": "good"}
+    rows = [
+        (
+            Cell(arm.title),
+            Cell(arm.predicted),
+            _diverged(arm),
+            Cell(judged(arm), meanings.get(judged(arm), "quiet")),
+        )
+        for arm in part.arms
+    ]
+    return Table(title=part.title, head=("arm", "predicted", "diverged", ""), rows=rows)
+
+
+def _diverged(arm: Arm) -> Cell:
+    if not arm.decided:
+        return NOTHING
+    lost = len(arm.diverged)
+    return Cell(f"{lost} of {len(arm.decided)}", "bad" if lost else "")
+
+
+def outcomes(part: Part) -> Table:
+    """Arms × seeds, or runs where there are no seeds: how each ended."""
+    note = "a number is the final loss; “loss alarm”: the step at which the loss itself told"
+    if not any(isinstance(run.seed, int) for run in part.runs):
+        ends = [(Cell(run.label), _outcome(run), Cell(run.state), _steps(run)) for run in part.runs]
+        columns = ("run", "outcome", "state", "steps recorded")
+        return Table(title=part.title, head=columns, rows=ends, note=note)
+    rows = []
+    for arm in part.arms:
+        cells = [[_outcome(run) for run in arm.runs if run.seed == seed] for seed in part.seeds]
+        rows.append((Cell(arm.title), *map(_one_cell, cells)))
+    head = ("arm", *(f"seed {seed}" for seed in part.seeds))
+    return Table(title=part.title, head=head, rows=rows, note=f"{note}; –: no run")
+
+
+def _one_cell(cells: list[Cell]) -> Cell:
+    if not cells:
+        return NOTHING
+    return Cell(" · ".join(cell.text for cell in cells), cells[0].meaning)
+
+
+def _outcome(run: Seen) -> Cell:
+    if run.diverged_at is not None:
+        return Cell(f"diverged at {run.diverged_at}", "bad")
+    alarm = run.diagnosis.loss_alarm
+    told = "" if alarm is None else f", loss alarm at {alarm}"
+    if run.steps.empty:
+        return Cell(f"{run.state}, no step recorded", "warn")
+    final, last = run.result.get("final_loss"), run.steps.iloc[-1]
+    if run.state != "finished":
+        return Cell(f"{run.state} at step {int(last['step'])}{told}", "warn")
+    if final is None:
+        final = float(last["loss"])
+    return Cell(number(float(final)) + told, "warn" if told else "")
+
+
+def mitigations(part: Part) -> Table:
+    """What each arm came to, and what it cost in loss."""
+    has_rare = any(run.result.get("final_rare_error") is not None for run in part.runs)
+    rows = []
+    for arm in part.arms:
+        row = [
+            Cell(arm.title),
+            Cell(", ".join(arm.mitigations)) if arm.mitigations else NOTHING,
+            _diverged(arm),
+            _median(arm, "final_loss"),
+            *([_median(arm, "final_rare_error")] if has_rare else []),
+            _findings(arm),
+        ]
+        rows.append(tuple(row))
+    rare = ["rare error, median"] if has_rare else []
+    head = ("arm", "mitigation", "diverged", "final loss, median", *rare, "findings")
+    note = "medians over the runs that did not diverge"
+    return Table(head=head, rows=rows, note=note)
+
+
+def _median(arm: Arm, name: str) -> Cell:
+    values = [run.result[name] for run in arm.runs if run.result.get(name) is not None]
+    return Cell(number(float(statistics.median(values)))) if values else NOTHING
+
+
+def _findings(arm: Arm) -> Cell:
+    counts: dict[tuple[str, Severity], set[str]] = {}
+    for run in arm.runs:
+        for finding in run.diagnosis.findings:
+            counts.setdefault((finding.cause, finding.severity), set()).add(run.label)
+    if not counts:
+        return Cell("nothing found", "quiet") if arm.runs else NOTHING
+    told = [
+        f"{in_words(cause)}, {severity}: {len(runs)} of {len(arm.runs)}".replace(" of ", OF)
+        for (cause, severity), runs in counts.items()
+    ]
+    return Cell(
+        "; ".join(told), "bad" if "high" in {severity for _, severity in counts} else "warn"
+    )
+
+
+def dose_numbers(part: Part, quantity: str, title: str) -> Table:
+    """Arms × doses: the mean over an arm's runs."""
+    doses = sorted({one["dose"] for run in part.runs for one in run.doses})
+    rows = []
+    for arm in part.arms:
+        found: dict[float, list[float]] = {}
+        for run in arm.runs:
+            for one in run.doses:
+                found.setdefault(one["dose"], []).append(float(one[quantity]))
+        means = [
+            Cell(f"{statistics.fmean(found[d]):.4f}") if d in found else NOTHING for d in doses
+        ]
+        rows.append((Cell(arm.title), *means))
+    head = ("arm", *(f"2{superscript(int(dose))}" for dose in doses))
+    return Table(title=title, head=head, rows=rows, note="means over runs")
+
+
+def precision(arm: Arm) -> Table:
+    """Layer by operand, as the layers said it when recording began; equal layers share a row."""
+    layers: dict[str, Any] = {}
+    for run in arm.runs:
+        layers |= run.run.info.get("precision") or {}
+    rows: dict[tuple[str, ...], list[str]] = {}
+    operands = ("input", "weight", "grad_output")
+    for layer, casts in layers.items():
+        rows.setdefault(tuple(str(casts.get(one, "–")) for one in operands), []).append(layer)
+    return Table(
+        title=arm.title,
+        head=("layers", *operands),
+        rows=[(Cell(", ".join(names)), *map(Cell, casts)) for casts, names in rows.items()],
+        note="" if rows else "no layer was converted: the operands are what the model computes in",
+    )
+
+
+def recorded_runs(story: Story) -> Table:
+    """Every run: where it stands and what it was given."""
+    rows = [
+        (
+            Cell(run.label),
+            Cell(run.state, "" if run.state == "finished" else "warn"),
+            Cell(number(run.seed if run.seed != "" else None)),
+            _steps(run),
+            Cell(number(run.run.info.get("every"))),
+            Cell(", ".join(f"{k} {v}" for k, v in _settings(run).items()) or "–"),
+        )
+        for run in story.runs
+    ]
+    head = ("run", "state", "seed", "steps recorded", "in full every", "settings")
+    return Table(head=head, rows=rows)
+
+
+def _steps(run: Seen) -> Cell:
+    if run.steps.empty:
+        return Cell("none", "warn")
+    first, last = int(run.steps["step"].min()), int(run.steps["step"].max())
+    return Cell(f"{first} to {last}" if last > first else str(first))
+
+
+def _settings(run: Seen) -> dict[str, str]:
+    """Plain values of the configuration that no other column shows."""
+    shown = ("experiment", "part", "arm", "seed", "text", "text_sha256")
+    plain = (str, int, float)
+    return {k: str(v) for k, v in run.config.items() if k not in shown and isinstance(v, plain)}

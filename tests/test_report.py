@@ -1,0 +1,552 @@
+"""The report: what it says equals what was recorded, and it is written whatever was recorded.
+
+The runs are real and tiny: one SwiGLU layer under `fp8lab.watch`, a loud batch every 17 steps that
+a delayed scale was not made for, and in one arm a learning rate that ends it. What a page says is
+held against run.json and against `diagnose`; what a picture shows against the rows it was drawn
+from, read off the figure's own lines. How a page looks has to be looked at: no test here does it.
+"""
+
+import base64
+import html
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import fp8lab
+from fp8lab.report import drawing, pictures, write_pictures, write_report
+from fp8lab.report.story import Place, Seen, Story, clipped_row, load, place_of, weight_rows
+from fp8lab.report.tables import number, outcomes
+from fp8lab.report.verdict import contradictions, sightings, unfinished, verdicts
+from fp8lab.sketch import bin_edge
+from fp8lab.store import RunError, open_run
+
+SECTIONS = (
+    "verdict outcomes loss timeline weights layers dose range findings limits provenance".split()
+)
+DOSES = (0, 16)
+
+
+class Model(nn.Module):
+    """One gated feed-forward, under a name of choice."""
+
+    def __init__(self, name: str = "mlp") -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, fp8lab.GatedFeedForward(16, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = getattr(self, self.name)(x)
+        return x + y
+
+
+def record(
+    path: Path,
+    *,
+    steps: int,
+    recipe: Any = None,
+    name: str = "mlp",
+    learning_rate: float = 0.1,
+    loss_is: float | None = None,
+    config: Mapping[str, Any] | None = None,
+    result: Mapping[str, Any] | None = None,
+    doses: bool = False,
+) -> Path:
+    torch.manual_seed(0)
+    model = Model(name)
+    if recipe is not None:
+        fp8lab.convert(model, recipe)
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
+    with fp8lab.watch(model, path, optimizer=optimizer, every=4, config=config) as watching:
+        for step in range(steps):
+            x = torch.randn(32, 16) * (2.5 if step % 17 == 16 else 1.0)
+            loss = (model(x) - 3.0 * x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            value = float(loss.detach()) if loss_is is None else loss_is
+            more = {"dose": DOSES[step * 2 // steps]} if doses else {"common_loss": value / 2.0}
+            watching.step(step, loss=value, **more)
+        if result is not None:
+            watching.set_result(**result)
+    return path
+
+
+DELAYED = fp8lab.DelayedScaling(amax_history_len=4)
+CURRENT = fp8lab.Float8CurrentScaling()
+HIGH = fp8lab.HighPrecision()
+LIMIT = "It shows nothing about <large> models."
+
+
+def describe(name: str, recipe: Any, predicted: str) -> dict[str, Any]:
+    return {"name": name, "title": f"the {name} arm", "predicted": predicted, "mitigations": []}
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two arms in two seeds and one planned seed that never ran; a dose response in two arms."""
+    folder = tmp_path_factory.mktemp("experiment")
+    arms = {"high": (HIGH, "diverges", None), "delayed": (DELAYED, "survives", 47)}
+    for arm, (recipe, _, diverged) in arms.items():
+        for seed in (0, 1):
+            config = {"experiment": "tiny", "part": "train", "arm": arm, "seed": seed}
+            record(
+                folder / "train" / arm / f"seed-{seed}",
+                steps=48,
+                recipe=recipe,
+                learning_rate=1.0 if arm == "delayed" else 0.05,
+                config=config | {"mitigations": []},
+                result={"diverged_at": diverged, "final_loss": None if diverged else 0.25 + seed},
+            )
+    for arm, recipe in {"high": HIGH, "current": CURRENT}.items():
+        doses = [{"dose": d, "loss": 1.0 + d, "gradient_cosine": 1.0 - d / 32} for d in DOSES]
+        record(
+            folder / "dose" / arm / "seed-0",
+            steps=8,
+            recipe=recipe,
+            config={"experiment": "tiny", "part": "dose", "arm": arm, "seed": 0},
+            result={"doses": doses, "diverged_at": None, "final_loss": 17.0},
+            doses=True,
+        )
+    described = {
+        "name": "tiny",
+        "question": "Does the product break?",
+        "prediction": "High precision diverges & FP8 does not.",
+        "refuted_if": "it is the other way round",
+        "limits": [LIMIT],
+        "parts": [
+            {
+                "name": "train",
+                "title": "A training",
+                "seeds": [0, 1, 2],
+                "arms": [describe(arm, how[0], how[1]) for arm, how in arms.items()],
+            },
+            {
+                "name": "dose",
+                "title": "A dose response",
+                "seeds": [0],
+                "arms": [describe("high", HIGH, "open"), describe("current", CURRENT, "open")],
+            },
+        ],
+    }
+    (folder / "experiment.json").write_text(json.dumps(described))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("page") / "deep" / "report.html"
+    assert write_report([experiment], path) == path
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def story(experiment: Path) -> Story:
+    return load([experiment])
+
+
+def text_of(page: str) -> str:
+    """The words of a page, its mark-up and white space reduced to single spaces."""
+    return " ".join(
+        html.unescape(re.sub(r"<style.*?</style>|<[^>]*>", " ", page, flags=re.S)).split()
+    )
+
+
+def images(page: str) -> list[tuple[str, bytes]]:
+    """Alternative text and SVG of every picture."""
+    found = re.findall(r'<img src="data:image/svg\+xml;base64,([^"]+)" alt="([^"]*)"', page)
+    assert len(found) == page.count("<img")
+    return [(alt, base64.b64decode(data)) for data, alt in found]
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def test_sections_in_order(page: str) -> None:
+    assert re.findall(r'<section id="([a-z]+)"', page) == SECTIONS
+    assert re.findall(r'<a href="#([a-z]+)"', page) == SECTIONS[1:]
+    assert "Not shown" not in page
+
+
+def test_every_picture_is_there_and_well_formed(page: str) -> None:
+    for one in SECTIONS[2:8]:
+        section = page.split(f'<section id="{one}"')[1].split("</section>")[0]
+        assert len(images(section)) == 1, one
+    for alt, svg in images(page):
+        assert alt
+        assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_nothing_is_loaded_from_anywhere(page: str) -> None:
+    assert "://" not in page
+    assert all(
+        link.startswith(("#", "data:")) for link in re.findall(r'(?:src|href)="(.{5})', page)
+    )
+    assert not re.search(r"<script|<link|<iframe|@import|url\(|\son\w+=", page)
+
+
+def test_nothing_of_the_machine_is_told(page: str, experiment: Path) -> None:
+    assert str(experiment) not in page
+    assert str(experiment.parent.name) not in page
+
+
+def test_same_runs_same_bytes_and_no_torch(page: str, experiment: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from fp8lab.report import write_report\n"
+        "lazy = {'torch', 'pandas', 'matplotlib', 'seaborn', 'jinja2'} & set(sys.modules)\n"
+        "write_report([sys.argv[1]], sys.argv[2]); print(sorted(lazy), 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, str(experiment), str(tmp_path / "again.html")],
+        env=os.environ | {"PYTHONHASHSEED": "7", "MPLBACKEND": "agg"},
+        cwd=Path(fp8lab.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("[] False\n", "")
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
+
+
+def test_a_page_replaces_the_one_before_or_leaves_it(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", steps=0)
+    old = tmp_path / "report.html"
+    old.write_text("old")
+    with pytest.raises(RunError, match=r"^.*nowhere: no run here"):
+        write_report([tmp_path / "nowhere"], old)
+    assert old.read_text() == "old"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        write_report([run], tmp_path / "folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "report.html", "run"]
+    assert "no step recorded" in write_report([run], old).read_text(encoding="utf-8")
+
+
+def test_a_single_path_is_a_mistake(experiment: Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="expected a list of paths"):
+        write_report(str(experiment), tmp_path / "report.html")
+
+
+def test_pictures_for_a_readme(experiment: Path, tmp_path: Path) -> None:
+    written = write_pictures([experiment], tmp_path / "pictures")
+    assert [path.name for path in written] == ["loss.png", "timeline.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+# --- what it says ---------------------------------------------------------------------------------
+
+
+def test_the_experiment_is_told_first(page: str) -> None:
+    text = text_of(page)
+    head = text.split("How every run ended")[0]
+    for words in (
+        "Does the product break?",
+        "4 training runs, 2 diverged; 2 dose-response runs.",
+        "High precision diverges & FP8 does not.",
+        "it is the other way round",
+        "2 contradictions",
+        "the high arm (train) was predicted to diverge, and 2 of 2 runs survived (seed 0, 1)",
+        "the delayed arm (train) was predicted to survive, and 2 of 2 runs diverged (seed 0, 1)",
+        "2 planned and not here",
+    ):
+        assert words in head, words
+    assert head.index("Against the prediction") < head.index("Delayed saturation")
+    assert LIMIT in text
+
+
+def test_cells_are_the_results(page: str) -> None:
+    outcomes = page.split('<section id="outcomes"')[1].split("</section>")[0]
+    rows = re.findall(r"<tr><th scope=\"row\">(.*?)</tr>", outcomes, flags=re.S)
+    cells = [text_of("<i>" + row) for row in rows]
+    assert cells[0] == "the high arm 0.25 1.25 –"
+    assert cells[1] == "the delayed arm diverged at 47 diverged at 47 –"
+    assert cells[2] == "the high arm – 0 of 2 0.75 nothing found"
+
+
+def test_doses_are_the_results(page: str) -> None:
+    text = text_of(page)
+    assert "arm 2⁰ 2¹⁶ the high arm 1.0000 17.0000 the current arm 1.0000 17.0000" in text
+    assert "the high arm 1.0000 0.5000" in text
+
+
+def test_every_finding_is_told_with_its_evidence(page: str, story: Story, experiment: Path) -> None:
+    text, told = text_of(page), 0
+    for run in story.runs:
+        twin = story.twin_of(run)
+        expected = fp8lab.diagnose(run.run.path, None if twin is None else twin.run)
+        assert run.diagnosis.findings == expected.findings
+        for finding in expected.findings:
+            assert f"{finding.summary[0].upper()}{finding.summary[1:]}." in text
+            assert finding.remedy in text
+            for evidence in finding.evidence:
+                row = f"{evidence.step} {evidence.quantity} {number(evidence.value)}"
+                assert f"{row} {number(evidence.threshold)} {evidence.source or '–'}" in text
+            told += 1
+    assert told >= 2
+    assert page.count('<article class="finding') == told
+
+
+def test_a_cause_is_told_once(story: Story) -> None:
+    found = [s for s in sightings(story) if s.finding.cause == "delayed_saturation"]
+    (one,) = [verdict for verdict in verdicts(story) if verdict.cause == "Delayed saturation"]
+    worst = [s for s in found if s.finding.severity == one.severity]
+    assert one.sites == ("mlp:product",)
+    assert one.arms == (("2 of 2 runs of", "the delayed arm (train)"),)
+    since = {s.finding.since for s in worst}
+    assert one.since == f"step {min(since)}" and len(since) == 1
+    leads = {s.run.diagnosis.loss_alarm - s.finding.since for s in worst}
+    assert one.lead == f"{leads.pop()} steps before the loss's own alarm" and not leads
+
+
+def test_the_twin_is_the_same_seed_in_high_precision(story: Story) -> None:
+    twins = {
+        run.label: twin and twin.label for run in story.runs if (twin := story.twin_of(run)) or 1
+    }
+    assert twins == {
+        "train/high/seed-0": None,
+        "train/high/seed-1": None,
+        "train/delayed/seed-0": "train/high/seed-0",
+        "train/delayed/seed-1": "train/high/seed-1",
+        "dose/high/seed-0": None,
+        "dose/current/seed-0": "dose/high/seed-0",
+    }
+
+
+def test_a_twin_that_differs_in_more_is_none(experiment: Path, tmp_path: Path) -> None:
+    shutil.copytree(experiment, tmp_path / "copy")
+    file = tmp_path / "copy" / "train" / "high" / "seed-0" / "run.json"
+    info = json.loads(file.read_text())
+    info["config"]["learning_rate"] = 1.0
+    file.write_text(json.dumps(info))
+    story = load([tmp_path / "copy"])
+    labels = {run.label: story.twin_of(run) for run in story.runs}
+    assert labels["train/delayed/seed-0"] is None
+    assert labels["train/delayed/seed-1"] is not None
+
+
+def test_an_open_prediction_cannot_be_contradicted(story: Story) -> None:
+    assert [len(contradictions(part)) for part in story.parts] == [2, 0]
+
+
+# --- what the pictures show -----------------------------------------------------------------------
+
+
+def test_the_timeline_shows_the_rows(story: Story) -> None:
+    run = story.worst_first()[0]
+    assert run.label.startswith("train/delayed/")
+    place = place_of(run)
+    assert place is not None
+    with drawing.style():
+        figure = pictures.timeline(run, place)
+        assert not isinstance(figure, str)
+        _, alignment, product, staleness, norm, loss = figure.axes
+    channels, rows = run.run.channels(), run.run.tensors()
+    channels = channels[channels["channel"] == place.channel].dropna(subset="alignment")
+    rows = rows[rows["site"] == "mlp:product"].dropna(subset="cur_amax")
+    steps = run.run.steps()
+
+    def drawn(axes: Any, index: int) -> list[list[float]]:
+        return [list(values) for values in axes.lines[index].get_data()]
+
+    assert drawn(alignment, 0) == [list(channels["step"]), list(channels["alignment"].abs())]
+    assert drawn(alignment, 1)[1] == list(channels["permuted_alignment"].abs())
+    assert drawn(product, 0) == [list(rows["step"]), list(rows["cur_amax"])]
+    scaled = rows[rows["staleness"] > 0]
+    assert drawn(product, 1)[1] == list(scaled["cur_amax"] / scaled["staleness"])
+    clipped = rows[rows["staleness"] > 2.0]
+    assert len(clipped) > 0
+    assert drawn(product, 2) == [list(clipped["step"]), list(clipped["cur_amax"])]
+    assert drawn(staleness, 1) == [list(clipped["step"]), list(clipped["staleness"])]
+    for axes, column in ((norm, "grad_norm"), (loss, "loss")):
+        finite = steps[np.isfinite(steps[column])]
+        assert drawn(axes, 0) == [list(finite["step"]), list(finite[column])]
+    alarms = [run.diagnosis.first_alarm, run.diagnosis.loss_alarm]
+    assert [line.get_xdata()[0] for line in loss.lines[-2:]] == alarms
+
+
+@pytest.mark.parametrize("which", [0, -1])
+def test_the_weights_are_the_channels(story: Story, which: int) -> None:
+    run = story.worst_first()[which]
+    place = place_of(run)
+    assert place is not None
+    rows = weight_rows(run, place)
+    assert {int(row["channel"]) for row in rows} == {place.channel}
+    with drawing.style():
+        figure = pictures.weights(run, rows)
+        for axes, row in zip(figure.axes, rows, strict=True):
+            points = np.stack([row["gate_weights"], row["up_weights"]], axis=1)
+            assert np.array_equal(axes.collections[0].get_offsets(), points)
+            assert f"{row['alignment']:.2f}" in axes.get_title(loc="left")
+
+
+def test_the_range_lies_where_the_cast_saturated(story: Story) -> None:
+    """The bound is drawn at max / scale: beyond it lie the elements that the cast counted."""
+    run = story.worst_first()[0]
+    place = place_of(run)
+    assert place is not None
+    row = clipped_row(run, place)
+    assert row is not None and row["saturated"] > 0
+    with drawing.style():
+        axes = pictures.ranges([("title", row)]).axes[0]
+        bound = 2.0 ** axes.lines[-1].get_xdata()[0]
+        floor, normal = (2.0 ** line.get_xdata()[0] for line in axes.lines[:2])
+    edges = np.array([bin_edge(int(row["histogram_start"]) + i) for i in range(1025)])
+    counts = np.asarray(row["histogram"])
+    lower, upper = edges[: len(counts)], edges[1 : len(counts) + 1]
+    for at, share, beyond in (
+        (bound, row["saturated"] * row["count"], lambda edge: edge > bound),
+        (floor, row["flushed"] * (row["count"] - row["zeros"]), lambda edge: edge < floor),
+    ):
+        inner, outer = (lower, upper) if at == bound else (upper, lower)
+        assert counts[beyond(inner)].sum() <= round(share) <= counts[beyond(outer)].sum()
+    assert normal == pytest.approx(floor * 16.0)  # E4M3: three octaves of subnormals, and the half
+
+
+def test_losses_are_drawn_by_how_they_ended(story: Story) -> None:
+    part = story.parts[0]
+    with drawing.style():
+        figure = pictures.losses(part)
+        assert not isinstance(figure, str)
+        high, delayed = figure.axes
+    assert [line.get_color() for line in high.lines] == [drawing.BLUE] * 2
+    reference, runs = delayed.lines[:2], delayed.lines[2:]
+    assert [line.get_color() for line in reference] == [drawing.FAINT] * 2
+    assert [line.get_color() for line in runs] == [drawing.RED] * 4  # two lines, two ends
+    assert [line.get_marker() for line in runs] == ["None", "X"] * 2
+
+
+def test_the_weights_shown_are_the_first_and_the_last_kept(story: Story) -> None:
+    run = Seen("run", story.runs[0].run)
+    kept = run.channels.dropna(subset="gate_weights").iloc[:1]
+    steps = (3, 5, 9)
+    run.channels = pd.concat([kept.assign(step=step) for step in steps])
+    place = Place(f"{kept['site'].iloc[0]}:product", int(kept["channel"].iloc[0]))
+    assert [row["step"] for row in weight_rows(run, place)] == [3, 9]
+
+
+def test_layers_show_the_amax_of_two_steps(page: str, story: Story) -> None:
+    run = story.worst_first()[0]
+    rows = run.run.tensors().query("site == 'mlp:product'").set_index("step")["cur_amax"]
+    assert f"at step 0 and at step {rows.idxmax()}, where the delayed arm, seed" in text_of(page)
+    with drawing.style():
+        figure = pictures.layers([("title", run)], 0, 16)
+        assert not isinstance(figure, str)
+    line = figure.axes[0].lines[0]
+    assert list(line.get_xdata()) == [rows[0], rows[16]]
+
+
+def test_a_long_name_is_cut_in_its_middle() -> None:
+    name = "model.layers." + "x" * 60 + ".mlp:product"
+    assert len(drawing.plain(name)) == 44
+    assert drawing.plain(name).endswith(".mlp:product")
+    assert drawing.plain("a\nb\x00") == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.001, "0.001"), (500.0, "500"), (1e4, "10⁴"), (2e4, "2·10⁴"), (1e-7, "10⁻⁷"), (0.0, "")],
+)
+def test_powers_are_plain_text(value: float, shown: str) -> None:
+    assert drawing.power_of_ten(value) == shown
+
+
+# --- whatever was recorded ------------------------------------------------------------------------
+
+
+def test_names_are_text(tmp_path: Path) -> None:
+    name = "<script>alert(1)</script>$x_2^$\N{CJK UNIFIED IDEOGRAPH-4E2D}"
+    run = record(tmp_path / "<b>run$</b>".replace("/", "-"), steps=20, recipe=DELAYED, name=name)
+    page = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "<b>run" not in page
+    assert html.escape(f"{name}:product") in page
+    assert "Not shown: no dose-response run is here" in text_of(page)
+    layers = next(svg for alt, svg in images(page) if "every layer" in alt)
+    assert "$x_2^$" in layers.decode()  # matplotlib names the text that it draws, in a comment
+
+
+def test_a_healthy_run(tmp_path: Path) -> None:
+    run = record(tmp_path / "healthy", steps=12, recipe=CURRENT)
+    text = text_of(write_report([run], tmp_path / "report.html").read_text(encoding="utf-8"))
+    loss = float(open_run(run).steps()["loss"].iloc[-1])
+    assert "1 training run, none diverged. Nothing found." in text
+    assert f"healthy {number(loss)} finished 0 to 11" in text
+    assert "mlp.gate, mlp.up, mlp.down E4M3 Float8CurrentScaling E4M3" in text
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_almost_no_run(tmp_path: Path, steps: int) -> None:
+    run = record(tmp_path / "short", steps=steps, recipe=DELAYED)
+    page = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
+    if steps:
+        assert len(images(page)) >= 3
+    else:
+        assert images(page) == []
+        assert "finished, no step recorded" in text_of(page)
+        assert text_of(page).count("Not shown:") == 6
+
+
+def test_a_run_without_a_finite_loss(tmp_path: Path) -> None:
+    run = record(tmp_path / "nan", steps=12, recipe=DELAYED, loss_is=math.nan)
+    page = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "1 training run, 1 diverged." in text_of(page)
+    assert "Not shown: no finite loss was recorded" in text_of(page)
+
+
+@pytest.mark.parametrize(("pid", "state"), [(os.getpid(), "running"), (2**22 + 1, "killed")])
+def test_a_run_that_is_not_finished(tmp_path: Path, pid: int, state: str) -> None:
+    run = record(tmp_path / "part", steps=12)
+    info = json.loads((run / "run.json").read_text()) | {"state": "running", "pid": pid}
+    (run / "run.json").write_text(json.dumps(info))
+    story = load([run])
+    assert unfinished(story) == f"Runs that are not finished: 1 {state}."
+    assert outcomes(story.parts[0]).rows[0][1] == (f"{state} at step 11", "warn")
+
+
+@pytest.mark.parametrize("file", ["run.json", "tensors.parquet", "channels.parquet"])
+def test_a_damaged_run_is_named_and_left_out(tmp_path: Path, file: str) -> None:
+    record(tmp_path / "runs" / "good", steps=4, recipe=DELAYED)
+    bad = record(tmp_path / "runs" / "bad", steps=4, recipe=DELAYED) / file
+    bad.write_bytes(bad.read_bytes()[:60])
+    story = load([tmp_path / "runs"])
+    assert [run.label for run in story.runs] == ["good"]
+    (unread,) = story.unread
+    assert unread.label == "bad"
+    assert unread.reason.startswith(f"{file}: damaged")
+    assert str(tmp_path) not in unread.reason
+
+
+@pytest.mark.parametrize("content", ["{", '{"name": "x"}', "[]"])
+def test_a_damaged_experiment_costs_only_itself(tmp_path: Path, content: str) -> None:
+    record(tmp_path / "runs" / "good", steps=2, config={"arm": "mine", "seed": 3})
+    (tmp_path / "runs" / "experiment.json").write_text(content)
+    page = write_report([tmp_path / "runs"], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Could not be read, and left out: experiment.json : damaged" in text_of(page)
+    assert "arm seed 3 mine" in text_of(page)
+
+
+def test_an_experiment_of_which_nothing_ran(experiment: Path, tmp_path: Path) -> None:
+    shutil.copy(experiment / "experiment.json", tmp_path / "experiment.json")
+    text = text_of(write_report([tmp_path], tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "0 training runs, none diverged. Nothing found." in text
+    assert "8 planned and not here" in text
+
+
+def test_a_run_given_twice_is_read_once(experiment: Path) -> None:
+    again = experiment / "dose" / ".." / "train" / "high" / "seed-0"
+    runs = load([experiment / "train", again]).runs
+    assert [run.label for run in runs] == [
+        f"{arm}/seed-{seed}" for arm in ("delayed", "high") for seed in (0, 1)
+    ]
