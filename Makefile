@@ -37,7 +37,7 @@ fmt: $(SETUP) ## Format, and fix what ruff can fix
 	$(BIN)/ruff format .
 
 bench: $(SETUP) ## Time the casts and the watching
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python tests/bench.py
 
 clean: ## Remove the environments, the build outputs and the caches; keep runs/
 	rm -rf .venv $(LOWEST) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
