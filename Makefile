@@ -7,7 +7,7 @@ LOWEST := .venv-lowest
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-lowest check fmt bench clean
+.PHONY: help demo reports test test-full test-lowest check fmt bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,6 +15,11 @@ help: ## List the targets
 demo: $(SETUP) ## Let SwiGLU diverge in FP8, then write the report that says why
 	$(BIN)/fp8lab run swiglu_divergence --out runs/demo
 	$(BIN)/fp8lab report runs/demo -o runs/demo/report.html
+
+reports: demo ## Renew what reports/ holds, from a demo
+	$(BIN)/fp8lab report runs/demo -o reports/swiglu_divergence.html
+	$(BIN)/python -c 'from fp8lab.report import write_pictures as w; w(["runs/demo/divergence/fp8-delayed"], "runs/demo/pictures")'
+	cp runs/demo/pictures/timeline.png reports/swiglu_divergence.png
 
 test: $(SETUP) ## Run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"

@@ -39,8 +39,8 @@ class _OneLineErrors(TyperGroup):
             message = str(error) or type(error).__name__ if usage is None else usage()
             if isinstance(error, OSError) and error.filename is not None:
                 message = f"{error.filename}: {error.strerror}"
-            if message:  # no arguments at all: the help has been printed
-                typer.echo(f"error: {message.strip().splitlines()[0]}", err=True)
+            for line in message.strip().splitlines()[:1]:  # none after the help, for no arguments
+                typer.echo(f"error: {line}", err=True)
             sys.exit(2)
         if code == 130:
             typer.echo("interrupted: what was recorded is kept", err=True)
@@ -148,12 +148,12 @@ def show(run: RunPath, as_json: Json = False) -> None:
     table = Table(show_header=False, box=None)
     for key in ("run", "state", "steps", "loss", "machine", "command", "every"):
         table.add_row(key, _cell(info.get(key)))
-    versions = info.get("versions", {})
+    versions = _mapping(opened, "versions")
     table.add_row("versions", ", ".join(f"{k} {v}" for k, v in versions.items()))
     for site in info.get("sites", []):
         parts = ", ".join(f"{role} {site[role]}" for role in ("gate", "up", "down"))
         table.add_row(f"site {site['site']}", f"{parts}; {site['activation']}")
-    for layer, operands in info.get("precision", {}).items():
+    for layer, operands in _mapping(opened, "precision").items():
         table.add_row(layer, ", ".join(f"{o} {p}" for o, p in operands.items()))
     for event in events:
         table.add_row(f"step {event['step']}", f"{event['kind']}: {event['detail']}")
@@ -227,13 +227,18 @@ def _expand(paths: Iterable[Path]) -> list[Path]:
 
 
 def _config(run: Run) -> dict[str, Any]:
-    config = run.info.get("config")
-    return config if isinstance(config, dict) else {}
+    return _mapping(run, "config")
+
+
+def _mapping(run: Run, key: str) -> dict[str, Any]:
+    """A part of run.json, empty where a run has none."""
+    found = run.info.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def _summary(run: Run) -> dict[str, Any]:
     steps = run.steps()
-    result = run.info.get("result") or {}
+    result = _mapping(run, "result")
     losses = steps["loss"].dropna()
     return {
         "run": str(run.path),
@@ -257,12 +262,14 @@ def _grid(title: str, arms: dict[str, str], part: str, runs: list[Run]) -> Table
             diverged, final = summary["diverged_at"], summary["final_loss"]
             cell: str | Text = summary["state"] if final is None else f"{final:.3f}"
             if diverged is not None:
-                cell = Text(f"diverged at {diverged}", style="bold red")
+                cell = Text(f"✗ {diverged}", style="bold red")
             cells[config["arm"], config["seed"]] = cell
     seeds = sorted({seed for _, seed in cells})
-    table = Table(
-        "arm", *(f"seed {seed}" for seed in seeds), title=title, title_justify="left", box=None
-    )
+    table = Table(box=None, title=title, title_justify="left", caption_justify="left")
+    if any(isinstance(cell, Text) for cell in cells.values()):
+        table.caption = "a number: the final loss; ✗ n: diverged at step n"
+    for name in ("arm", *(f"seed {seed}" for seed in seeds)):
+        table.add_column(name)
     for arm, arm_title in arms.items():
         if any((arm, seed) in cells for seed in seeds):
             table.add_row(arm_title, *(cells.get((arm, seed), "") for seed in seeds))
@@ -270,7 +277,7 @@ def _grid(title: str, arms: dict[str, str], part: str, runs: list[Run]) -> Table
 
 
 def _comparison(arm: str, runs: list[Run]) -> dict[str, Any]:
-    results = [run.info.get("result") or {} for run in runs]
+    results = [_mapping(run, "result") for run in runs]
     products = [run.tensors() for run in runs]
     products = [frame[frame["site"].str.endswith(":product")] for frame in products]
     seconds = [run.steps()["seconds"].median() for run in runs]
@@ -336,6 +343,7 @@ class _Progress:
             TimeElapsedColumn(),
             console=console,
             transient=True,
+            disable=not console.is_terminal,  # else it would end with an empty line
         )
         self._all = self._bars.add_task("runs", total=0, numbers="")
         self._jobs: dict[int, tuple[str, Any, float]] = {}

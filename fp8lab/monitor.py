@@ -8,7 +8,7 @@ made the scale in force, because clipping may happen in one step of forty.
 
 Watching changes no bit: hooks return nothing, draw no random numbers, and write to no tensor that
 is not their own. A forward that an activation checkpoint repeats inside the backward is not counted
-again, nor is one in evaluation mode without gradients.
+again, nor is an evaluation: a forward without gradients.
 
 Rejected: keeping tensors until the step ends (memory), and `.item()` in hooks (a host sync each).
 """

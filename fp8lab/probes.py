@@ -8,8 +8,8 @@ How the product is cast is asked of the down layer (`sites.cast_in_force`), the 
 itself makes: what is reported is what was done. A plain BF16 layer does not answer, and its
 columns stay empty.
 
-A forward that an activation checkpoint repeats inside the backward is not counted again, nor is one
-in evaluation mode without gradients.
+A forward that an activation checkpoint repeats inside the backward is not counted again, nor is an
+evaluation: a forward without gradients.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ Vector = NDArray[np.float64]
 
 
 def _counts_as_training(module: nn.Module) -> bool:
-    # Private, see linear: the only way to tell a recomputed forward in both kinds of checkpointing.
+    # Private, see linear: the only way to tell a recomputed forward in both kinds of checkpointing,
+    # and the first forward of use_reentrant=True, which has no gradients, from an evaluation.
     recomputed = torch._C._current_graph_task_id() != -1
-    return not recomputed and (torch.is_grad_enabled() or module.training)
+    in_function = not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+    return not recomputed and (torch.is_grad_enabled() or (in_function and module.training))
 
 
 class GateProbe:
@@ -53,7 +55,7 @@ class GateProbe:
         site = self.site
         gate, up, down = site.gate.module, site.up.module, site.down.module
         if gate is None or up is None or down is None:
-            return [site.module.register_forward_hook(self._recompute, with_kwargs=True)]
+            return [site.module.register_forward_hook(self._ended, with_kwargs=True)]
         return [
             gate.register_forward_hook(self._keep("gate")),
             up.register_forward_hook(self._keep("up")),
@@ -78,19 +80,21 @@ class GateProbe:
         if self._records_now() and _counts_as_training(module):
             self._measured.append(("output", measure.sketch_vector(output)))
 
-    @torch.no_grad()
-    def _recompute(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """The projections are never called: what they computed is computed again."""
+    def _ended(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if _counts_as_training(module):
-            input = (*args, *kwargs.values())[0]
-            gate, up = self.site.gate(input), self.site.up(input)
-            activated_gate, activated_up = self.site.activated(gate, up)
-            product = activated_gate * activated_up
-            if self._records_now():
-                self._measure(product, gate, up)
-                self._measured.append(("output", measure.sketch_vector(self.site.down(product))))
-            else:
-                self._measure(product, None, None)
+            self._recompute((*args, *kwargs.values())[0])
+
+    @torch.no_grad()
+    def _recompute(self, input: Tensor) -> None:
+        """The projections are never called: what they computed is computed again."""
+        gate, up = self.site.gate(input), self.site.up(input)
+        activated_gate, activated_up = self.site.activated(gate, up)
+        product = activated_gate * activated_up
+        if self._records_now():
+            self._measure(product, gate, up)
+            self._measured.append(("output", measure.sketch_vector(self.site.down(product))))
+        else:
+            self._measure(product, None, None)
 
     @torch.no_grad()
     def _measure(self, product: Tensor, gate: Tensor | None, up: Tensor | None) -> None:

@@ -216,7 +216,13 @@ def _read(file: Path, schema: pa.Schema) -> pa.Table:
             with pa.ipc.open_file(pa.memory_map(str(file))) as reader:
                 rows = reader.read_all()
         rows.validate(full=True)  # offsets of a damaged file point anywhere
-        return rows.cast(schema)
+        unknown = set(rows.column_names) - set(schema.names)
+        if unknown:
+            raise ValueError(f"columns {', '.join(sorted(unknown))}, expected those of {file.stem}")
+        for column in schema:  # a column newer than the file was not measured then
+            if column.name not in rows.column_names:
+                rows = rows.append_column(column, pa.nulls(rows.num_rows, column.type))
+        return rows.select(schema.names).cast(schema)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise RunError(f"{file}: damaged: {str(error).splitlines()[0]}") from None
 

@@ -381,8 +381,8 @@ def rare_token_runs(out: Path, seeds: list[int], steps: int | None) -> Path:
 
 @pytest.fixture(scope="session")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Seed 3 diverges at step 540 of 2000; anti-wind-up is first clipped at step 553.
-    return rare_token_runs(tmp_path_factory.mktemp("short") / "runs", [3], 700)
+    # Seed 3 diverges at step 540 of 2000; with anti-wind-up it is first clipped at step 413.
+    return rare_token_runs(tmp_path_factory.mktemp("short") / "runs", [3], 600)
 
 
 @pytest.fixture(scope="session")

@@ -293,18 +293,36 @@ def test_what_a_checkpoint_repeats_is_not_counted_again(
     same_rows(tmp_path / "whole", tmp_path / "checkpointed")
 
 
-@pytest.mark.parametrize("form", ["plain", "delayed", "uncalled"])
-def test_an_evaluation_between_steps_is_not_counted(form: str, tmp_path: Path) -> None:
+def repeated(model: nn.Module, x: Tensor, reentrant: bool) -> None:
+    checkpoint(model, x.requires_grad_(), use_reentrant=reentrant)
+
+
+EVALUATIONS: dict[str, tuple[Callable[[nn.Module, Tensor], object], bool, Any]] = {
+    "no_grad": (lambda model, x: model(x), False, torch.no_grad),
+    "no_grad, in training mode": (lambda model, x: model(x), True, torch.no_grad),
+    "inference mode": (lambda model, x: model(x), False, torch.inference_mode),
+    "inference mode, in training mode": (lambda model, x: model(x), True, torch.inference_mode),
+    "checkpointed": (lambda model, x: repeated(model, x, False), False, torch.no_grad),
+    "reentrant": (lambda model, x: repeated(model, x, True), False, torch.no_grad),
+}
+
+
+@pytest.mark.parametrize("evaluation", EVALUATIONS)
+@pytest.mark.parametrize("form", ["plain", "current", "uncalled"])
+def test_an_evaluation_between_steps_is_not_counted(
+    form: str, evaluation: str, tmp_path: Path
+) -> None:
+    evaluate, in_training_mode, without_gradients = EVALUATIONS[evaluation]
     original = FORMS[form]()
     for name, evaluates in (("whole", False), ("evaluated", True)):
         model = copy.deepcopy(original)
         with recording(model, tmp_path / name, every=2) as watching:
-            for step in range(5):
+            for step in range(3):
                 model(inputs(step)).square().sum().backward()
                 if evaluates:
-                    model.eval()
-                    with torch.no_grad():
-                        model(100.0 * inputs(step))
+                    model.train(in_training_mode)
+                    with without_gradients():
+                        evaluate(model, 100.0 * inputs(step))
                     model.train()
                 watching.step(step)
     same_rows(tmp_path / "whole", tmp_path / "evaluated")

@@ -29,7 +29,7 @@ from torch import nn
 import fp8lab
 from fp8lab.report import drawing, pictures, write_pictures, write_report
 from fp8lab.report.story import Place, Seen, Story, clipped_row, load, place_of, weight_rows
-from fp8lab.report.tables import number, outcomes
+from fp8lab.report.tables import dose_numbers, number, outcomes, precision
 from fp8lab.report.verdict import contradictions, sightings, unfinished, verdicts
 from fp8lab.sketch import bin_edge
 from fp8lab.store import RunError, open_run
@@ -282,6 +282,26 @@ def test_doses_are_the_results(page: str) -> None:
     assert "the high arm 1.0000 0.5000" in text
 
 
+def test_doses_are_means_over_seeds(experiment: Path, tmp_path: Path) -> None:
+    for seed, loss in enumerate((1.0, 4.0, 4.0)):
+        run = shutil.copytree(experiment / "dose" / "high" / "seed-0", tmp_path / str(seed))
+        info = json.loads((run / "run.json").read_text())
+        info["result"]["doses"] = [{"dose": 3, "loss": loss, "gradient_cosine": 1.0}]
+        (run / "run.json").write_text(json.dumps(info))
+    (part,) = load([tmp_path]).parts
+    assert dose_numbers(part, "loss", "").rows == [(("high", ""), ("3.0000", ""))]
+
+
+def test_layers_numbered_alike_share_a_line(experiment: Path) -> None:
+    arm = load([experiment]).parts[0].arms[1]
+    name = arm.runs[0].run.info["precision"]
+    (cast,) = {tuple(operands.values()) for operands in name.values()}
+    arm.runs[1].run.info["precision"] = {f"blocks.{i}.up": name["mlp.up"] for i in (0, 1, 10)}
+    (row,) = precision(arm, "").rows
+    assert row[0].text == "mlp.gate, mlp.up, mlp.down, blocks.*.up (3)"
+    assert tuple(cell.text for cell in row[1:]) == cast
+
+
 def test_every_finding_is_told_with_its_evidence(page: str, story: Story, experiment: Path) -> None:
     text, told = text_of(page), 0
     for run in story.runs:
@@ -513,6 +533,10 @@ def test_a_run_that_is_not_finished(tmp_path: Path, pid: int, state: str) -> Non
     story = load([run])
     assert unfinished(story) == f"Runs that are not finished: 1 {state}."
     assert outcomes(story.parts[0]).rows[0][1] == (f"{state} at step 11", "warn")
+    with drawing.style():
+        figure = pictures.losses(story.parts[0])
+        assert not isinstance(figure, str)
+    assert [line.get_color() for line in figure.axes[0].lines] == [drawing.ORANGE]
 
 
 @pytest.mark.parametrize("file", ["run.json", "tensors.parquet", "channels.parquet"])

@@ -341,7 +341,7 @@ def test_text_that_is_none_is_damage(tmp_path: Path) -> None:
     file = tmp_path / "run" / "segments" / "000000" / "events.arrow"
     offsets = pa.py_buffer(np.array([0, 3, 6], dtype=np.int32))
     kind = pa.StringArray.from_buffers(2, offsets, pa.py_buffer(b"abc\xff\xfef"))
-    rows = open_run(tmp_path / "run").arrow("events")
+    rows = open_run(tmp_path / "run").arrow("events").combine_chunks()
     rows = rows.set_column(rows.column_names.index("kind"), rows.schema.field("kind"), kind)
     with pa.ipc.new_file(str(file), rows.schema) as writer:
         writer.write_table(rows)

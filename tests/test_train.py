@@ -51,6 +51,12 @@ class Noisy(Reconstruction):
         return loss * torch.rand(()), metrics
 
 
+class Constant(Reconstruction):
+    def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
+        loss, metrics = super().loss(model, step)
+        return loss * 0.0 + 2.0, metrics
+
+
 PRECISIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "plain": lambda model: model,
     "bf16": lambda model: convert(model, HighPrecision()),
@@ -113,6 +119,7 @@ def test_the_same_seed_gives_the_same_losses_watched_or_not(tmp_path: Path, prec
     steps = open_run(tmp_path / "run").steps()
     assert steps["step"].tolist() == list(range(STEPS))
     assert steps["loss"].tolist() == trained[0][0]
+    assert steps["twice"].notna().all()
     other = made(precision, seed=1)
     assert losses_of(other, OPTIMIZERS["sgd"](other), task=Noisy()) != trained[0][0]
 
@@ -159,6 +166,14 @@ def test_divergence_stops_the_loop_and_is_recorded(
     events = run.events()[["step", "kind", "detail"]].to_dict("records")
     told = f"{schedule.judged_by} is {values[beyond[0]] * factor:.4g}" if stops else ""
     assert events == ([{"step": diverged, "kind": "diverged", "detail": told}] if stops else [])
+
+
+def test_a_loss_at_the_limit_has_not_diverged() -> None:
+    for limit, expected in ((2.0, None), (math.nextafter(2.0, 0.0), 0)):
+        model = made()
+        still = torch.optim.SGD(model.parameters(), lr=0.0)
+        schedule = Schedule(steps=2, diverged_above=limit)
+        assert train(model, still, Constant(), schedule) == expected
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -456,6 +471,7 @@ def test_a_checkpoint_that_cannot_be_loaded_changes_nothing(tmp_path: Path, kind
         ),
         ("SGD's", "optimizer SGD of [3] parameters, expected AdamW of [3] parameters"),
         ("a random state too short", "damaged: random state"),
+        ("no metadata", "cannot be loaded: 'step'"),
     ],
 )
 def test_what_a_foreign_checkpoint_is_told(tmp_path: Path, kind: str, message: str) -> None:

@@ -52,7 +52,7 @@ def made() -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def prepare(seed: int, folder: Path, settings: Settings, progress: Progress) -> None:
-    if BEFALLS.get(f"prepare/seed-{seed}") == "raises":
+    if BEFALLS.get(f"first/prepare/seed-{seed}") == "raises":
         raise ValueError("nothing prepared")
     model, optimizer = made()
     save_checkpoint(folder / f"start-{seed}.safetensors", model, optimizer, 0)

@@ -209,11 +209,11 @@ def _load_module(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        where = error.filename or path
+        where = path if error.filename == spec.origin else error.filename
         raise ValueError(f"experiment {where}, line {error.lineno}: {error.msg}") from None
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        line = next((f.lineno for f in reversed(frames) if f.filename == str(path)), None)
+        line = max(f.lineno or 0 for f in frames if f.filename == spec.origin)
         raise ValueError(f"experiment {path}, line {line}: {in_one_line(error)}") from None
     return module
 
@@ -363,6 +363,7 @@ def _finished(path: Path) -> bool:
 def _claim(out: Path, experiment: Experiment, settings: Settings) -> None:
     """Make `out` this experiment's folder, or check that it is."""
     file = out / "experiment.json"
+    description = experiment.describe() | {"settings": asdict(settings)}
     if out.exists() and any(out.iterdir()):
         try:
             known = json.loads(file.read_text(encoding="utf-8"))
@@ -373,10 +374,11 @@ def _claim(out: Path, experiment: Experiment, settings: Settings) -> None:
             ) from None
         if name != experiment.name:
             raise RunError(f"{out}: holds experiment {name!r}, expected {experiment.name!r}")
-        if earlier != asdict(settings):
-            raise RunError(f"{out}: holds runs with {earlier}, expected {asdict(settings)}")
+        if earlier != description["settings"]:
+            raise RunError(f"{out}: holds runs with {earlier}, expected {description['settings']}")
+        if known == description:
+            return
     out.mkdir(parents=True, exist_ok=True)
-    description = experiment.describe() | {"settings": asdict(settings)}
     temporary = out / ".experiment.json"
     temporary.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     temporary.replace(file)

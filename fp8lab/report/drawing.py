@@ -114,10 +114,12 @@ def plain(name: str, length: int = 44) -> str:
 
 
 def wrapped(title: str) -> str:
+    """A panel's title on at most three lines."""
     return textwrap.fill(plain(title, 60), 25)
 
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:
+    """An empty figure, in inches, whose parts make room for each other."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -132,6 +134,7 @@ def points(rows: pd.DataFrame, column: str) -> tuple[Any, Any]:
 
 
 def line(axes: Axes, x: Any, values: Any, **look: Any) -> None:
+    """A line; a dot where there is but one point."""
     if len(x) == 1:
         look |= {"marker": "o", "markersize": 4}
     axes.plot(x, values, rasterized=len(x) > LONG, **look)
@@ -155,6 +158,7 @@ def log_axis(axis: Any, values: Any) -> None:
 
 
 def power_of_ten(value: float) -> str:
+    """A tick's label; empty for what a log axis cannot show."""
     if value <= 0 or not np.isfinite(value):
         return ""
     if 1e-3 <= value < 1e4:

@@ -343,7 +343,12 @@ def _provenance(story: Story) -> list[Block]:
         again = f"fp8lab run {name} --out {name}; fp8lab report {name} -o {name}.html"
         facts.setdefault("to do it again", {})[again] = None
     rows = [(tables.Cell(name), tables.Cell(" · ".join(values))) for name, values in facts.items()]
-    arms = [tables.precision(arm) for part in story.parts for arm in part.arms if arm.runs]
+    arms = [
+        tables.precision(arm, f"{part.title}: {arm.title}")
+        for part in story.parts
+        for arm in part.arms
+        if arm.runs
+    ]
     return [
         tables.Table(head=("what", "recorded"), rows=rows),
         Folded("Precision in force: every layer and operand of every arm", arms),

@@ -7,6 +7,7 @@ for doses, a mean over them; each heading says which.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ def predictions(part: Part) -> Table:
         )
         for arm in part.arms
     ]
-    return Table(title=part.title, head=("arm", "predicted", "diverged", ""), rows=rows)
+    return Table(title=part.title, head=("arm", "predicted", "diverged", "judged"), rows=rows)
 
 
 def _diverged(arm: Arm) -> Cell:
@@ -164,7 +165,7 @@ def dose_numbers(part: Part, quantity: str, title: str) -> Table:
     return Table(title=title, head=head, rows=rows, note="means over runs")
 
 
-def precision(arm: Arm) -> Table:
+def precision(arm: Arm, title: str) -> Table:
     """Layer by operand, as the layers said it when recording began; equal layers share a row."""
     layers: dict[str, Any] = {}
     for run in arm.runs:
@@ -174,10 +175,21 @@ def precision(arm: Arm) -> Table:
     for layer, casts in layers.items():
         rows.setdefault(tuple(str(casts.get(one, "–")) for one in operands), []).append(layer)
     return Table(
-        title=arm.title,
+        title=title,
         head=("layers", *operands),
-        rows=[(Cell(", ".join(names)), *map(Cell, casts)) for casts, names in rows.items()],
+        rows=[(Cell(_numbered_alike(names)), *map(Cell, casts)) for casts, names in rows.items()],
         note="" if rows else "no layer was converted: the operands are what the model computes in",
+    )
+
+
+def _numbered_alike(layers: list[str]) -> str:
+    """Names on one line, those that differ only in numbers once: layers.*.mlp.up (32)."""
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        groups.setdefault(re.sub(r"\d+", "*", layer), []).append(layer)
+    return ", ".join(
+        names[0] if len(names) == 1 else f"{pattern} ({len(names)})"
+        for pattern, names in groups.items()
     )
 
 

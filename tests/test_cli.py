@@ -1,0 +1,424 @@
+"""The command line: what it prints, what it returns, and one line for everything that is wrong.
+
+In process through typer's runner, which keeps stdout and stderr apart, and as the installed program
+where only a process shows: its exit code, a pipe that closes, an experiment of worker processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner, Result
+
+from fp8lab.cli import app
+from fp8lab.diagnosis import diagnose
+from fp8lab.store import RunWriter, open_run
+
+TINY = Path(__file__).with_name("tiny_experiment.py")
+PROGRAM = Path(sys.executable).with_name("fp8lab")
+COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
+ONLY = ["--arm", "bf16", "--arm", "hot", "--seed", "0", "--steps", "3"]
+LABELS = ["first/bf16/seed-0", "second/bf16/seed-0", "second/hot/seed-0"]
+
+
+def invoke(*arguments: str | Path) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def strict(text: str) -> Any:
+    """What JSON's own grammar says: no NaN, no infinity."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below: when it was written, and what is in it."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def spoken(text: str) -> str:
+    """A table's text, however its cells are wrapped."""
+    return " ".join(text.split())
+
+
+@pytest.fixture(scope="module")
+def first_run(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, "subprocess.CompletedProcess[str]"]:
+    out = tmp_path_factory.mktemp("cli") / "runs"
+    finished = subprocess.run(
+        [PROGRAM, "run", TINY, "--out", out, *ONLY, "--workers", "1", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return out, finished
+
+
+@pytest.fixture
+def runs(first_run: tuple[Path, Any]) -> Path:
+    return first_run[0]
+
+
+# --- the verbs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    result = invoke(command, "--help")
+    described = get_command(app).commands[command]  # type: ignore[attr-defined]
+    assert result.exit_code == 0 and result.stderr == ""
+    assert described.help.splitlines()[0] in spoken(result.stdout.replace("\n\n", "\n"))
+    for option in (name for p in described.params for name in p.opts if name.startswith("--")):
+        assert option in result.stdout
+
+
+def test_the_commands_are_these() -> None:
+    assert COMMANDS == ["compare", "diagnose", "ls", "report", "run", "show"]
+    result = invoke()
+    assert result.exit_code == 2 and result.stderr == ""
+    assert all(command in result.stdout for command in COMMANDS)
+
+
+def test_run(first_run: tuple[Path, "subprocess.CompletedProcess[str]"]) -> None:
+    out, finished = first_run
+    assert finished.returncode == 0
+    done = ["first/prepare/seed-0", *LABELS]
+    assert finished.stderr.splitlines() == [f"done: {label}" for label in done]
+    rows = strict(finished.stdout)
+    assert [Path(row["run"]).relative_to(out).as_posix() for row in rows] == LABELS
+    for row, label in zip(rows, LABELS, strict=True):
+        run = open_run(out / label)
+        assert row == {
+            "run": str(run.path),
+            "state": "finished",
+            "part": label.split("/")[0],
+            "arm": label.split("/")[1],
+            "seed": 0,
+            "steps": 2 if "hot" in label else 3,
+            "loss": float(run.steps()["loss"].iloc[-1]),
+            "diverged_at": 1 if "hot" in label else None,
+            "final_loss": None if "hot" in label else float(run.steps()["loss"].iloc[-1]),
+        }
+
+
+def test_run_again_does_nothing_and_shows_a_grid(runs: Path) -> None:
+    before = snapshot(runs)
+    result = invoke("run", TINY, "--out", runs, *ONLY)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert snapshot(runs) == before
+    final = open_run(runs / LABELS[1]).info["result"]["final_loss"]
+    table = spoken(result.stdout)
+    assert "From a common start arm seed 0 BF16" in table and "From scratch" in table
+    assert f"BF16 {final:.3f} BF16, too hot diverged at 1 runs: " in table
+
+
+def test_a_run_that_fails_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINY_EXPERIMENT", json.dumps({"first/current/seed-5": "raises"}))
+    out = tmp_path / "runs"
+    result = invoke("run", TINY, "--out", out, "--arm", "current", "--seed", "5", "--workers", "1")
+    error = "first/current/seed-5: RuntimeError: it raised"
+    assert (result.exit_code, result.stderr) == (1, f"failed: {error}\n")
+    assert "done: first/prepare/seed-5" in result.stdout and error in result.stdout
+    assert "FP8 failed" in spoken(result.stdout)
+
+
+def test_ls(runs: Path) -> None:
+    result = invoke("ls", runs)
+    assert (result.exit_code, result.stderr) == (0, "")
+    first, _, hot = (line for line in result.stdout.splitlines() if "seed-0" in line)
+    final = open_run(runs / LABELS[0]).info["result"]["final_loss"]
+    assert first.split() == [LABELS[0], "finished", "3", "-", f"{final:.3g}"]
+    assert hot.split() == [LABELS[2], "finished", "2", "1", "-"]
+    listed = strict(invoke("ls", runs, "--json").stdout)
+    assert [row["run"] for row in listed] == [str(runs / label) for label in LABELS]
+
+
+def test_ls_lists_what_is_damaged_too(tmp_path: Path) -> None:
+    RunWriter.create(tmp_path / "good", {}).close()
+    for name, text in (("bad", "{"), ("new", '{"schema_version": 99}'), ("list", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(text)
+    RunWriter.create(tmp_path / "torn", {}).close()
+    (tmp_path / "torn" / "steps.parquet").write_bytes(b"PAR1")
+    result = invoke("ls", tmp_path, "--json")
+    assert result.exit_code == 0
+    states = {Path(row["run"]).name: row["state"] for row in strict(result.stdout)}
+    damaged = dict.fromkeys(("bad", "new", "list", "torn"), "damaged")
+    assert states == {"good": "finished"} | damaged
+    assert spoken(invoke("ls", tmp_path).stdout).count("damaged - - -") == 4
+
+
+def test_ls_looks_in_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    RunWriter.create("runs/mine", {}).close()
+    assert strict(invoke("ls", "--json").stdout)[0]["run"] == "runs/mine"
+
+
+def test_show(runs: Path) -> None:
+    run = open_run(runs / LABELS[2])
+    told = strict(invoke("show", run.path, "--json").stdout)
+    assert {key: told[key] for key in run.info if key != "pid"} == {
+        key: value for key, value in run.info.items() if key != "pid"
+    }
+    assert (told["steps"], told["state"], told["arm"]) == (2, "finished", "hot")
+    loss = float(run.steps()["loss"].iloc[-1])
+    event = {"step": 1, "kind": "diverged", "site": None, "detail": f"loss is {loss:.4g}"}
+    assert told["events"] == [event]
+    text = spoken(invoke("show", run.path).stdout)
+    assert f"step 1 diverged: loss is {loss:.4g}" in text
+    assert "site 0 gate 0.gate, up 0.up, down 0.down; silu" in text
+    assert "0.down input BF16 HighPrecision, weight BF16 HighPrecision" in text
+
+
+def test_diagnose(runs: Path) -> None:
+    fine, hot = runs / LABELS[1], runs / LABELS[2]
+    result = invoke("diagnose", fine)
+    assert (result.exit_code, result.stdout) == (0, f"{fine}: nothing found\n")
+    result = invoke("diagnose", hot)
+    assert (result.exit_code, result.stdout) == (1, f"{diagnose(hot)}\n")
+    assert "not_fp8" in result.stdout
+    result = invoke("diagnose", runs, "--json")
+    assert result.exit_code == 1
+    told = [diagnose(runs / label).to_dict() for label in LABELS]
+    assert strict(result.stdout) == json.loads(json.dumps(told))
+
+
+def test_diagnose_beside_a_twin(tmp_path: Path, runs: Path) -> None:
+    run = RunWriter.create(tmp_path / "fp8", {"precision": {"down": {"input": "E4M3 X"}}})
+    run.append("events", [{"step": 5, "rank": 0, "kind": "diverged", "detail": ""}])
+    run.close()
+    assert invoke("diagnose", run.path, "--twin", runs / LABELS[1]).exit_code == 0
+    assert invoke("diagnose", run.path, "--twin", runs / LABELS[2]).exit_code == 1
+
+
+def test_compare(runs: Path, tmp_path: Path) -> None:
+    result = invoke("compare", runs, "--json")
+    assert result.exit_code == 0
+    rows = {row["arm"]: row for row in strict(result.stdout)}
+    assert list(rows) == ["first/bf16", "second/bf16", "second/hot"]
+    run = open_run(runs / LABELS[1])
+    products = run.tensors().query("site == '0:product'")
+    assert rows["second/bf16"] == {
+        "arm": "second/bf16",
+        "runs": 1,
+        "diverged": 0,
+        "final_loss": run.info["result"]["final_loss"],
+        "staleness": None,
+        "saturated": products["saturated"].max(),
+        "flushed": products["flushed"].max(),
+        "bulk_error": products["bulk_error"].max(),
+        "steps_per_second": 1 / run.steps()["seconds"].median(),
+    }
+    assert rows["second/hot"]["diverged"] == 1 and rows["second/hot"]["final_loss"] is None
+    text = spoken(invoke("compare", runs).stdout)
+    assert f"second/bf16 1 0 {rows['second/bf16']['final_loss']:.3g} - 0 " in text
+
+
+def test_compare_takes_medians_and_maxima_over_the_runs_of_an_arm(tmp_path: Path) -> None:
+    finals, peaks = [3.0, 1.0, 2.5], [4.0, 9.0, 2.0]
+    for seed, (final, peak) in enumerate(zip(finals, peaks, strict=True)):
+        writer = RunWriter.create(
+            tmp_path / f"seed-{seed}",
+            {"config": {"part": "p", "arm": "a"}, "result": {"final_loss": final}},
+        )
+        row = {"rank": 0, "site": "mlp:product", "staleness": peak}
+        writer.append("tensors", [row | {"step": 0}])
+        writer.append("tensors", [row | {"step": 0, "site": "mlp:gate", "staleness": 99.0}])
+        writer.append("steps", [{"step": s, "rank": 0, "seconds": 1.0 + seed} for s in range(2)])
+        writer.close()
+    (row,) = strict(invoke("compare", tmp_path, "--json").stdout)
+    assert (row["arm"], row["runs"], row["diverged"]) == ("p/a", 3, 0)
+    assert row["final_loss"] == statistics.median(finals)
+    assert row["staleness"] == max(peaks) and row["saturated"] is None
+    assert row["steps_per_second"] == 1 / 2
+
+
+def test_report(runs: Path, tmp_path: Path) -> None:
+    before = snapshot(runs)
+    page = tmp_path / "pages" / "mine.html"
+    result = invoke("report", runs, "-o", page)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"report: {page}\n", "")
+    assert "<html" in page.read_text(encoding="utf-8")
+    assert snapshot(runs) == before
+
+
+def test_runs_that_say_little_about_themselves(tmp_path: Path) -> None:
+    RunWriter.create(tmp_path / "bare", {}).close()
+    RunWriter.create(tmp_path / "[/odd]", {"config": {"arm": "a"}, "result": 5}).close()
+    RunWriter.create(tmp_path / "[bold]", {"config": [1], "versions": None}).close()
+    for name in ("bare", "[/odd]", "[bold]"):
+        told = strict(invoke("show", tmp_path / name, "--json").stdout)
+        assert (told["steps"], told["loss"], told["events"]) == (0, None, [])
+        assert invoke("show", tmp_path / name).exit_code == 0
+    result = invoke("ls", tmp_path)
+    assert result.exit_code == 0
+    assert "[/odd]" in result.stdout and "[bold]" in result.stdout
+    for command in ("compare", "diagnose"):
+        assert invoke(command, tmp_path).exit_code == 0
+    assert len(strict(invoke("compare", tmp_path, "--json").stdout)) == 3
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    writer = RunWriter.create(tmp_path / "run", {"config": {"lr": float("inf")}})
+    losses = [1.0, float("inf"), float("nan")]
+    writer.append("steps", [{"step": s, "rank": 0, "loss": x} for s, x in enumerate(losses)])
+    writer.append("events", [{"step": 1, "rank": 0, "kind": "nonfinite_loss", "detail": "x"}])
+    writer.info["result"] = {"final_loss": float("nan")}
+    writer.close()
+    told = strict(invoke("show", tmp_path / "run", "--json").stdout)
+    assert told["config"] == {"lr": None} and told["result"] == {"final_loss": None}
+    for command in ("ls", "compare", "diagnose"):
+        strict(invoke(command, tmp_path, "--json").stdout)
+
+
+# --- what is wrong, in a line -------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one of everything that is wrong, to stand in."""
+    monkeypatch.chdir(tmp_path)
+    RunWriter.create("run", {}).close()
+    for name, text in (("damaged", "{"), ("newer", '{"schema_version": 99}'), ("list", "[]")):
+        Path(name).mkdir()
+        Path(name, "run.json").write_text(text)
+    RunWriter.create("torn", {}).close()
+    Path("torn/steps.parquet").write_bytes(b"PAR1")
+    Path("empty").mkdir()
+    Path("foreign").mkdir()
+    Path("foreign/thesis.txt").write_text("all of it")
+    Path("file").write_text("a file")
+    Path("nothing.txt").touch()
+    Path("syntax.py").write_text("x = (\n")
+    Path("fails.py").write_text("import nowhere\n")
+    Path("without.py").write_text("x = 1\n")
+    return tmp_path
+
+
+RUN = ("run", str(TINY), "--out")
+NEEDS_A_RUN = "no run here, expected a directory with a run.json"
+WRONG: list[tuple[tuple[str, ...], str]] = [
+    *((((verb, "missing")), f"missing: {NEEDS_A_RUN}") for verb in ("show", "diagnose", "compare")),
+    *((((verb, "file")), f"file: {NEEDS_A_RUN}") for verb in ("show", "diagnose", "report")),
+    *((((verb, "empty")), f"empty: {NEEDS_A_RUN}") for verb in ("show", "report", "compare")),
+    *(((verb, "damaged"), "damaged/run.json: damaged: ") for verb in ("show", "diagnose")),
+    *(
+        ((verb, "torn"), "torn/steps.parquet: damaged: ")
+        for verb in ("show", "diagnose", "compare")
+    ),
+    (("show", "newer"), "newer/run.json: schema_version: 99, expected 1"),
+    (("show", "list"), "list/run.json: schema_version: None, expected 1"),
+    (("diagnose", "run", "--twin", "missing"), f"missing: {NEEDS_A_RUN}"),
+    (("ls", "missing"), "missing: no such folder"),
+    (("ls", "file"), "file: no such folder"),
+    (("ls",), "runs: no such folder"),
+    (("run", "large"), "experiment 'large': expected a .py file or one of: swiglu_divergence"),
+    (("run", "missing.py"), "experiment missing.py: no such file"),
+    (("run", "syntax.py"), "experiment syntax.py, line 1: '(' was never closed"),
+    (("run", "fails.py"), "experiment fails.py, line 1: ModuleNotFoundError: No module named"),
+    (("run", "without.py"), "experiment without.py: expected a value EXPERIMENT"),
+    ((*RUN, "new", "--text", "nothing.txt"), "text nothing.txt: the file is empty"),
+    ((*RUN, "new", "--text", "missing.txt"), "text missing.txt: No such file or directory"),
+    ((*RUN, "new", "--text", "empty"), "text empty: Is a directory"),
+    ((*RUN, "foreign"), "foreign: exists and holds no experiment, expected a new folder"),
+    ((*RUN, "file"), "file: Not a directory"),
+    ((*RUN, "new", "--arm", "cold"), "arm cold: expected some of bf16, current, hot"),
+    ((*RUN, "new", "--workers", "-1"), "Invalid value for '--workers': "),
+    ((*RUN, "new", "--workers", "0"), "Invalid value for '--workers': "),
+    ((*RUN, "new", "--workers", "two"), "Invalid value for '--workers': "),
+    ((*RUN, "new", "--steps", "0"), "Invalid value for '--steps': "),
+    ((*RUN, "new", "--seed", "one"), "Invalid value for '--seed': "),
+    (("run",), "Missing argument 'experiment'."),
+    (("show",), "Missing argument 'run'."),
+    (("show", "run", "run"), "Got unexpected extra argument (run)"),
+    (("show", "run", "--yaml"), "No such option: --yaml"),
+    (("--yaml",), "No such option: --yaml"),
+    (("fix", "run"), "No such command 'fix'."),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=lambda value: " ".join(value[-2:]))
+def test_bad_input_is_one_line_and_exit_code_2(
+    place: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    before = snapshot(place)
+    for more in ((), ("--json",)):
+        result = invoke(*arguments, *(more if arguments[0] not in ("report", "--yaml") else ()))
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"error: {message}"), result.stderr
+        assert result.stderr.count("\n") == 1 and result.stderr.endswith("\n")
+    assert snapshot(place) == before and not (place / "new").exists()
+
+
+def test_a_bug_is_not_bad_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(path: Path) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("fp8lab.cli.find_runs", broken)
+    result = CliRunner().invoke(app, ["ls", str(tmp_path)])
+    assert isinstance(result.exception, KeyError)
+
+
+def test_an_error_without_words_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def silent(path: Path) -> None:
+        raise ValueError
+
+    monkeypatch.setattr("fp8lab.cli.find_runs", silent)
+    assert invoke("ls", tmp_path).stderr == "error: ValueError\n"
+
+
+def in_a_process(*arguments: str | Path, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [PROGRAM, *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_installed_program(runs: Path, tmp_path: Path) -> None:
+    """What the runner cannot show: exit codes and streams of a real process."""
+    expected: list[tuple[tuple[str | Path, ...], int, Callable[[str], bool], str]] = [
+        (("diagnose", runs / LABELS[1]), 0, lambda out: "nothing found" in out, ""),
+        (("diagnose", runs / LABELS[2]), 1, lambda out: "not_fp8" in out, ""),
+        (("show", "missing"), 2, lambda out: out == "", f"error: missing: {NEEDS_A_RUN}\n"),
+        (("--yaml",), 2, lambda out: out == "", "error: No such option: --yaml\n"),
+    ]
+    for arguments, code, fits, told in expected:
+        finished = in_a_process(*arguments, cwd=tmp_path)
+        assert (finished.returncode, finished.stderr) == (code, told)
+        assert fits(finished.stdout)
+
+
+def test_a_reader_that_leaves_is_no_error(runs: Path) -> None:
+    process = subprocess.Popen(
+        [PROGRAM, "ls", runs, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    told = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(), told) == (1, b"")
+
+
+def test_a_folder_that_cannot_be_written(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "page").mkdir()
+    result = invoke("report", runs, "-o", tmp_path / "page")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "Is a directory" in result.stderr and os.listdir(tmp_path / "page") == []

@@ -1,0 +1,398 @@
+"""Experiments in real processes: what a run leaves behind, whatever befalls it or its neighbours.
+
+`tiny_experiment.py` is run; a worker costs the import of torch (a second or two), so that one
+experiment serves many questions. Nothing is simulated: runs are killed, and Ctrl-C is a signal to
+the process group. That nobody is left is read off the pipe of stderr: it ends with its last holder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fp8lab.lab.experiment import (
+    Experiment,
+    Part,
+    Report,
+    Settings,
+    load_experiment,
+    run_experiment,
+)
+from fp8lab.record import TABLES
+from fp8lab.store import Run, RunError, RunWriter, find_runs, open_run
+
+TINY = Path(__file__).with_name("tiny_experiment.py")
+ARMS = {"first": ("bf16", "current"), "second": ("bf16", "hot")}
+LABELS = [f"{part}/{arm}/seed-{seed}" for part in ARMS for seed in (0, 1) for arm in ARMS[part]]
+
+
+def run_tiny(out: Path, **more: Any) -> list[str]:
+    file, experiment = load_experiment(str(TINY))
+    return run_experiment(file, experiment, out, **more)
+
+
+def rows(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """Everything recorded, less the clock."""
+    tables = {table: run.arrow(table) for table in TABLES}
+    tables["steps"] = tables["steps"].drop_columns(["seconds"])
+    return {name: table.to_pylist() for name, table in tables.items()}
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below: when it was written, and what is in it."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@dataclasses.dataclass
+class Told:
+    """What the callbacks were told, in order."""
+
+    labels: dict[int, str] = dataclasses.field(default_factory=dict)
+    reports: list[Report] = dataclasses.field(default_factory=list)
+    ends: dict[int, str | None] = dataclasses.field(default_factory=dict)
+
+    def listen(self) -> dict[str, Any]:
+        return {
+            "on_start": self.labels.__setitem__,
+            "on_report": self.reports.append,
+            "on_end": self.ends.__setitem__,
+        }
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Told]]:
+    """The whole experiment, by two workers; not to be written to."""
+    out, told = tmp_path_factory.mktemp("tiny") / "runs", Told()
+    assert run_tiny(out, workers=2, **told.listen()) == []
+    before = snapshot(out)
+    yield out, told
+    assert snapshot(out) == before
+
+
+# --- what is left behind ------------------------------------------------------------------------
+
+
+def test_every_run_has_its_directory(done: tuple[Path, Told]) -> None:
+    out, _ = done
+    assert [str(path.relative_to(out)) for path in find_runs(out)] == sorted(LABELS)
+    for label in LABELS:
+        run = open_run(out / label)
+        config = run.info["config"]
+        assert "/".join([config["part"], config["arm"], f"seed-{config['seed']}"]) == label
+        assert run.state == "finished" and config["experiment"] == "tiny"
+        assert run.info["result"]["diverged_at"] == (1 if "hot" in label else None)
+        assert len(run.steps()) == (2 if "hot" in label else 4)
+    assert {path.name for path in out.iterdir()} == {"experiment.json", *ARMS}
+
+
+def test_experiment_json_is_the_experiment_and_the_settings(done: tuple[Path, Told]) -> None:
+    out, _ = done
+    _, experiment = load_experiment(str(TINY))
+    described = json.loads((out / "experiment.json").read_text())
+    assert described == experiment.describe() | {"settings": {"steps": None, "text": None}}
+    assert described["prediction"] == "It does." and described["limits"] == ["It is tiny."]
+    hot = described["parts"][1]["arms"][1]
+    assert hot == {
+        "name": "hot",
+        "title": "BF16, too hot",
+        "recipe": {"recipe": "HighPrecision"},
+        "mitigations": [],
+        "predicted": "diverges",
+        "options": {"hotter": 1e8},
+    }
+
+
+def test_what_the_callbacks_are_told(done: tuple[Path, Told]) -> None:
+    _, told = done
+    prepared = [f"first/prepare/seed-{seed}" for seed in (0, 1)]
+    assert told.labels == dict(enumerate([*prepared, *LABELS]))
+    assert told.ends == dict.fromkeys(told.labels)
+    for index, label in told.labels.items():
+        reports = [report for report in told.reports if report.index == index]
+        steps = [report.step for report in reports]
+        assert steps == sorted(set(steps))
+        assert {report.steps for report in reports} == {1 if "prepare" in label else 4}
+        if "hot" not in label:  # the last step is always told; that one did not reach it
+            assert steps[-1] == reports[-1].steps
+
+
+def test_one_worker_gives_the_same_rows_as_two(tmp_path: Path, done: tuple[Path, Told]) -> None:
+    out, _ = done
+    assert run_tiny(tmp_path / "runs", workers=1) == []
+    for label in LABELS:
+        assert rows(open_run(tmp_path / "runs" / label)) == rows(open_run(out / label)), label
+    zero, one = (open_run(out / "second" / "bf16" / f"seed-{seed}") for seed in (0, 1))
+    assert zero.steps()["loss"].tolist() != one.steps()["loss"].tolist()
+
+
+def test_what_is_finished_is_left_alone(done: tuple[Path, Told]) -> None:
+    out, _ = done
+    before, told = snapshot(out), Told()
+    assert run_tiny(out, **told.listen()) == []
+    assert told.labels == {} and snapshot(out) == before
+
+
+# --- what befalls a run -------------------------------------------------------------------------
+
+
+def test_what_fails_or_dies_is_told_in_a_line_and_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: tuple[Path, Told]
+) -> None:
+    out, told = tmp_path / "runs", Told()
+    fates = {
+        "first/bf16/seed-0": "raises",
+        "first/current/seed-0": "killed",
+        "first/prepare/seed-1": "raises",
+        "second/bf16/seed-0": "terminated",
+        "second/bf16/seed-1": "exits",
+    }
+    monkeypatch.setenv("TINY_EXPERIMENT", json.dumps(fates))
+    failures = run_tiny(out, **told.listen())
+    reasons = {
+        "first/bf16/seed-0": "RuntimeError: it raised",
+        "first/current/seed-0": "its process ended with exit code -9",
+        "first/prepare/seed-1": "ValueError: nothing prepared",
+        "second/bf16/seed-0": "its process ended with exit code 0",
+        "second/bf16/seed-1": "SystemExit: 3",
+    }
+    assert sorted(failures) == [f"{label}: {reason}" for label, reason in reasons.items()]
+    unprepared = {"first/bf16/seed-1", "first/current/seed-1"}
+    ends = {told.labels[index]: error for index, error in told.ends.items()}
+    assert ends.keys() == {*LABELS, "first/prepare/seed-0", "first/prepare/seed-1"} - unprepared
+    assert sorted(filter(None, ends.values())) == sorted(failures)
+    states = {str(path.relative_to(out)): open_run(path).state for path in find_runs(out)}
+    assert states == dict.fromkeys(set(LABELS) - unprepared, "finished") | {
+        "first/bf16/seed-0": "failed",
+        "first/current/seed-0": "killed",
+        "second/bf16/seed-0": "interrupted",
+        "second/bf16/seed-1": "failed",
+    }
+    for label, state in states.items():
+        if state != "finished":  # the steps before are there
+            assert open_run(out / label).steps()["step"].tolist() == [0, 1]
+
+    monkeypatch.delenv("TINY_EXPERIMENT")
+    kept = {label: snapshot(out / label) for label in states if states[label] == "finished"}
+    again = Told()
+    assert run_tiny(out, workers=1, **again.listen()) == []
+    assert set(again.labels.values()) == {*reasons, *unprepared, "first/prepare/seed-0"}
+    assert {label: snapshot(out / label) for label in kept} == kept
+    for label in LABELS:
+        assert rows(open_run(out / label)) == rows(open_run(done[0] / label)), label
+
+
+def unfinished(path: Path, state: str) -> None:
+    RunWriter.create(path, {}).set_state(state)
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "second" / "hot" / "seed-0"
+    run_tiny(tmp_path / "runs", arms=[])
+    unfinished(path, "running")  # by this process, which lives
+    before = snapshot(tmp_path)
+    with pytest.raises(RunError) as caught:
+        run_tiny(tmp_path / "runs", arms=["hot"])
+    assert str(caught.value) == f"{path}: is being written by process {os.getpid()}"
+    assert snapshot(tmp_path).keys() == before.keys()
+
+
+def test_a_folder_where_a_run_should_be_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "second" / "hot" / "seed-0"
+    run_tiny(tmp_path / "runs", arms=[])
+    path.mkdir(parents=True)
+    (path / "thesis.txt").write_text("all of it")
+    with pytest.raises(RunError, match="no run here"):
+        run_tiny(tmp_path / "runs", arms=["hot"])
+    assert (path / "thesis.txt").read_text() == "all of it"
+
+
+def test_only_the_arms_seeds_and_steps_asked_for(tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    # A process was killed while it made this run's directory.
+    (out / "second" / "hot" / "seed-7" / "segments").mkdir(parents=True)
+    with pytest.raises(RunError, match="holds no experiment"):
+        run_tiny(out, arms=["hot"], seeds=[7])
+    (out / "second").rename(tmp_path / "second")
+    run_tiny(out, arms=[], settings=Settings(steps=1))
+    (tmp_path / "second").rename(out / "second")
+    settings = Settings(steps=1)
+    assert run_tiny(out, arms=["hot"], seeds=[7], settings=settings, workers=1) == []
+    assert [str(path.relative_to(out)) for path in find_runs(out)] == ["second/hot/seed-7"]
+    run = open_run(out / "second" / "hot" / "seed-7")
+    assert len(run.steps()) == 1 and run.info["config"]["steps"] == 1
+    assert json.loads((out / "experiment.json").read_text())["settings"]["steps"] == 1
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def test_an_unknown_arm_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        run_tiny(tmp_path / "runs", arms=["hot", "cold"])
+    assert str(caught.value) == "arm cold: expected some of bf16, current, hot"
+    with pytest.raises(ValueError, match="workers: 0, expected at least 1"):
+        run_tiny(tmp_path / "runs", workers=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"notes.txt": "mine"}, "exists and holds no experiment, expected a new folder"),
+        ({"experiment.json": "{"}, "exists and holds no experiment, expected a new folder"),
+        ({"experiment.json": "[]"}, "exists and holds no experiment, expected a new folder"),
+        ({"experiment.json": "{}"}, "exists and holds no experiment, expected a new folder"),
+        (
+            {"experiment.json": '{"name": "large", "settings": {}}'},
+            "holds experiment 'large', expected 'tiny'",
+        ),
+        (
+            {"experiment.json": '{"name": "tiny", "settings": {"steps": 2, "text": null}}'},
+            "holds runs with {'steps': 2, 'text': None}, expected {'steps': None, 'text': None}",
+        ),
+    ],
+)
+def test_a_folder_that_holds_something_else_is_refused(
+    tmp_path: Path, files: dict[str, str], message: str
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    before = snapshot(tmp_path)
+    with pytest.raises(RunError) as caught:
+        run_tiny(tmp_path)
+    assert str(caught.value) == f"{tmp_path}: {message}"
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, ": no such file"),
+        ("x = 1\ny = (2\n", ", line 2: '(' was never closed"),
+        ("x = 1\n\nprint(y)\n", ", line 3: NameError: name 'y' is not defined"),
+        ("def f():\n    raise ValueError\n\nf()\n", ", line 2: ValueError"),
+        ("import nowhere\n", ", line 1: ModuleNotFoundError: No module named 'nowhere'"),
+        ("import json\n\njson.loads('{')\n", ", line 3: JSONDecodeError: Expecting property name"),
+        ("x = 1\n", ": expected a value EXPERIMENT of type Experiment"),
+        ("EXPERIMENT = 'mine'\n", ": expected a value EXPERIMENT of type Experiment"),
+    ],
+)
+def test_a_file_that_is_no_experiment(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        load_experiment(str(path))
+    assert str(caught.value).startswith(f"experiment {path}{message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_experiment_by_name() -> None:
+    file, experiment = load_experiment("swiglu_divergence")
+    assert file.name == "swiglu_divergence.py" and experiment.name == "swiglu_divergence"
+    with pytest.raises(ValueError) as caught:
+        load_experiment("large")
+    assert str(caught.value) == (
+        "experiment 'large': expected a .py file or one of: swiglu_divergence"
+    )
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "-a", "hot"])
+def test_names_are_distinct_and_name_a_folder(name: str) -> None:
+    _, experiment = load_experiment(str(TINY))
+    _, second = experiment.parts
+    renamed = dataclasses.replace(second.arms[0], name=name)
+    with pytest.raises(ValueError, match=f"Part second: arms: '{name}', expected distinct names"):
+        dataclasses.replace(second, arms=(renamed, *second.arms[1:]))
+
+    def with_parts(*parts: Part) -> Experiment:
+        return dataclasses.replace(experiment, parts=parts)
+
+    if name != "hot":
+        with pytest.raises(ValueError, match=f"Experiment: parts: '{name}', expected distinct"):
+            with_parts(dataclasses.replace(second, name=name))
+        with pytest.raises(ValueError, match=f"Experiment: name: '{name}', expected distinct"):
+            dataclasses.replace(experiment, name=name)
+    with pytest.raises(ValueError, match="Experiment: parts: 'second', expected distinct"):
+        with_parts(second, second)
+
+
+# --- Ctrl-C, and an end that is worse -----------------------------------------------------------
+
+
+def start(out: Path, pause: float) -> subprocess.Popen[str]:
+    program = [sys.executable, "-c", "from fp8lab.cli import app; app()"]
+    return subprocess.Popen(
+        [*program, "run", str(TINY), "--out", str(out), "--arm", "bf16", "--steps", "1000"],
+        env=os.environ | {"TINY_EXPERIMENT": json.dumps({"pause": pause})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and stderr, once the last process that holds stderr is gone."""
+    try:
+        _, told = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, told
+
+
+def steps_on_disk(out: Path) -> list[int]:
+    return [len(list(path.glob("segments/0*"))) for path in find_runs(out)]
+
+
+@pytest.mark.parametrize("to_all", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_ctrl_c_ends_everyone_and_keeps_what_was_recorded(tmp_path: Path, to_all: bool) -> None:
+    process = start(tmp_path / "runs", pause=0.05)
+    wait_for(lambda: len(c := steps_on_disk(tmp_path / "runs")) == 2 and min(c) >= 2, process)
+    (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
+    assert ended(process) == (130, "interrupted: what was recorded is kept\n")
+    for path in find_runs(tmp_path / "runs"):
+        run = open_run(path)
+        assert run.state == "interrupted"
+        assert run.steps()["step"].tolist() == list(range(len(run.steps())))
+        assert len(run.steps()) >= 2
+
+
+def test_ctrl_c_while_the_workers_start(tmp_path: Path) -> None:
+    process = start(tmp_path / "runs", pause=0.0)
+    wait_for((tmp_path / "runs" / "experiment.json").exists, process)
+    time.sleep(0.5)  # the workers import torch
+    os.killpg(process.pid, signal.SIGINT)
+    assert ended(process) == (130, "interrupted: what was recorded is kept\n")
+
+
+@pytest.mark.slow
+def test_workers_do_not_outlive_their_parent(tmp_path: Path) -> None:
+    process = start(tmp_path / "runs", pause=0.05)
+    wait_for(lambda: len(c := steps_on_disk(tmp_path / "runs")) == 2 and min(c) >= 2, process)
+    process.kill()
+    assert ended(process) == (-signal.SIGKILL, "")
+    for path in find_runs(tmp_path / "runs"):
+        assert open_run(path).state == "interrupted"
