@@ -10,6 +10,8 @@ fused kernel; the plain form is what such a kernel has to equal.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -193,12 +195,17 @@ def channel_matrix(
     )
 
 
-def sampled_rows(product: Tensor, gate: nn.Parameter, up: nn.Parameter) -> Tensor:
-    """float64 [1 + 2n]: the hottest channel, then its gate row and its up row, evenly sampled."""
-    channels = product.detach().reshape(-1, product.shape[-1]).abs().amax(dim=0)
-    hottest = channels.argmax(dim=0, keepdim=True)
+def sampled_rows(
+    product: Tensor, gate: nn.Parameter, up: nn.Parameter, followed: Sequence[int] = ()
+) -> Tensor:
+    """float64 [1 + followed, 1 + 2n]: a channel, its gate row and its up row, evenly sampled.
+
+    First the hottest channel of this product, then those of `followed`.
+    """
+    peaks = product.detach().reshape(-1, product.shape[-1]).abs().amax(dim=0)
+    others = torch.tensor(list(followed), dtype=torch.int64, device=product.device)
+    # Not `weight[hottest]`: an index that is a scalar on the device is waited for.
+    channels = torch.cat([peaks.argmax(dim=0, keepdim=True), others])
     stride = -(-gate.shape[1] // SAMPLED_WEIGHTS)
-    sampled = [weight.detach()[:, ::stride] for weight in (gate, up)]
-    # Not `sampled[hottest]`: an index that is a scalar on the device is waited for.
-    rows = [weight.index_select(0, hottest).flatten().double() for weight in sampled]
-    return torch.cat([hottest.double(), *rows])
+    sampled = [weight.detach()[:, ::stride].index_select(0, channels) for weight in (gate, up)]
+    return torch.cat([channels[:, None].double(), *(rows.double() for rows in sampled)], dim=1)

@@ -28,6 +28,10 @@ from fp8lab.sketch import Sketch
 
 Vector = NDArray[np.float64]
 
+# Of so many channels that were hottest so far the weights are kept with every recorded step: the
+# one that breaks a run was among them long before, and is seen as it was then.
+SAMPLED_CHANNELS = 3
+
 
 def _counts_as_training(module: nn.Module) -> bool:
     # Private, see linear: the only way to tell a recomputed forward in both kinds of checkpointing,
@@ -49,6 +53,7 @@ class GateProbe:
         self._measured: list[tuple[str, Tensor]] = []
         self._cast: dict[str, str] = {}
         self._followed: dict[int, float] = {}
+        self._sampled = 1
         self._previous_top: set[int] = set()
 
     def attach(self) -> list[Any]:
@@ -116,7 +121,9 @@ class GateProbe:
         gate_weight, up_weight = self.site.gate.weight, self.site.up.weight
         weights = gate_weight, up_weight, self.site.down.weight
         add(("channels", measure.channel_matrix(product, gate, up, weights)))
-        add(("weights", measure.sampled_rows(product, gate_weight, up_weight)))
+        hottest_ever = sorted(self._followed, key=lambda c: self._followed[c])[-SAMPLED_CHANNELS:]
+        self._sampled = 1 + len(hottest_ever)
+        add(("weights", measure.sampled_rows(product, gate_weight, up_weight, hottest_ever)))
 
     def vectors(self) -> list[Tensor]:
         """What was measured since the last call of `rows`."""
@@ -158,7 +165,8 @@ class GateProbe:
             product |= self._cast | measure.operand_statistics(np.sum(kinds["operand"], axis=0))
         matrices = [v.reshape(len(measure.CHANNEL_COLUMNS), -1) for v in kinds["channels"]]
         hottest = int(np.argmax([matrix[0].max() for matrix in matrices]))
-        return rows, self._channel_rows(matrices, kinds["weights"][hottest], product)
+        sampled = kinds["weights"][hottest].reshape(self._sampled, -1)
+        return rows, self._channel_rows(matrices, sampled, product)
 
     def _sentinel_row(self, sentinels: Vector) -> dict[str, Any]:
         amax, channel, scale, staleness = sentinels.T
@@ -193,14 +201,15 @@ class GateProbe:
         self._previous_top = top
         self._follow({channel: float(amax[channel]) for channel in top})
         median = float(np.median(amax))
+        weights = {int(row[0]): row[1:] for row in sampled}
         rows = []
         for channel in sorted(top | self._followed.keys()):
             row: dict[str, Any] = {"site": self.site.name, "channel": channel}
             row |= _finite_columns(measure.CHANNEL_COLUMNS, merged[:, channel])
             if median > 0 and "product_amax" in row:
                 row["channel_ratio"] = row["product_amax"] / median
-            if channel == int(sampled[0]):
-                row["gate_weights"], row["up_weights"] = np.split(sampled[1:], 2)
+            if channel in weights:
+                row["gate_weights"], row["up_weights"] = np.split(weights[channel], 2)
             rows.append(row)
         return rows
 

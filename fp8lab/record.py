@@ -63,7 +63,7 @@ TENSORS = (
     Column("crest", _F64, "", "amax / rms"),
     Column("kurtosis", _F64, "", "mean(x^4) / mean(x^2)^2, uncentred"),
     Column("histogram_start", pa.int32(), "bin", "bin of the first count; 4 bins an octave"),
-    Column("histogram", pa.list_(_I64), "elements", "non-zero ones by magnitude, see sketch.bin_edge"),
+    Column("histogram", pa.list_(_I64), "elements", "of non-zero magnitudes, see sketch.bin_edge"),
     Column("token_ratio", _F64, "", "per-token amax: 99.9th percentile / median"),
     Column("channel_ratio", _F64, "", "largest channel amax / median channel amax"),
     Column("hot_channel", pa.int32(), "channel", "the channel with the largest amax"),

@@ -282,7 +282,8 @@ def test_a_folder_that_holds_something_else_is_refused(
     ("text", "message"),
     [
         (None, ": no such file"),
-        ("x = 1\ny = (2\n", ", line 2: '(' was never closed"),
+        ("\0", ": SyntaxError: source code string cannot contain null bytes"),
+        ("x = 1\ny = (2\n", ", line 2: SyntaxError: '(' was never closed (mine.py, line 2)"),
         ("x = 1\n\nprint(y)\n", ", line 3: NameError: name 'y' is not defined"),
         ("def f():\n    raise ValueError\n\nf()\n", ", line 2: ValueError"),
         ("import nowhere\n", ", line 1: ModuleNotFoundError: No module named 'nowhere'"),

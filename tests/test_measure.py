@@ -352,15 +352,17 @@ def test_channel_columns_are_their_definitions(channels: int) -> None:
 
 
 @pytest.mark.parametrize("dim", [16, 256, 257, 600])
-def test_the_sampled_rows_are_those_of_the_hottest_channel(dim: int) -> None:
+def test_the_sampled_rows_are_those_of_the_hottest_channel_and_the_followed(dim: int) -> None:
     gate, up, _ = weights_of(25, dim)
-    sampled = measure.sampled_rows(heavy(), gate, up).numpy()
+    sampled = measure.sampled_rows(heavy(), gate, up, [7, 4, 0]).numpy()
     stride = math.ceil(dim / 256)
-    assert sampled[0] == np.abs(plain(heavy())).max(axis=0).argmax() == 4
-    rows = np.split(sampled[1:], 2)
-    assert rows[0].tolist() == plain(gate)[4, ::stride].tolist()
-    assert rows[1].tolist() == plain(up)[4, ::stride].tolist()
-    assert len(rows[0]) <= measure.SAMPLED_WEIGHTS
+    assert np.abs(plain(heavy())).max(axis=0).argmax() == 4
+    assert sampled[:, 0].tolist() == [4, 7, 4, 0]
+    for channel, *weights in sampled.tolist():
+        rows = np.split(np.array(weights), 2)
+        assert rows[0].tolist() == plain(gate)[int(channel), ::stride].tolist()
+        assert rows[1].tolist() == plain(up)[int(channel), ::stride].tolist()
+        assert len(rows[0]) <= measure.SAMPLED_WEIGHTS
 
 
 def test_measuring_leaves_no_trace() -> None:

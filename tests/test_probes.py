@@ -467,3 +467,15 @@ def test_the_sampled_rows_are_of_the_hottest_micro_batch(tmp_path: Path) -> None
         row["channel"] for row in rows(tmp_path / "run", "channels") if "gate_weights" in row
     ]
     assert sampled == [5]
+
+
+def test_the_weights_of_the_channels_that_were_hottest_so_far_are_kept(tmp_path: Path) -> None:
+    with recording(model := gates(), tmp_path / "run", channels=1) as watching:
+        for step, (channel, amax) in enumerate(((3, 2.0), (5, 8.0), (9, 4.0), (2, 3.0), (7, 1.0))):
+            model(heat(channel, amax))
+            watching.step(step)
+    kept: dict[int, list[int]] = {}
+    for row in rows(tmp_path / "run", "channels"):
+        if "gate_weights" in row:
+            kept.setdefault(row["step"], []).append(row["channel"])
+    assert kept == {0: [3], 1: [3, 5], 2: [3, 5, 9], 3: [2, 3, 5, 9], 4: [2, 5, 7, 9]}

@@ -208,13 +208,15 @@ def _load_module(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        where = path if error.filename == spec.origin else error.filename
-        raise ValueError(f"experiment {where}, line {error.lineno}: {error.msg}") from None
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        line = max(f.lineno or 0 for f in frames if f.filename == spec.origin)
-        raise ValueError(f"experiment {path}, line {line}: {in_one_line(error)}") from None
+        places = [
+            (frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)
+        ]
+        if isinstance(error, SyntaxError):
+            places.append((error.filename or "", error.lineno))
+        lines = [f", line {line}" for file, line in places if file == spec.origin]
+        where = "".join([str(path), *lines[-1:]])
+        raise ValueError(f"experiment {where}: {in_one_line(error)}") from None
     return module
 
 
