@@ -299,15 +299,19 @@ EXPERIMENT = Experiment(
         "byte with the dose"
     ),
     limits=(
-        "Accelerated: the rare token comes every 40 steps and the history is 16 steps long; in a "
-        "run of 200 billion tokens both are about a hundred times longer. The waiting time grows "
-        "with both.",
+        "Accelerated: the rare token comes every 40 steps and the history is 16 steps long. TE's "
+        "default history is 64 times longer, and how often such an event comes in a run of 200 "
+        "billion tokens is not known. The waiting time grows with both.",
         "The task drives the alignment here, not weight decay (there is none).",
         "Plain SGD without gradient clipping. With Adam, or with clipping, the same training does "
         "not diverge at this size (part `limits`): what is left is a worse answer to rare tokens.",
-        "Gradients are scaled just in time. With TE's stock defaults saturating gradients act as a "
-        "clip; that arm is shown for what it does.",
-        "In the language model the outlier is planted, and nothing is trained after it.",
+        "The arm with TE's stock defaults differs in two things, the history of 1024 and delayed "
+        "scaling of the gradients. A history that long outlasts the gap between rare tokens, so "
+        "that a jump is hardly ever clipped here; that arm is shown for what it does.",
+        "The sizes of the training were chosen on seeds 0 to 6; the thresholds of the diagnosis "
+        "were looked at on all seeds shown.",
+        "In the language model the outlier is planted, and nothing is trained after it. The "
+        "clamped arm computes another function there, and the more so the larger the dose.",
         "It does not reproduce the divergence of a 7-billion-parameter model, and does not show "
         "that one would diverge.",
     ),

@@ -31,7 +31,8 @@ def convert(
 
     `include`, `exclude` and `overrides` are those of `Plan` (`"*.down:input"` is an operand of a
     layer); they are not given when `recipe` is a plan already. The model's outermost forward is
-    the region after which delayed scales move, unless `fp8lab.autocast` is used.
+    the region after which delayed scales move, unless `fp8lab.autocast` is used. A checkpoint from
+    before the conversion loads into the converted model, whose scales then start afresh.
 
     Raises ValueError if no layer matched, a pattern matched none, a layer is converted already,
     or a matching layer cannot be converted.

@@ -5,10 +5,10 @@
     grad_weight = cast(grad_output)^T @ cast(input)          [out, in]
 
 As in Transformer Engine each operand is cast once and both of its GEMMs use the same codes, forward
-operands in E4M3 and gradients in E5M2 under HYBRID. The GEMMs run in FP32 on dequantised values:
-the product of two FP8 numbers is exact in FP32, so what differs from hardware is only the order and
-width of the accumulation. Parameters keep their dtype, as master weights; the output has the dtype
-of the input.
+operands in E4M3 and gradients in E5M2 under HYBRID. The GEMMs run in FP32 on dequantised values.
+Hardware multiplies the codes, exactly, and scales the sum; here each operand and each product is
+rounded to FP32 first, by at most 2^-24 of itself, and the order and width of the accumulation are
+FP32's. Parameters keep their dtype, as master weights; the output has the dtype of the input.
 
 Delayed scaling needs to know when a step ends. Scales move once per region: `with autocast():`, or
 the outermost forward of a converted model, or a bare call of the layer. Forward operands move when
@@ -148,6 +148,24 @@ class Fp8Linear(nn.Linear):
             if before is not None and after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
         return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # A checkpoint from before the conversion has no FP8 state: it starts afresh, as in TE.
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        own = (f"{prefix}amax_history", f"{prefix}scale")
+        missing_keys += [key for key in missing if not set(own) <= set(missing) or key not in own]
 
     def _record(self, how: Cast, operand: Operand) -> None:
         if isinstance(how.recipe, DelayedScaling):

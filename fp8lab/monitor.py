@@ -59,8 +59,9 @@ def watch(
 
     Every `every`-th step is recorded in full, with the `channels` hottest channels and those that
     were among them before; the sentinel at every step. `config` (JSON-able) is kept in run.json.
-    `resume_at` goes on with an existing run from that step on. Learning rate, gradient norm,
-    update ratio and RMS_t need the `optimizer`.
+    `resume_at` goes on with an existing run from that step on; what differs then (precision,
+    `every`, versions) replaces what run.json said. Learning rate, gradient norm, update ratio and
+    RMS_t need the `optimizer`.
 
     Raises ValueError if the model has no gated feed-forward, RunError if `path` exists.
     """
@@ -71,7 +72,7 @@ def watch(
     if resume_at is None:
         writer = RunWriter.create(path, info)
     else:
-        writer = RunWriter.resume(path, resume_at)
+        writer = RunWriter.resume(path, resume_at, info)
     return Watch(model, sites, optimizer, writer, every, channels, flush_seconds, resume_at or 0)
 
 
@@ -89,7 +90,7 @@ def _describe(model: nn.Module, sites: list[GateSite]) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "machine": f"{platform.system()} {platform.machine()}, {_device_name(model)}",
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *map(_without_place, sys.argv[1:])]),
         "precision": precision,
         "sites": [
             {
@@ -105,6 +106,11 @@ def _describe(model: nn.Module, sites: list[GateSite]) -> dict[str, Any]:
             for site in sites
         ],
     }
+
+
+def _without_place(argument: str) -> str:
+    """A run is passed on to others: where on this machine a file lies is nobody's business."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _device_name(model: nn.Module) -> str:
@@ -129,7 +135,7 @@ class Watch:
         self._writer = writer
         self._every = every
         self._flush_seconds = flush_seconds
-        self._next_step = first_step
+        self._steps_taken = first_step  # counted here: the caller may number steps otherwise
         self._last_time: float | None = None
         self._last_flush = time.monotonic()
         self._warned = False
@@ -150,7 +156,7 @@ class Watch:
         return self._writer.path
 
     def _records_now(self) -> bool:
-        return self._next_step % self._every == 0
+        return self._steps_taken % self._every == 0
 
     def step(self, step: int, *, loss: Tensor | float | None = None, **metrics: float) -> None:
         """The step is over: write its rows. Call it once per optimizer step.
@@ -186,7 +192,7 @@ class Watch:
         self._writer.append("steps", [row])
         self._note_loss(step, row.get("loss"))
         self.alarms += alarming or not self._loss_was_finite
-        self._next_step = step + 1
+        self._steps_taken += 1
         if now - self._last_flush >= self._flush_seconds:
             self._flush()
 

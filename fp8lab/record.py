@@ -102,7 +102,7 @@ CHANNELS = (
 
 EVENTS = (
     *_WHERE,
-    Column("kind", _TEXT, "", "what happened, such as nonfinite_loss, diverged, resumed"),
+    Column("kind", _TEXT, "", "what happened, such as nonfinite_loss, diverged"),
     Column("site", _TEXT, "", "where, null for the whole run"),
     Column("detail", _TEXT, "", "in words"),
 )

@@ -62,12 +62,17 @@ class RunWriter:
         return writer
 
     @classmethod
-    def resume(cls, path: str | Path, step: int) -> RunWriter:
+    def resume(
+        cls, path: str | Path, step: int, info: Mapping[str, Any] | None = None
+    ) -> RunWriter:
         """Go on with a run at `step`: its rows from that step on are dropped, the rest kept.
 
-        Raises RunError if `path` is no run.
+        What `info` holds replaces what run.json says, but for the time of creation. Raises RunError
+        if `path` is no run, or another process is writing it.
         """
         run = open_run(path)
+        if run.state == "running" and run.info.get("pid") != os.getpid():
+            raise RunError(f"{path}: is being written by process {run.info.get('pid')}")
         kept: dict[Table, pa.Table] = {}
         for table in TABLES:
             rows = run.arrow(table)
@@ -75,8 +80,9 @@ class RunWriter:
         folder = run.path / "segments"
         folder.mkdir(exist_ok=True)
         numbers = [int(segment.name) for segment in folder.iterdir() if segment.name.isdigit()]
-        info = {key: value for key, value in run.info.items() if key != "error"}
-        writer = cls(run.path, info, max(numbers, default=-1) + 1)
+        facts = {key: value for key, value in run.info.items() if key != "error"}
+        facts |= {key: value for key, value in (info or {}).items() if key != "created"}
+        writer = cls(run.path, facts, max(numbers, default=-1) + 1)
         writer._write_segment(kept, replaces_earlier=True)
         for number in numbers:
             shutil.rmtree(run.path / "segments" / f"{number:06d}")

@@ -132,12 +132,16 @@ def test_run_again_does_nothing_and_shows_a_grid(runs: Path) -> None:
 
 def test_a_run_that_fails_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINY_EXPERIMENT", json.dumps({"first/current/seed-5": "raises"}))
-    out = tmp_path / "runs"
-    result = invoke("run", TINY, "--out", out, "--arm", "current", "--seed", "5", "--workers", "1")
+    monkeypatch.chdir(tmp_path)
+    Path("text").write_text("enough for two windows")
+    only = ("--arm", "current", "--seed", "5", "--workers", "1")
+    result = invoke("run", TINY, *only, "--text", "text")
     error = "first/current/seed-5: RuntimeError: it raised"
     assert (result.exit_code, result.stderr) == (1, f"failed: {error}\n")
-    assert "done: first/prepare/seed-5" in result.stdout and error in result.stdout
+    assert result.stdout.splitlines()[:2] == ["done: first/prepare/seed-5", error]
     assert "FP8 failed" in spoken(result.stdout)
+    described = json.loads(Path("runs/tiny/experiment.json").read_text())
+    assert described["settings"] == {"steps": None, "text": str(tmp_path / "text")}
 
 
 def test_ls(runs: Path) -> None:
@@ -175,9 +179,7 @@ def test_ls_looks_in_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_show(runs: Path) -> None:
     run = open_run(runs / LABELS[2])
     told = strict(invoke("show", run.path, "--json").stdout)
-    assert {key: told[key] for key in run.info if key != "pid"} == {
-        key: value for key, value in run.info.items() if key != "pid"
-    }
+    assert {key: told.get(key) for key in run.info} == run.info | {"pid": None}
     assert (told["steps"], told["state"], told["arm"]) == (2, "finished", "hot")
     loss = float(run.steps()["loss"].iloc[-1])
     event = {"step": 1, "kind": "diverged", "site": None, "detail": f"loss is {loss:.4g}"}
@@ -186,6 +188,17 @@ def test_show(runs: Path) -> None:
     assert f"step 1 diverged: loss is {loss:.4g}" in text
     assert "site 0 gate gate.weight, up up.weight, down down.weight; silu" in text
     assert "0.down input BF16 HighPrecision, weight BF16 HighPrecision" in text
+
+
+def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    RunWriter.create(tmp_path / "run", {})
+    described = json.loads((tmp_path / "run" / "run.json").read_text()) | {"pid": gone.pid}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(described))
+    for command in (("show", tmp_path / "run"), ("ls", tmp_path)):
+        told = strict(invoke(*command, "--json").stdout)
+        assert (told if command[0] == "show" else told[0])["state"] == "killed"
 
 
 def test_diagnose(runs: Path) -> None:
@@ -272,7 +285,8 @@ def test_runs_that_say_little_about_themselves(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "[/odd]" in result.stdout and "[bold]" in result.stdout
     for command in ("compare", "diagnose"):
-        assert invoke(command, tmp_path).exit_code == 0
+        result = invoke(command, tmp_path)
+        assert result.exit_code == 0 and "nan" not in result.stdout
     assert len(strict(invoke("compare", tmp_path, "--json").stdout)) == 3
 
 
@@ -377,12 +391,18 @@ def test_a_bug_is_not_bad_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert isinstance(result.exception, KeyError)
 
 
-def test_an_error_without_words_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def silent(path: Path) -> None:
-        raise ValueError
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(ValueError("one\ntwo"), "one"), (ValueError(), "ValueError"), (OSError("x"), "x")],
+)
+def test_an_error_is_its_first_line_or_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, line: str
+) -> None:
+    def broken(path: Path) -> None:
+        raise error
 
-    monkeypatch.setattr("fp8lab.cli.find_runs", silent)
-    assert invoke("ls", tmp_path).stderr == "error: ValueError\n"
+    monkeypatch.setattr("fp8lab.cli.find_runs", broken)
+    assert invoke("ls", tmp_path).stderr == f"error: {line}\n"
 
 
 def in_a_process(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:

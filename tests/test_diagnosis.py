@@ -112,7 +112,7 @@ def test_wind_up_is_measured_against_the_clipped_steps_before_the_peak(
 def test_a_loss_that_tells_after_the_clipping_makes_it_as_bad_but_not_as_sure(
     paths: Iterator[Path],
 ) -> None:
-    for step, severity in ((6, "high"), (5, "medium"), (4, "medium")):
+    for step, severity in ((55, "high"), (56, "medium"), (6, "high"), (5, "medium"), (4, "medium")):
         events = [{"step": step, "kind": "diverged", "detail": "it did"}]
         found = findings(next(paths), clipped(5, 10.0), events=events, precision=FP8)[0]
         assert (found.severity, found.confidence) == (severity, "medium")
@@ -214,9 +214,13 @@ DIVERGED = [{"step": 12, "kind": "diverged", "detail": "it did"}]
 
 
 def test_not_fp8_where_no_operand_is_fp8(paths: Iterator[Path]) -> None:
-    for precision in (BF16, None, {"mlp.down": {"input": "FP16 HighPrecision"}}):
+    half = {"mlp.down": {"input": "FP16 HighPrecision"}}
+    # A model that says nothing of its casts may have been made FP8 by another library.
+    for precision, confidence in ((BF16, "high"), (half, "high"), ({}, "medium"), (None, "medium")):
         (found,) = diagnose(write(next(paths), events=DIVERGED, precision=precision)).findings
         assert (found.cause, found.severity, found.since) == ("not_fp8", "high", 12)
+        assert found.confidence == confidence
+        assert ("another library" in found.cannot_exclude) == (confidence == "medium")
         assert [(e.step, e.value) for e in found.evidence] == [(12, 12)]
     mixed = BF16 | FP8
     assert diagnose(write(next(paths), events=DIVERGED, precision=mixed)).findings == ()
@@ -237,6 +241,25 @@ def test_not_fp8_where_the_twin_in_high_precision_went_wrong_too(paths: Iterator
     assert (found.cause, found.severity, found.since) == ("not_fp8", "high", 12)
     assert "twin" in found.summary
     assert [(e.step, e.value) for e in found.evidence] == [(10, 10)]
+
+
+def test_what_precision_cannot_have_caused_it_has_only_accompanied(paths: Iterator[Path]) -> None:
+    rows = [clipped(5, 10.0), clipped(9, 40.0), underflown(6, 0.6, site="a:product")]
+    run = write(next(paths), tensors=rows, events=DIVERGED, precision=FP8)
+    twin = write(next(paths), events=DIVERGED, precision=BF16)
+    for other, expected in (
+        (None, [("delayed_saturation", "high", "high"), ("bulk_underflow", "high", "high")]),
+        (
+            twin,
+            [
+                ("not_fp8", "high", "high"),
+                ("delayed_saturation", "medium", "low"),
+                ("bulk_underflow", "medium", "low"),
+            ],
+        ),
+    ):
+        found = diagnose(run, other).findings
+        assert [(f.cause, f.severity, f.confidence) for f in found] == expected
 
 
 def test_a_twin_that_is_healthy_or_in_fp8_excuses_nothing(paths: Iterator[Path]) -> None:

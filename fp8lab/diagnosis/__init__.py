@@ -10,7 +10,7 @@ run of the same training in high precision.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,12 @@ def diagnose(run: Run | str | Path, twin: Run | str | Path | None = None) -> Dia
     """
     run = run if isinstance(run, Run) else open_run(run)
     twin = twin if twin is None or isinstance(twin, Run) else open_run(twin)
-    findings = [
-        *delayed_saturation.find(run),
-        *bulk_underflow.find(run),
-        *not_fp8.find(run, twin),
-    ]
+    findings = [*delayed_saturation.find(run), *bulk_underflow.find(run)]
+    excluded = not_fp8.find(run, twin)
+    if excluded:
+        # What precision cannot have caused, it can only have accompanied.
+        findings = [replace(f, severity="medium", confidence="low") for f in findings]
+    findings += excluded
     # Among equally bad ones the earliest first: a cause precedes its effects.
     findings.sort(key=lambda f: (SEVERITIES.index(f.severity), f.since or 0))
     return Diagnosis(run=str(run.path), findings=tuple(findings), loss_alarm=loss_alarm(run))

@@ -11,7 +11,7 @@ Seen first: staleness (amax / the amax that made the scale in force) above 2, in
 the amax of the clipped steps runs away from what it was before. What contradicts a wind-up: clipped
 steps that stay on one level, as with anti-wind-up. The staleness itself does not tell the two
 apart: runs at a small learning rate sit at 4 to 14 and survive. Where little growth is enough, the
-loss tells soon after the first clipped step: then it is as bad, but less sure.
+loss tells soon after a clipped step: then it is as bad, but less sure.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from fp8lab.store import Run
 # rare-token experiment, seeds 0 to 9, 14 of the 20 runs that diverged reached 4.2 to 334 and six
 # stayed at 2.5 to 3.2; the nine that were clipped and survived, by anti-wind-up, at 1.0 to 2.5.
 WOUND_UP_GROWTH = 4.0
+
+# A loss that tells later than this after a clipped step is not blamed on it. About three times the
+# history of the experiment, in which the last clipped event before the end decides.
+SOON = 50
 
 REMEDY = (
     "keep the product in BF16, or scale it just in time (Float8CurrentScaling), or SmoothSwiGLU; "
@@ -50,7 +54,7 @@ def _judge(site: str, clipped: pd.DataFrame, alarm: int | None) -> Finding:
     before = clipped.loc[clipped["step"] < peak["step"], "cur_amax"]
     growth = float(peak["cur_amax"] / before.median()) if len(before) else 1.0
     wound_up = growth >= WOUND_UP_GROWTH
-    loss_told = alarm is not None and since < alarm
+    loss_told = alarm is not None and bool(clipped["step"].between(alarm - SOON, alarm - 1).any())
     summary = (
         f"the delayed scale clipped the product in {len(clipped)} steps, "
         f"at worst to 1/{worst['staleness']:.3g} of its largest value"

@@ -7,15 +7,18 @@ well. Learning rate, data and the model itself are then the place to look.
 from __future__ import annotations
 
 from fp8lab.diagnosis.loss import loss_alarm
-from fp8lab.record import Evidence, Finding
+from fp8lab.record import Evidence, Finding, Severity
 from fp8lab.store import Run
 
 _WIDE = ("BF16", "FP16", "FP32")
 
 
-def uses_fp8(run: Run) -> bool:
-    """Whether any operand of any recorded layer was cast to less than 16 bits."""
+def uses_fp8(run: Run) -> bool | None:
+    """Whether any operand of any recorded layer was cast to less than 16 bits; None where no layer
+    said how it casts: a plain model, or one that another library made FP8."""
     layers = run.info.get("precision") or {}
+    if not layers:
+        return None
     return any(
         not precision.startswith(_WIDE)
         for operands in layers.values()
@@ -29,23 +32,31 @@ def find(run: Run, twin: Run | None) -> list[Finding]:
     if alarm is None:
         return []
     if not uses_fp8(run):
-        summary, witness = "the run went wrong and no operand of it is FP8", alarm
-    else:
-        twin_alarm = None if twin is None else loss_alarm(twin)
-        if twin is None or twin_alarm is None or uses_fp8(twin):
-            return []
-        summary, witness = "the twin in high precision went wrong too", twin_alarm
-    return [
-        Finding(
-            cause="not_fp8",
-            summary=summary,
-            severity="high",
-            confidence="high",
-            since=alarm,
-            evidence=(
-                Evidence(step=witness, site="", quantity="loss alarm at step", value=witness),
-            ),
-            remedy="lower the learning rate, clip gradients, look at the data of these steps",
-            cannot_exclude="that FP8 made it earlier or worse: compare the two alarms",
-        )
-    ]
+        known = uses_fp8(run) is not None
+        summary = "the run went wrong and no operand of it is FP8"
+        unsure = "nothing in these rows"
+        if not known:
+            summary = "the run went wrong and no layer of it says that it is FP8"
+            unsure = "that another library made layers FP8: fp8lab does not see it yet"
+        return [_finding(summary, alarm, alarm, "high" if known else "medium", unsure)]
+    twin_alarm = None if twin is None else loss_alarm(twin)
+    if twin is None or twin_alarm is None or uses_fp8(twin):
+        return []
+    summary = "the twin in high precision went wrong too"
+    unsure = "that FP8 made it earlier or worse: compare the two alarms"
+    return [_finding(summary, alarm, twin_alarm, "high", unsure)]
+
+
+def _finding(
+    summary: str, since: int, witness: int, confidence: Severity, cannot_exclude: str
+) -> Finding:
+    return Finding(
+        cause="not_fp8",
+        summary=summary,
+        severity="high",
+        confidence=confidence,
+        since=since,
+        evidence=(Evidence(step=witness, site="", quantity="loss alarm at step", value=witness),),
+        remedy="lower the learning rate, clip gradients, look at the data of these steps",
+        cannot_exclude=cannot_exclude,
+    )

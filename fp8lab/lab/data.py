@@ -134,7 +134,7 @@ def read_text(path: str | Path, *, context: int = 1) -> Corpus:
     if not raw:
         raise ValueError(f"text {path}: the file is empty")
     _check_length(len(raw), context, str(path))
-    return _corpus(raw, str(path))
+    return _corpus(raw, Path(path).name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -258,8 +258,8 @@ def _dose_part(part: Part) -> list[Block]:
         _picture(
             pictures.doses(part, site),
             "Loss, gradient cosine, bulk error and flushed share against amplification, by arm",
-            f"{part.title}. The function of the model is the same at every dose; only the range "
-            f"of {site} grows. Bold: mean over seeds; faint: each seed.",
+            f"{part.title}. But for clamps its function is the same at every dose; the range of "
+            f"{site} grows. Bold: mean over seeds; faint: each seed.",
         ),
         Folded(
             "The numbers",

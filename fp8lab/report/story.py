@@ -357,6 +357,7 @@ def weight_rows(run: Seen, place: Place) -> list[pd.Series]:
         & (run.channels["channel"] == place.channel)
         & run.channels["gate_weights"].notna()
         & run.channels["up_weights"].notna()
+        & run.channels["alignment"].notna()  # weights that are numbers
     ]
     picked = [0, len(rows) - 1] if len(rows) > 1 else range(len(rows))
     return [rows.iloc[position] for position in picked]
