@@ -365,7 +365,10 @@ def _finished(path: Path) -> bool:
 def _claim(out: Path, experiment: Experiment, settings: Settings) -> None:
     """Make `out` this experiment's folder, or check that it is."""
     file = out / "experiment.json"
-    description = experiment.describe() | {"settings": asdict(settings)}
+    wanted = asdict(settings)
+    if settings.text is not None:  # where it lies on this machine is nobody's business
+        wanted["text"] = Path(settings.text).name
+    description = experiment.describe() | {"settings": wanted}
     if out.exists() and any(out.iterdir()):
         try:
             known = json.loads(file.read_text(encoding="utf-8"))
@@ -376,8 +379,8 @@ def _claim(out: Path, experiment: Experiment, settings: Settings) -> None:
             ) from None
         if name != experiment.name:
             raise RunError(f"{out}: holds experiment {name!r}, expected {experiment.name!r}")
-        if earlier != description["settings"]:
-            raise RunError(f"{out}: holds runs with {earlier}, expected {description['settings']}")
+        if earlier != wanted:
+            raise RunError(f"{out}: holds runs with {earlier}, expected {wanted}")
         if known == description:
             return
     out.mkdir(parents=True, exist_ok=True)
