@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
+import operator
 import os
 import signal
 import subprocess
@@ -24,10 +26,10 @@ from fp8lab.lab.experiment import (
     Experiment,
     Part,
     Report,
-    Settings,
     load_experiment,
     run_experiment,
 )
+from fp8lab.lab.workers import Workers
 from fp8lab.record import TABLES
 from fp8lab.store import Run, RunError, RunWriter, find_runs, open_run
 
@@ -130,11 +132,17 @@ def test_what_the_callbacks_are_told(done: tuple[Path, Told]) -> None:
             assert steps[-1] == reports[-1].steps
 
 
-def test_one_worker_gives_the_same_rows_as_two(tmp_path: Path, done: tuple[Path, Told]) -> None:
-    out, _ = done
-    assert run_tiny(tmp_path / "runs", workers=1) == []
+def test_one_worker_gives_the_same_rows_as_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: tuple[Path, Told]
+) -> None:
+    out, told = done[0], Told()
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # a worker has one, whatever it is told
+    assert run_tiny(tmp_path / "runs", workers=1, **told.listen()) == []
+    assert list(told.ends) == list(told.labels)
     for label in LABELS:
-        assert rows(open_run(tmp_path / "runs" / label)) == rows(open_run(out / label)), label
+        run = open_run(tmp_path / "runs" / label)
+        assert rows(run) == rows(open_run(out / label)), label
+        assert run.info["config"]["threads"] == 1
     zero, one = (open_run(out / "second" / "bf16" / f"seed-{seed}") for seed in (0, 1))
     assert zero.steps()["loss"].tolist() != one.steps()["loss"].tolist()
 
@@ -185,6 +193,8 @@ def test_what_fails_or_dies_is_told_in_a_line_and_done_again(
         if state != "finished":  # the steps before are there
             assert open_run(out / label).steps()["step"].tolist() == [0, 1]
 
+    # And of one no more is left than a process leaves that is killed while it makes the directory.
+    (out / "first" / "bf16" / "seed-1" / "segments").mkdir(parents=True)
     monkeypatch.delenv("TINY_EXPERIMENT")
     kept = {label: snapshot(out / label) for label in states if states[label] == "finished"}
     again = Told()
@@ -220,21 +230,15 @@ def test_a_folder_where_a_run_should_be_is_left_alone(tmp_path: Path) -> None:
     assert (path / "thesis.txt").read_text() == "all of it"
 
 
-def test_only_the_arms_seeds_and_steps_asked_for(tmp_path: Path) -> None:
-    out = tmp_path / "runs"
-    # A process was killed while it made this run's directory.
-    (out / "second" / "hot" / "seed-7" / "segments").mkdir(parents=True)
-    with pytest.raises(RunError, match="holds no experiment"):
-        run_tiny(out, arms=["hot"], seeds=[7])
-    (out / "second").rename(tmp_path / "second")
-    run_tiny(out, arms=[], settings=Settings(steps=1))
-    (tmp_path / "second").rename(out / "second")
-    settings = Settings(steps=1)
-    assert run_tiny(out, arms=["hot"], seeds=[7], settings=settings, workers=1) == []
-    assert [str(path.relative_to(out)) for path in find_runs(out)] == ["second/hot/seed-7"]
-    run = open_run(out / "second" / "hot" / "seed-7")
-    assert len(run.steps()) == 1 and run.info["config"]["steps"] == 1
-    assert json.loads((out / "experiment.json").read_text())["settings"]["steps"] == 1
+def test_a_worker_that_dies_while_it_has_nothing_to_do_is_replaced() -> None:
+    heard: list[str] = []
+    with Workers(1) as pool:
+        for index, word in enumerate(("one", "two")):
+            pool.do({index: (operator.call, (word,))}, heard.append, lambda *_: None)
+            for process in multiprocessing.active_children():
+                process.kill()
+                process.join()
+    assert heard == ["one", "two"]
 
 
 # --- what is refused ----------------------------------------------------------------------------
@@ -299,7 +303,7 @@ def test_a_file_that_is_no_experiment(tmp_path: Path, text: str | None, message:
     with pytest.raises(ValueError) as caught:
         load_experiment(str(path))
     assert str(caught.value).startswith(f"experiment {path}{message}")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and not str(caught.value).endswith(": ")
 
 
 def test_an_experiment_by_name() -> None:

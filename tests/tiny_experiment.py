@@ -68,7 +68,7 @@ def regress(job: Job, progress: Progress) -> None:
     job.arm.prepare(model)
     optimizer.param_groups[0]["lr"] *= (job.arm.options or {}).get("hotter", 1.0)
     task = Reconstruction(f"{job.part}/{job.arm.name}/seed-{job.seed}")
-    config = job.config(steps=steps)
+    config = job.config(steps=steps, threads=torch.get_num_threads())
     with watch(
         model, job.path, optimizer=optimizer, every=2, config=config, flush_seconds=0.0
     ) as watching:

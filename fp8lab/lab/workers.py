@@ -75,9 +75,8 @@ class Workers:
             try:
                 pipe.send(job)
             except OSError:  # it died meanwhile
-                self._bury(pipe)
-            else:
-                return pipe
+                continue
+            return pipe
         pipe = self._start()
         pipe.send(job)
         return pipe
