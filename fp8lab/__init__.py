@@ -15,23 +15,30 @@ if TYPE_CHECKING:
     from fp8lab.casting import Quantized as Quantized
     from fp8lab.casting import fake_quantize as fake_quantize
     from fp8lab.casting import quantize as quantize
-    from fp8lab.casting import round_to as round_to
     from fp8lab.conversion import convert as convert
     from fp8lab.diagnosis import Diagnosis as Diagnosis
     from fp8lab.diagnosis import diagnose as diagnose
     from fp8lab.ffn import FeedForward as FeedForward
     from fp8lab.ffn import GatedFeedForward as GatedFeedForward
     from fp8lab.formats import FloatFormat as FloatFormat
-    from fp8lab.linear import autocast as autocast
     from fp8lab.monitor import watch as watch
+    from fp8lab.optim import Fp8AdamW as Fp8AdamW
+    from fp8lab.plan import Plan as Plan
+    from fp8lab.plan import load_recipe as load_recipe
+    from fp8lab.recipe import Accumulation as Accumulation
+    from fp8lab.recipe import BitNetScaling as BitNetScaling
     from fp8lab.recipe import DelayedScaling as DelayedScaling
+    from fp8lab.recipe import Float8BlockScaling as Float8BlockScaling
     from fp8lab.recipe import Float8CurrentScaling as Float8CurrentScaling
     from fp8lab.recipe import Format as Format
     from fp8lab.recipe import HighPrecision as HighPrecision
-    from fp8lab.recipe import Plan as Plan
-    from fp8lab.recipe import load_recipe as load_recipe
+    from fp8lab.recipe import MXFP8BlockScaling as MXFP8BlockScaling
+    from fp8lab.recipe import NVFP4BlockScaling as NVFP4BlockScaling
+    from fp8lab.recipe import RowwiseScaling as RowwiseScaling
     from fp8lab.record import Finding as Finding
+    from fp8lab.regions import autocast as autocast
     from fp8lab.report import write_report as write_report
+    from fp8lab.rounding import round_to as round_to
     from fp8lab.sites import GateSite as GateSite
     from fp8lab.sites import find_gates as find_gates
     from fp8lab.store import Run as Run
@@ -40,23 +47,30 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "casting": ("Quantized", "fake_quantize", "quantize", "round_to"),
+    "casting": ("Quantized", "fake_quantize", "quantize"),
     "conversion": ("convert",),
     "diagnosis": ("Diagnosis", "diagnose"),
     "ffn": ("FeedForward", "GatedFeedForward"),
     "formats": ("FloatFormat",),
-    "linear": ("autocast",),
     "monitor": ("watch",),
+    "optim": ("Fp8AdamW",),
+    "plan": ("Plan", "load_recipe"),
     "recipe": (
+        "Accumulation",
+        "BitNetScaling",
         "DelayedScaling",
+        "Float8BlockScaling",
         "Float8CurrentScaling",
         "Format",
         "HighPrecision",
-        "Plan",
-        "load_recipe",
+        "MXFP8BlockScaling",
+        "NVFP4BlockScaling",
+        "RowwiseScaling",
     ),
     "record": ("Finding",),
+    "regions": ("autocast",),
     "report": ("write_report",),
+    "rounding": ("round_to",),
     "sites": ("GateSite", "find_gates"),
     "store": ("Run", "open_run"),
 }

@@ -1,21 +1,16 @@
-"""Casts of tensors: round, amax → scale, quantise to codes, fake-quantise. Plain torch.
+"""Casts of tensors: what decides the codes of an operand, under every recipe.
 
-The formulas are Transformer Engine's (recipe_common.cuh and delayed_scaling.cu of 2.20):
-
-    scale = max(format) / amax          in FP32, one correctly rounded division
     codes = round(clamp(x · scale, ±max(format)))         nearest even, saturating
-    value = codes · (1 / scale)         the reciprocal rounded once
+    value = codes · (1 / scale)                           the reciprocal rounded once
 
-Three traps are closed here so that nobody meets them elsewhere. `448.0 / t` in torch multiplies by
-a reciprocal and is one ulp off for a quarter of all amaxes: `torch.div` is used. What torch's own
-casts do on overflow changed between releases: every cast clamps first. And TE's amax ignores NaN
-while torch's maximum propagates it.
+Recipes differ in what shares a scale, a whole tensor or a tile of it, in how the scale is made of
+amax (`scaling`), and in what is done to the tensor before.
 
 A `Cast` is everything that decides the codes of one operand. The layer builds it to compute and
 the monitor asks for the same one to measure, so what is reported is what was done.
 
-Cost: five passes over the tensor. Rejected: arithmetic on bit patterns in eager torch, slower than
-torch's own casts.
+Cost: on a CPU one pass through `kernels`, which equals the plain torch path here bit for bit; that
+path takes five. Rejected: arithmetic on bit patterns in eager torch, slower than torch's own casts.
 """
 
 from __future__ import annotations
@@ -23,153 +18,105 @@ from __future__ import annotations
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fp8lab import formats
+from fp8lab import formats, kernels
 from fp8lab.formats import FloatFormat, Rounding
-from fp8lab.recipe import DelayedScaling, HighPrecision, Operand, Recipe, operand_format
-
-# Formats whose rounding torch does itself (nearest, ties to even).
-_NATIVE: dict[FloatFormat, torch.dtype] = {
-    formats.E4M3: torch.float8_e4m3fn,
-    formats.E4M3FNUZ: torch.float8_e4m3fnuz,
-    formats.E5M2: torch.float8_e5m2,
-    formats.E5M2FNUZ: torch.float8_e5m2fnuz,
-    formats.BF16: torch.bfloat16,
-    formats.FP16: torch.float16,
-    formats.FP32: torch.float32,
-}
-_FLOAT32_MAX = torch.finfo(torch.float32).max
-
-
-def round_to(
-    tensor: Tensor,
-    fmt: FloatFormat,
-    rounding: Rounding = "nearest",
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Each element rounded to the nearest value of `fmt`, in the dtype of `tensor`.
-
-    Any shape; float32, bfloat16 or float16. Ties go to even; `"stochastic"` rounds up with the
-    probability of the distance to the lower neighbour, drawn from `generator`. Overflow is the
-    format's own (`FloatFormat.overflow`); NaN stays NaN. `FloatFormat.round` is the specification.
-
-    Raises ValueError for float64 (its values would be rounded twice) and for E8M0, which holds
-    scales and not elements.
-    """
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"round_to: {tensor.dtype}, expected float32, bfloat16 or float16")
-    if not fmt.signed:
-        raise ValueError(f"round_to: {fmt.name} is a format of scales, expected one of elements")
-    rounded = _round_float32(tensor.float(), fmt, rounding, generator).to(tensor.dtype)
-    return rounded.clone() if rounded is tensor else rounded  # FP32 of float32: nothing to round
-
-
-def _round_float32(
-    values: Tensor,
-    fmt: FloatFormat,
-    rounding: Rounding = "nearest",
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    if rounding == "nearest" and fmt in _NATIVE:
-        if fmt.overflow == "saturate":
-            values = values.clamp(-fmt.max, fmt.max)
-        return values.to(_NATIVE[fmt]).float()
-    return _round_by_quantum(values, fmt, rounding, generator)
-
-
-def _round_by_quantum(
-    values: Tensor, fmt: FloatFormat, rounding: Rounding, generator: torch.Generator | None
-) -> Tensor:
-    """The specification's own steps, for formats and roundings that torch does not have."""
-    exponent = (torch.frexp(values).exponent - 1).clamp(min=fmt.min_exponent)
-    # In float64 every quantum of every format is normal and the quotient is exact. A power of two
-    # is made from its bits: what ldexp and pow return is not promised to be one.
-    quantum = ((exponent.long() + (1023 - fmt.mantissa_bits)) << 52).view(torch.float64)
-    quotient = values.double() / quantum
-    if rounding == "nearest":
-        steps = quotient.round()
-    elif rounding == "toward_zero":
-        steps = quotient.trunc()
-    elif rounding == "stochastic":
-        draws = torch.rand(
-            values.shape, dtype=torch.float64, device=values.device, generator=generator
-        )
-        magnitude = quotient.abs()
-        lower = magnitude.floor()
-        steps = torch.copysign(lower + (draws < magnitude - lower), quotient)
-    else:
-        expected = "'nearest', 'toward_zero' or 'stochastic'"
-        raise ValueError(f"rounding: {rounding!r}, expected {expected}")
-    rounded = steps * quantum
-    if rounding == "toward_zero":
-        rounded = rounded.clamp(-fmt.max, fmt.max)
-    rounded = torch.where(values.isinf(), values.double(), rounded)
-    if fmt.overflow == "saturate":
-        rounded = rounded.clamp(-fmt.max, fmt.max)
-    else:
-        beyond = rounded.abs() > fmt.max
-        rounded = torch.where(beyond, rounded * torch.inf, rounded)
-    if fmt.top == "fnuz":
-        rounded = rounded + 0.0  # -0.0 + 0.0 is +0.0: the format has no negative zero
-    return rounded.float()
-
-
-def absolute_maximum(tensor: Tensor) -> Tensor:
-    """max |x|, float32 [], ignoring NaN as TE's kernels do; 0 for an empty tensor."""
-    if tensor.numel() == 0:
-        return torch.zeros((), device=tensor.device)
-    amax = tensor.detach().abs().amax().float()
-    if tensor.device.type == "cpu" and not amax.isnan():
-        return amax
-    return torch.nan_to_num(tensor.detach().abs().float(), nan=0.0, posinf=torch.inf).amax()
-
-
-def scale_for(
-    amax: Tensor,
-    fmt: FloatFormat,
-    *,
-    margin: int = 0,
-    previous: Tensor | None = None,
-    power_of_two: bool = False,
-) -> Tensor:
-    """The factor that maps amax to the format's largest value; float32, of amax's shape.
-
-    An amax of 0, infinity or NaN gives `previous`, or 1 without one. A scale that would be infinite
-    is the largest float32. Source: TE `recipe_common.cuh`, `delayed_scaling.cu`.
-    """
-    largest = torch.full_like(amax, fmt.max * 2.0**-margin, dtype=torch.float32)
-    scale = torch.div(largest, amax).clamp(max=_FLOAT32_MAX)
-    if power_of_two:
-        scale = (scale.view(torch.int32) & -0x800000).view(torch.float32)
-    usable = (amax > 0) & amax.isfinite()
-    return torch.where(usable, scale, torch.ones_like(scale) if previous is None else previous)
+from fp8lab.plan import as_recipe
+from fp8lab.recipe import (
+    BitNetScaling,
+    DelayedScaling,
+    Direction,
+    Float8BlockScaling,
+    Float8CurrentScaling,
+    HighPrecision,
+    MXFP8BlockScaling,
+    NVFP4BlockScaling,
+    Operand,
+    Recipe,
+    RowwiseScaling,
+    operand_format,
+)
+from fp8lab.rounding import codes_of, round_float32, values_of
+from fp8lab.scaling import (
+    FLOAT32_MAX,
+    Tile,
+    absolute_maximum,
+    exponent_scales,
+    matrix_shape,
+    rowwise_scale,
+    scales_for,
+    spread,
+    tile_maximum,
+    tile_of,
+)
 
 
 class Cast(NamedTuple):
     """What decides the codes of one operand: the tensor as it is cast, and how.
 
-    `scale` is float32 [], None where the recipe is high precision. `channel_scale`, float32
-    [channels], has already multiplied `tensor` where a mitigation balances channels.
+    `scale` multiplies before and `scale_inv` after the rounding: float32, [] for the whole tensor
+    or, with a `tile`, one for each tile of the tensor seen as [tokens, last axis]; None where the
+    recipe is high precision. `channel_scale`, float32 [channels], has already multiplied `tensor`
+    where a mitigation balances channels. `rotated` says that `tensor` is a random Hadamard
+    transform along its tokens, of which zeros were appended to fill the last sixteen.
     """
 
     tensor: Tensor
     recipe: Recipe
     format: FloatFormat
     scale: Tensor | None
+    scale_inv: Tensor | None
+    tile: Tile | None = None
+    rounding: Rounding = "nearest"
     channel_scale: Tensor | None = None
+    rotated: bool = False
 
-    def fake_quantized(self) -> Tensor:
-        """Quantised and dequantised, float32, still times the channel scale."""
-        values = self.tensor.detach().float()
-        if self.scale is None:
-            return _round_float32(values, self.format)
-        return _round_float32(values * self.scale, self.format).mul_(self.scale.reciprocal())
+    def fake_quantized(self, out: Tensor | None = None) -> Tensor:
+        """Quantised and dequantised, float32, still times the channel scale, still rotated.
+
+        `out`, float32 of the tensor's shape, receives the result if given.
+        """
+        tensor = self.tensor.detach()
+        if self.scale is None or self.scale_inv is None:
+            return _into(out, round_float32(tensor.float(), self.format))
+        if self._has_kernel(tensor) and (out is None or _is_writable(out)):
+            target = torch.empty_like(tensor, dtype=torch.float32) if out is None else out
+            matrix = tensor if self.tile is None else tensor.view(matrix_shape(tensor.shape))
+            arguments = matrix, self.format, self.scale, self.scale_inv, self.tile, target
+            kernels.fake_quantize(*arguments)
+            return target
+        rounded = self.rounded()
+        return _into(out, rounded * spread(self.scale_inv, self.tile, tensor.shape))
+
+    def fake_quantized_and_amax(self) -> tuple[Tensor, Tensor]:
+        """`fake_quantized()` and `absolute_maximum` of the tensor, in one pass where possible."""
+        tensor = self.tensor.detach()
+        if self.tile is None and self._has_kernel(tensor):
+            out = torch.empty_like(tensor, dtype=torch.float32)
+            assert self.scale is not None and self.scale_inv is not None
+            how = self.format, self.scale, self.scale_inv
+            amax, _, _ = kernels.fake_quantize_and_count(tensor, *how, out)
+            return out, amax
+        return self.fake_quantized(), absolute_maximum(tensor)
+
+    def _has_kernel(self, tensor: Tensor) -> bool:
+        nearest = self.rounding == "nearest" and self.format is not formats.SIGN
+        return self.scale is not None and nearest and kernels.usable(tensor)
 
     def scaled(self) -> Tensor:
         """The values that meet the format's grid, float32."""
         values = self.tensor.detach().float()
-        return values if self.scale is None else values * self.scale
+        if self.scale is None:
+            return values
+        return values * spread(self.scale, self.tile, values.shape)
+
+    def rounded(self) -> Tensor:
+        """The values on the format's grid, float32."""
+        if self.format is formats.SIGN:
+            return torch.where(self.tensor.detach() > 0, 1.0, -1.0)
+        return round_float32(self.scaled(), self.format, self.rounding)
 
     def saturated(self) -> Tensor:
         """Which elements lie beyond ±max, bool.
@@ -180,56 +127,203 @@ class Cast(NamedTuple):
         return self.scaled().abs() > self.format.max * (1 + 2.0**-23)
 
 
-def cast_for(tensor: Tensor, recipe: Recipe, operand: Operand, scale: Tensor | None = None) -> Cast:
-    """How `recipe` casts `tensor` as that operand; `scale` overrides the just-in-time one.
+def _is_writable(out: Tensor) -> bool:
+    return out.dtype is torch.float32 and kernels.usable(out)
 
-    Raises ValueError for delayed scaling without a scale, whose history is kept by a layer, and for
-    float64, which would be rounded twice.
+
+def _into(out: Tensor | None, values: Tensor) -> Tensor:
+    return values if out is None else out.copy_(values)
+
+
+def cast_for(
+    tensor: Tensor,
+    recipe: Recipe,
+    operand: Operand,
+    scale: Tensor | None = None,
+    direction: Direction = "rowwise",
+) -> Cast:
+    """How `recipe` casts `tensor` as that operand; `scale`, float32 [], overrides the just-in-time
+    one of recipes that have one for the whole tensor. Stochastic rounding draws from torch's
+    default generator of the device.
+
+    Raises ValueError for delayed scaling without a scale, whose history is kept by a layer, for a
+    scale where there are many, and for float64, which would be rounded twice.
     """
     if tensor.dtype == torch.float64:
         raise ValueError(f"{operand}: float64, expected float32, bfloat16 or float16")
-    fmt = operand_format(recipe, operand)
-    if isinstance(recipe, HighPrecision):
-        return Cast(tensor, recipe, fmt, None)
-    if scale is None:
-        if isinstance(recipe, DelayedScaling):
-            raise ValueError("DelayedScaling: no scale, expected scale= from the layer's history")
-        power_of_two = recipe.use_power_2_scales
-        scale = scale_for(absolute_maximum(tensor), fmt, power_of_two=power_of_two)
-    return Cast(tensor, recipe, fmt, scale)
+    fmt = operand_format(recipe, operand, direction)
+    if fmt is formats.FP32 or isinstance(recipe, HighPrecision):
+        return Cast(tensor, recipe, fmt, None, None)
+    if isinstance(recipe, DelayedScaling | Float8CurrentScaling):
+        if scale is None:
+            if isinstance(recipe, DelayedScaling):
+                raise ValueError(
+                    "DelayedScaling: no scale, expected scale= from the layer's history"
+                )
+            scale, scale_inv = scales_for(absolute_maximum(tensor), fmt, recipe.use_power_2_scales)
+        else:
+            scale_inv = scale.reciprocal()
+        stochastic = recipe.stochastic_rounding and operand == "grad_output"
+        rounding: Rounding = "stochastic" if stochastic else "nearest"
+        return Cast(tensor, recipe, fmt, scale, scale_inv, rounding=rounding)
+    if scale is not None:
+        name = type(recipe).__name__
+        raise ValueError(f"{name}: scale given, expected none: it is made just in time")
+    if isinstance(recipe, BitNetScaling):
+        return _bitnet_cast(tensor, recipe, operand, fmt)
+    if isinstance(recipe, NVFP4BlockScaling):
+        return _nvfp4_cast(tensor, recipe, operand, direction)
+    return _tile_cast(tensor, recipe, operand, direction, fmt)
+
+
+def _tile_cast(
+    tensor: Tensor, recipe: Any, operand: Operand, direction: Direction, fmt: FloatFormat
+) -> Cast:
+    tile = tile_of(recipe, operand, direction, tensor.shape)
+    matrix = tensor.detach().reshape(matrix_shape(tensor.shape))
+    if isinstance(recipe, RowwiseScaling):
+        scale = rowwise_scale(matrix, recipe, fmt, tile)
+        return Cast(tensor, recipe, fmt, scale, scale.reciprocal(), tile)
+    assert tile is not None
+    amax = tile_maximum(matrix, tile)
+    if isinstance(recipe, MXFP8BlockScaling):
+        scales = exponent_scales(amax, fmt, recipe.scale_rounding)
+    else:
+        largest_scale = torch.finfo(tensor.dtype).max
+        scales = scales_for(amax, fmt, not recipe.use_f32_scales, largest_scale)
+    return Cast(tensor, recipe, fmt, *scales, tile)
+
+
+# The signs of TE's transform (`get_wgrad_sign_vector`), for all tensors: both operands of the GEMM
+# must be turned alike.
+_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+
+
+def hadamard(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """TE's random Hadamard matrix / 4, [16, 16], orthogonal; Sylvester's, rows times signs."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < len(_SIGNS):
+        top, bottom = torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)
+        matrix = torch.cat([top, bottom])
+    return (torch.tensor(_SIGNS)[:, None] * matrix).to(device, dtype) * 0.25
+
+
+def _rotated(tensor: Tensor) -> Tensor:
+    """[tokens, channels] → [tokens up to a multiple of 16, channels], sixteen tokens at a time."""
+    matrix = tensor.detach().reshape(matrix_shape(tensor.shape))
+    tokens = F.pad(matrix.t(), (0, -len(matrix) % 16)).contiguous()
+    turned = tokens.view(-1, 16) @ hadamard(tensor.device, tensor.dtype)
+    return turned.view(tokens.shape).t().contiguous()
+
+
+def rotated_back(values: Tensor, tokens: int) -> Tensor:
+    """What a rotated operand stands for, float32 [tokens, channels]: the transform undone."""
+    columns = values.t().reshape(-1, 16) @ hadamard(values.device, values.dtype).t()
+    return columns.view(values.shape[1], values.shape[0]).t()[:tokens]
+
+
+def _nvfp4_cast(
+    tensor: Tensor, recipe: NVFP4BlockScaling, operand: Operand, direction: Direction
+) -> Cast:
+    """Source: TE `core_nvfp4.cuh` and its reference `NVFP4QuantizerRef`."""
+    rotated = direction == "columnwise" and operand != "weight" and not recipe.disable_rht
+    if rotated:
+        tensor = _rotated(tensor)
+    tile = tile_of(recipe, operand, direction, tensor.shape)
+    assert tile is not None
+    vector_amax = tile_maximum(tensor.reshape(matrix_shape(tensor.shape)), tile)
+    amax = absolute_maximum(vector_amax)
+    top = torch.full_like(amax, formats.E4M3.max * formats.E2M1.max)
+    encode = torch.div(top, amax).clamp(max=FLOAT32_MAX)
+    encode = torch.where((amax == 0) | (encode == 0), 1.0, encode)
+    decode = encode.reciprocal()
+    sixth = torch.full_like(amax, formats.E2M1.max).reciprocal()
+    block = round_float32(vector_amax * (encode * sixth), formats.E4M3)
+    scale_inv = block * decode
+    scale = scale_inv.reciprocal().clamp(max=FLOAT32_MAX)
+    stochastic = operand == "grad_output" and not recipe.disable_stochastic_rounding
+    rounding: Rounding = "stochastic" if stochastic else "nearest"
+    how = Cast(tensor, recipe, formats.E2M1, scale, scale_inv, tile, rounding)
+    return how._replace(rotated=rotated)
+
+
+def _bitnet_cast(tensor: Tensor, recipe: BitNetScaling, operand: Operand, fmt: FloatFormat) -> Cast:
+    """Source: BitNet, 2310.11453, section 2.1."""
+    if operand == "input":
+        return Cast(tensor, recipe, fmt, *scales_for(absolute_maximum(tensor), fmt, False))
+    weight = tensor.detach().float().contiguous()  # sums in one order, whatever the layout
+    mean, centred = weight.abs().mean(), weight - weight.mean()
+    return Cast(centred, recipe, fmt, mean.reciprocal().clamp(max=FLOAT32_MAX), mean)
+
+
+def _in_one_pass(
+    tensor: Tensor, recipe: Recipe, operand: Operand, direction: Direction, out: Tensor
+) -> bool:
+    """Fake-quantises into `out` if amax, scales and cast of these tiles can go together."""
+    if not isinstance(recipe, Float8BlockScaling | MXFP8BlockScaling):
+        return False
+    kind: kernels.ScaleKind = "exponent"
+    if isinstance(recipe, Float8BlockScaling):
+        kind = "any" if recipe.use_f32_scales else "power_of_two"
+    elif recipe.scale_rounding != "up":
+        return False
+    source = tensor.detach()
+    rows, size = tile_of(recipe, operand, direction, tensor.shape) or (0, 0)
+    whole = rows == 1 and size > 1 and matrix_shape(tensor.shape)[1] % size == 0
+    if not (whole and kernels.usable(source) and _is_writable(out)):
+        return False
+    fmt, most = operand_format(recipe, operand, direction), torch.finfo(tensor.dtype).max
+    matrix = source.view(matrix_shape(tensor.shape))
+    kernels.fake_quantize_blocks(matrix, fmt, size, kind, most, out)
+    return True
 
 
 class Quantized(NamedTuple):
-    """Codes in the element format's own torch dtype, the shape of the source, and 1 / scale."""
+    """Codes, of the shape of the source, and what dequantises them.
+
+    `codes` are of the format's own torch dtype, or its bit patterns in uint8 where torch has none;
+    `scale_inv` is float32, [] or one for each `tile` of the tensor seen as [tokens, last axis].
+    """
 
     codes: Tensor
     scale_inv: Tensor
+    format: FloatFormat
+    tile: Tile | None
 
     def dequantize(self) -> Tensor:
         """float32 values: codes · scale_inv."""
-        return self.codes.float() * self.scale_inv
+        scale_inv = spread(self.scale_inv, self.tile, self.codes.shape)
+        return values_of(self.codes, self.format) * scale_inv
 
 
 def quantize(
-    tensor: Tensor, recipe: Recipe, operand: Operand, *, scale: Tensor | None = None
+    tensor: Tensor,
+    recipe: Recipe,
+    operand: Operand,
+    *,
+    scale: Tensor | None = None,
+    direction: Direction = "rowwise",
 ) -> Quantized:
-    """`tensor` as codes and the reciprocal of its scale, as `recipe` casts that operand.
+    """`tensor` as codes and the reciprocals of its scales, as `recipe` casts that operand.
 
-    Any shape; float32, bfloat16 or float16. High precision has scale_inv 1. Raises ValueError for
-    delayed scaling without `scale`.
+    Any shape; float32, bfloat16 or float16. High precision has scale_inv 1. `direction` is that of
+    what shares a scale: "rowwise" along the last axis, "columnwise" along the tokens (with a random
+    Hadamard transform where the recipe has one). `recipe` may be one of Transformer Engine's.
+    Raises ValueError as `cast_for` does, and for NaN where the format has none.
     """
-    how = cast_for(tensor, recipe, operand, scale)
-    rounded = _round_float32(how.scaled(), how.format)
+    how = cast_for(tensor, as_recipe(recipe, "quantize"), operand, scale, direction)
     ones = torch.ones((), device=tensor.device)
-    return Quantized(
-        rounded.to(_NATIVE[how.format]), ones if how.scale is None else how.scale.reciprocal()
-    )
+    scale_inv = ones if how.scale_inv is None else how.scale_inv
+    return Quantized(codes_of(how.rounded(), how.format), scale_inv, how.format, how.tile)
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, how: Cast) -> Tensor:
-        return how.fake_quantized().to(tensor.dtype)
+        values = how.fake_quantized()
+        if how.rotated:
+            values = rotated_back(values, matrix_shape(tensor.shape)[0]).reshape(tensor.shape)
+        return values.to(tensor.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
@@ -237,11 +331,25 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def fake_quantize(
-    tensor: Tensor, recipe: Recipe, operand: Operand, *, scale: Tensor | None = None
+    tensor: Tensor,
+    recipe: Recipe,
+    operand: Operand,
+    *,
+    scale: Tensor | None = None,
+    direction: Direction = "rowwise",
+    out: Tensor | None = None,
 ) -> Tensor:
     """`tensor` quantised and dequantised, in its own dtype; the gradient passes straight through.
 
-    Raises ValueError for delayed scaling without `scale`.
+    `out`, float32 of the same shape, receives the values instead, without a gradient. A random
+    Hadamard transform is undone. `recipe` may be one of Transformer Engine's. Raises ValueError as
+    `cast_for` does.
     """
-    how = cast_for(tensor, recipe, operand, scale)
-    return cast(Tensor, _StraightThrough.apply(tensor, how))  # type: ignore[no-untyped-call]
+    recipe = as_recipe(recipe, "fake_quantize")
+    if out is not None and scale is None and _in_one_pass(tensor, recipe, operand, direction, out):
+        return out
+    how = cast_for(tensor, recipe, operand, scale, direction)
+    if out is not None and not how.rotated:
+        return how.fake_quantized(out)
+    values = _StraightThrough.apply(tensor, how)  # type: ignore[no-untyped-call]
+    return cast(Tensor, values if out is None else out.copy_(values))

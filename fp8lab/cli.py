@@ -56,13 +56,19 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print data instead of a table.")]
-RunPath = Annotated[Path, typer.Argument(help="A run directory.")]
-RunPaths = Annotated[list[Path], typer.Argument(help="Run directories, or folders of them.")]
+# Without a metavar the name of an argument in an error depends on the version of typer.
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+RunPaths = Annotated[
+    list[Path], typer.Argument(metavar="RUN", help="Run directories, or folders of them.")
+]
 
 
 @app.command()
 def run(
-    experiment: Annotated[str, typer.Argument(help="A .py file, or a name: swiglu_divergence.")],
+    experiment: Annotated[
+        str,
+        typer.Argument(metavar="EXPERIMENT", help="A .py file, or a name: swiglu_divergence."),
+    ],
     out: Annotated[Path | None, typer.Option(help="Folder for the runs. [runs/NAME]")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 2,
     arm: Annotated[list[str] | None, typer.Option(help="Only this arm; repeatable.")] = None,
@@ -280,14 +286,15 @@ def _comparison(arm: str, runs: list[Run]) -> dict[str, Any]:
     results = [_mapping(run, "result") for run in runs]
     products = [run.tensors() for run in runs]
     products = [frame[frame["site"].str.endswith(":product")] for frame in products]
-    seconds = [run.steps()["seconds"].median() for run in runs]
+    seconds = [run.steps()["seconds"].dropna() for run in runs]
+    medians = [float(measured.median()) for measured in seconds if len(measured)]
 
     def largest(column: str) -> float | None:
         values = [float(frame[column].max()) for frame in products if frame[column].notna().any()]
         return max(values, default=None)
 
     finals = [r["final_loss"] for r in results if r.get("final_loss") is not None]
-    speeds = [1.0 / s for s in seconds if s and not math.isnan(s)]
+    speeds = [1.0 / median for median in medians if median]
     return {
         "arm": arm,
         "runs": len(runs),
@@ -343,18 +350,19 @@ class _Progress:
             TimeElapsedColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,  # else it would end with an empty line
         )
         self._all = self._bars.add_task("runs", total=0, numbers="")
         self._jobs: dict[int, tuple[str, Any, float]] = {}
         self._alarms: dict[int, int] = {}
 
     def __enter__(self) -> _Progress:
-        self._bars.start()
+        if self._console.is_terminal:  # else the bars, though never drawn, end in an empty line
+            self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        if self._console.is_terminal:
+            self._bars.stop()
 
     def started(self, index: int, label: str) -> None:
         self._jobs[index] = (label, None, 0.0)

@@ -14,9 +14,11 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from fp8lab.linear import Fp8Linear, close_region, open_region
-from fp8lab.recipe import OPERANDS, Operand, Plan, Recipe
-from fp8lab.sites import find_gates
+from fp8lab.linear import Fp8Linear, FusedProduct
+from fp8lab.plan import Plan, as_recipe
+from fp8lab.recipe import GEMMS, OPERANDS, Accumulation, Gemm, Operand, Recipe
+from fp8lab.regions import close_region, open_region
+from fp8lab.sites import GateSite, find_gates
 
 
 def convert(
@@ -26,18 +28,24 @@ def convert(
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
     overrides: Mapping[str, Recipe] | None = None,
+    accumulation: Accumulation | None = None,
 ) -> nn.Module:
     """Emulate FP8 in the linear layers of `model`; returns the same model.
 
-    `include`, `exclude` and `overrides` are those of `Plan` (`"*.down:input"` is an operand of a
-    layer); they are not given when `recipe` is a plan already. The model's outermost forward is
-    the region after which delayed scales move, unless `fp8lab.autocast` is used. A checkpoint from
-    before the conversion loads into the converted model, whose scales then start afresh.
+    `include`, `exclude`, `overrides` and `accumulation` are those of `Plan` (`"*.down:input"` is an
+    operand of a layer, `"*.down:input@output"` that of one GEMM); they are not given when `recipe`
+    is a plan already. `recipe` may be one of Transformer Engine's own objects.
+
+    Where gate, up and down of a gated feed-forward are all converted, their product is computed
+    and rounded as Transformer Engine's fused kernel does it (`linear.FusedProduct`), which makes a
+    difference in BF16 and FP16 models. The model's outermost forward is the region after which
+    delayed scales move, unless `fp8lab.autocast` is used. A checkpoint from before the conversion
+    loads into the converted model, whose scales then start afresh.
 
     Raises ValueError if no layer matched, a pattern matched none, a layer is converted already,
     or a matching layer cannot be converted.
     """
-    plan = _plan(recipe, tuple(include), tuple(exclude), overrides or {})
+    plan = _plan(recipe, tuple(include), tuple(exclude), overrides or {}, accumulation)
     linears = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
     }
@@ -58,10 +66,15 @@ def convert(
             raise ValueError(
                 f"convert: {name} is a {kind}{already}, expected nn.Linear: exclude it"
             )
-    _refuse_layers_that_never_run(model, chosen)
+    gates = _gates(model)
+    _refuse_layers_that_never_run(gates, chosen)
     for name, linear in chosen.items():
         recipes: dict[Operand, Recipe] = {o: plan.recipe_for(name, o) for o in OPERANDS}
-        Fp8Linear.adopt(linear, recipes)
+        singled_out: dict[tuple[Operand, Gemm], Recipe] = {
+            (o, gemm): plan.recipe_for(name, o, gemm) for gemm in GEMMS for o in GEMMS[gemm]
+        }
+        Fp8Linear.adopt(linear, recipes, singled_out, plan.accumulation)
+    _fuse_products(gates)
     model.register_forward_pre_hook(open_region, prepend=True)
     model.register_forward_hook(close_region, always_call=True)
     return model
@@ -72,21 +85,31 @@ def _plan(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     overrides: Mapping[str, Recipe],
+    accumulation: Accumulation | None,
 ) -> Plan:
     if not isinstance(recipe, Plan):
-        return Plan(recipe=recipe, include=include, exclude=exclude, overrides=overrides)
-    if include != ("*",) or exclude or overrides:
+        return Plan(
+            recipe=as_recipe(recipe, "convert"),
+            include=include,
+            exclude=exclude,
+            overrides=overrides,
+            accumulation=accumulation,
+        )
+    if include != ("*",) or exclude or overrides or accumulation:
         raise ValueError(
-            "convert: include, exclude, overrides: expected in the plan that was given"
+            "convert: include, exclude, overrides, accumulation: expected in the plan given"
         )
     return recipe
 
 
-def _refuse_layers_that_never_run(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
+def _gates(model: nn.Module) -> list[GateSite]:
     try:
-        gates = find_gates(model)
-    except ValueError:  # no gated feed-forward: nothing to check
-        return
+        return find_gates(model)
+    except ValueError:  # no gated feed-forward
+        return []
+
+
+def _refuse_layers_that_never_run(gates: list[GateSite], chosen: dict[str, nn.Linear]) -> None:
     by_weight = {id(linear.weight): name for name, linear in chosen.items()}
     for gate in gates:
         for projection in (gate.gate, gate.up, gate.down):
@@ -96,6 +119,17 @@ def _refuse_layers_that_never_run(model: nn.Module, chosen: dict[str, nn.Linear]
                     f"convert: {name} is never called: {gate.name} computes with its weight "
                     f"itself, so it would stay in high precision; exclude it or call it"
                 )
+
+
+def _fuse_products(gates: list[GateSite]) -> None:
+    for site in gates:
+        gate, up, down = site.gate.module, site.up.module, site.down.module
+        if (
+            isinstance(gate, Fp8Linear)
+            and isinstance(up, Fp8Linear)
+            and isinstance(down, Fp8Linear)
+        ):
+            gate.product_out = up.product_out = down.product_in = FusedProduct()
 
 
 def converted_downs(model: nn.Module, who: str) -> list[tuple[str, Fp8Linear]]:

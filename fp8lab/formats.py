@@ -3,7 +3,7 @@
 A format is a frozen value; everything else about it (largest value, smallest subnormal, …) is a
 property worked out from its fields, so no table of constants can disagree with another. `round`
 is the specification: exact, scalar, slow, made only of Python floats (binary64 holds every value
-and every midpoint of every format here exactly). The tensor code in `casting` is tested against
+and every midpoint of every format here exactly). The tensor code in `rounding` is tested against
 it on one table; neither is derived from the other.
 
 Rejected: passing a format as an (exponent, mantissa) pair. "E4M3" names at least three formats,
@@ -205,6 +205,13 @@ E8M0 = FloatFormat(
 BF16 = FloatFormat(name="BF16", exponent_bits=8, mantissa_bits=7, bias=127, top="ieee")
 FP16 = FloatFormat(name="FP16", exponent_bits=5, mantissa_bits=10, bias=15, top="ieee")
 FP32 = FloatFormat(name="FP32", exponent_bits=8, mantissa_bits=23, bias=127, top="ieee")
+
+# A grid without exponents is a format with one exponent bit: its normal numbers and its subnormals
+# lie equally far apart. Only BitNet's recipe uses these two: integers of ±127, and the two signs.
+INT8 = FloatFormat(name="INT8", exponent_bits=1, mantissa_bits=6, bias=-5, top="finite")
+SIGN = FloatFormat(
+    name="SIGN", exponent_bits=0, mantissa_bits=0, bias=0, top="finite", has_zero=False
+)
 
 FORMATS = {
     number_format.name: number_format

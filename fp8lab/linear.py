@@ -4,30 +4,24 @@
     grad_input  = cast(grad_output) @ cast(weight)           [tokens, in]
     grad_weight = cast(grad_output)^T @ cast(input)          [out, in]
 
-As in Transformer Engine each operand is cast once and both of its GEMMs use the same codes, forward
-operands in E4M3 and gradients in E5M2 under HYBRID. The GEMMs run in FP32 on dequantised values.
-Hardware multiplies the codes, exactly, and scales the sum; here each operand and each product is
-rounded to FP32 first, by at most 2^-24 of itself, and the order and width of the accumulation are
-FP32's. Parameters keep their dtype, as master weights; the output has the dtype of the input.
+As in Transformer Engine an operand is cast once where both of its GEMMs can use the same codes,
+and twice, along the one axis and along the other, where what shares a scale lies along what a GEMM
+sums (blocks, rows). Inputs and weights are cast for the backward pass in the forward pass already.
 
-Delayed scaling needs to know when a step ends. Scales move once per region: `with autocast():`, or
-the outermost forward of a converted model, or a bare call of the layer. Forward operands move when
-the region closes; gradients when the backward pass ends, or when the region closes if the
-backward ran inside it. Nothing moves without gradients (evaluation), and a forward that runs
-*inside* a backward pass (activation checkpointing) uses the scales of the forward it repeats; the
-first run is the one that counts, with use_reentrant=True too, where it runs without gradients.
-Rejected: moving scales inside the layer's own forward, which breaks gradient accumulation.
+The GEMMs run in FP32 on dequantised values. Hardware multiplies the codes, exactly, and scales the
+sum; here each operand and each product is rounded to FP32 first, by at most 2^-24 of itself, and
+the order and width of the accumulation are FP32's, unless an `Accumulation` says otherwise.
+Parameters keep their dtype, as master weights; the output has the dtype of the input.
 
-The state is in two buffers named as TE names them, one column per operand (input, weight,
-grad_output); row 0 of the history collects the running step.
+Delayed scales move when a step ends, which `regions` decides. The state is in two buffers named as
+TE names them, one column per operand (input, weight, grad_output) and in `scale` two more where a
+format has copies of input and weight for the backward pass; row 0 of the history collects the
+running step.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from functools import partial
-from types import TracebackType
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -35,22 +29,64 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from fp8lab.casting import Cast, absolute_maximum, cast_for, scale_for
-from fp8lab.recipe import OPERANDS, DelayedScaling, Operand, Recipe, operand_format
+from fp8lab import kernels
+from fp8lab.casting import Cast, cast_for, rotated_back
+from fp8lab.recipe import (
+    GEMMS,
+    OPERANDS,
+    Accumulation,
+    DelayedScaling,
+    Direction,
+    Float8CurrentScaling,
+    Gemm,
+    NVFP4BlockScaling,
+    Operand,
+    Recipe,
+    direction_of,
+    operand_format,
+)
+from fp8lab.regions import steps
+from fp8lab.scaling import absolute_maximum, is_the_same_both_ways, scale_for
+
+
+class FusedProduct:
+    """What gate, up and down of one feed-forward share so that its product is rounded as in TE.
+
+    TE computes act(gate) ⊙ up in FP32, in one kernel with the cast, whatever the dtype of the
+    model. Gate and up therefore give their outputs, rounded to `dtype`, as float32, and down takes
+    the float32 product. `dtype` is set by the forward pass.
+    """
+
+    dtype: torch.dtype = torch.float32
+
+    def cast_as(self, tensor: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor | None]:
+        """The tensor that is cast, and the amax that makes its scale if that is another's.
+
+        Delayed scaling casts the FP32 values; current scaling takes their amax and casts what they
+        are in `dtype`; all others see only that (TE `activation.cpp`; `gated_mxfp8.cuh`).
+        """
+        if isinstance(recipe, DelayedScaling) or self.dtype == torch.float32:
+            return tensor, None
+        of_current = isinstance(recipe, Float8CurrentScaling)
+        return tensor.to(self.dtype), absolute_maximum(tensor) if of_current else None
 
 
 class Fp8Linear(nn.Linear):
     """An `nn.Linear` with emulated low-precision GEMMs.
 
     `recipes` gives each operand its recipe and may be changed between steps (but not to
-    `DelayedScaling` where there was none: its history is allocated at birth). `channel_scale` maps
-    an input to float32 [in_features], without a gradient; the input is multiplied by it and the
-    weight's columns divided, before either is cast. `gradient_of_saturated` says what an input
-    element that saturated receives: its gradient ("straight_through", as TE) or none ("zero").
+    `DelayedScaling` where there was none: its history is allocated at birth); `gemm_recipes` does
+    so for an operand of one GEMM. `channel_scale` maps an input to float32 [in_features], without a
+    gradient; the input is multiplied by it and the weight's columns divided, before either is cast.
+    `gradient_of_saturated` says what an input element that saturated receives: its gradient
+    ("straight_through", as TE) or none ("zero"). `product_in` and `product_out` are set on the
+    layers around a product that is fused as in TE.
 
     Known limits, with activation checkpointing: of two forwards, each its own region, before their
     two backwards, the first is repeated with the second's scales; and an evaluation through
     use_reentrant=True counts as training unless its region was opened without gradients.
+
+    Raises ValueError for delayed scaling of an operand in one GEMM alone: it has one history.
     """
 
     amax_history: Tensor
@@ -63,50 +99,97 @@ class Fp8Linear(nn.Linear):
         out_features: int,
         bias: bool = True,
         *,
-        recipes: dict[Operand, Recipe],
+        recipes: Mapping[Operand, Recipe],
+        gemm_recipes: Mapping[tuple[Operand, Gemm], Recipe] | None = None,
+        accumulation: Accumulation | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias)
-        self._set_up(recipes)
+        self._set_up(recipes, gemm_recipes or {}, accumulation)
 
     @classmethod
-    def adopt(cls, linear: nn.Linear, recipes: dict[Operand, Recipe]) -> Fp8Linear:
+    def adopt(
+        cls,
+        linear: nn.Linear,
+        recipes: Mapping[Operand, Recipe],
+        gemm_recipes: Mapping[tuple[Operand, Gemm], Recipe] | None = None,
+        accumulation: Accumulation | None = None,
+    ) -> Fp8Linear:
         """Turn a layer into an `Fp8Linear` in place: its parameters, hooks and every reference to
         it, an optimizer's included, stay what they are."""
         linear.__class__ = cls
         converted = cast(Fp8Linear, linear)
-        converted._set_up(recipes)
+        converted._set_up(recipes, gemm_recipes or {}, accumulation)
         return converted
 
-    def _set_up(self, recipes: dict[Operand, Recipe]) -> None:
+    def _set_up(
+        self,
+        recipes: Mapping[Operand, Recipe],
+        gemm_recipes: Mapping[tuple[Operand, Gemm], Recipe],
+        accumulation: Accumulation | None,
+    ) -> None:
         self.recipes = dict(recipes)
+        self.gemm_recipes = {
+            (operand, gemm): recipe
+            for (operand, gemm), recipe in gemm_recipes.items()
+            if recipe != recipes[operand]
+        }
+        for (operand, gemm), recipe in self.gemm_recipes.items():
+            if isinstance(recipe, DelayedScaling):
+                raise ValueError(f"{operand}@{gemm}: DelayedScaling, expected for {operand} itself")
+        self.accumulation = accumulation
         self.channel_scale: Callable[[Tensor], Tensor] | None = None
         self.gradient_of_saturated: Literal["straight_through", "zero"] = "straight_through"
+        self.product_in: FusedProduct | None = None
+        self.product_out: FusedProduct | None = None
         delayed = [r for r in recipes.values() if isinstance(r, DelayedScaling)]
         if delayed:
             length = max(recipe.amax_history_len for recipe in delayed)
+            columns = 5 if any(recipe.fp8_format.has_copies for recipe in delayed) else 3
             device = self.weight.device
             self.register_buffer("amax_history", torch.zeros(length, 3, device=device))
-            self.register_buffer("scale", torch.ones(3, device=device))
-            self.register_buffer("_scale_before", torch.ones(3, device=device), persistent=False)
+            self.register_buffer("scale", torch.ones(columns, device=device))
+            before = torch.ones(columns, device=device)
+            self.register_buffer("_scale_before", before, persistent=False)
 
     def extra_repr(self) -> str:
-        casts = ", ".join(f"{o}={type(r).__name__}" for o, r in self.recipes.items())
-        return f"{super().extra_repr()}, {casts}"
+        casts = [f"{o}={type(r).__name__}" for o, r in self.recipes.items()]
+        casts += [f"{o}@{g}={type(r).__name__}" for (o, g), r in self.gemm_recipes.items()]
+        accumulation = "" if self.accumulation is None else f", {self.accumulation}"
+        return f"{super().extra_repr()}, {', '.join(casts)}{accumulation}"
 
-    def precision(self) -> dict[Operand, str]:
-        """What each operand really is: its format, its recipe, and what is put on top."""
-        operands = {
-            operand: f"{operand_format(recipe, operand).name} {type(recipe).__name__}"
-            for operand, recipe in self.recipes.items()
-        }
-        if self.channel_scale is not None:
-            operands["input"] += ", channels balanced"
+    def recipe_for(self, operand: Operand, gemm: Gemm) -> Recipe:
+        """The recipe in force for an operand of one GEMM."""
+        return self.gemm_recipes.get((operand, gemm), self.recipes[operand])
+
+    def precision(self) -> dict[str, str]:
+        """What each operand of each GEMM really is (`input@grad_weight`): its format, its recipe,
+        and what is put on top."""
+        uses: dict[str, str] = {}
+        for gemm, operands in GEMMS.items():
+            for operand in operands:
+                recipe = self.recipe_for(operand, gemm)
+                fmt = operand_format(recipe, operand, self._direction(operand, gemm))
+                uses[f"{operand}@{gemm}"] = f"{fmt.name} {type(recipe).__name__}"
+                if operand == "input" and self.channel_scale is not None:
+                    uses[f"{operand}@{gemm}"] += ", channels balanced"
         if self.gradient_of_saturated == "zero":
-            operands["input"] += ", no gradient where saturated"
-        return operands
+            uses["input@output"] += ", no gradient where saturated"
+        return uses
 
-    def cast_in_force(self, operand: Operand, tensor: Tensor) -> Cast:
-        """How this layer casts `tensor` now; changes no state.
+    def _direction(self, operand: Operand, gemm: Gemm) -> Direction:
+        # What is cast once is cast rowwise.
+        once = not self._is_cast_twice(operand)
+        return "rowwise" if once else direction_of(operand, gemm)
+
+    def _is_cast_twice(self, operand: Operand) -> bool:
+        first, second = (gemm for gemm, operands in GEMMS.items() if operand in operands)
+        recipe, other = self.recipe_for(operand, first), self.recipe_for(operand, second)
+        differ = recipe is not other and recipe != other  # `is` first: comparing costs
+        return differ or not is_the_same_both_ways(recipe, operand)
+
+    def cast_in_force(self, operand: Operand, tensor: Tensor, gemm: Gemm | None = None) -> Cast:
+        """How this layer casts `tensor` now, for the first of the operand's GEMMs unless another is
+        given; changes no state.
 
         An input is multiplied by the channel scale first, if there is one.
         """
@@ -114,30 +197,50 @@ class Fp8Linear(nn.Linear):
         if operand == "input" and self.channel_scale is not None:
             channel_scale = self.channel_scale(tensor)
             tensor = tensor * channel_scale
-        recipe, scale = self.recipes[operand], None
+        first = "grad_input" if operand == "grad_output" else "output"
+        how = self._cast(operand, tensor, gemm or cast(Gemm, first))
+        return how._replace(channel_scale=channel_scale)
+
+    def _cast(self, operand: Operand, tensor: Tensor, gemm: Gemm) -> Cast:
+        recipe, scale = self.recipe_for(operand, gemm), None
+        direction = self._direction(operand, gemm)
+        if operand == "input" and self.product_in is not None:
+            tensor, amax = self.product_in.cast_as(tensor, recipe)
+            if amax is not None and isinstance(recipe, Float8CurrentScaling):
+                fmt = operand_format(recipe, operand, direction)
+                scale = scale_for(amax, fmt, power_of_two=recipe.use_power_2_scales)
         if isinstance(recipe, DelayedScaling):
-            moved_since = operand != "grad_output" and _steps.repeats_forward_of(self)
+            moved_since = operand != "grad_output" and steps.repeats_forward_of(self)
             scales = self._scale_before if moved_since else self.scale
+            copy = 3 if direction == "columnwise" else 0
             # A copy: what was decided for this cast stays when the layer's own scale moves on.
-            scale = scales[OPERANDS.index(operand)].clone()
-        return cast_for(tensor, recipe, operand, scale)._replace(channel_scale=channel_scale)
+            scale = scales[OPERANDS.index(operand) + copy].clone()
+        return cast_for(tensor, recipe, operand, scale, direction)
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(input.device.type):
+        if torch.is_autocast_enabled(input.device.type) and self.product_in is None:
             input = input.to(torch.get_autocast_dtype(input.device.type))
         inputs, weight = self.cast_in_force("input", input), self.weight
         if inputs.channel_scale is not None:
             weight = weight / inputs.channel_scale
         weights = self.cast_in_force("weight", weight)
-        if _steps.forward_counts():
-            self._record(inputs, "input")
-            self._record(weights, "weight")
-            _steps.forward_ran(self)
+        counts = steps.forward_counts()
+        dtype = input.dtype if self.product_in is None else self.product_in.dtype
+        if inputs.channel_scale is not None:
+            input = input * inputs.channel_scale
         with torch.autocast(input.device.type, enabled=False):
-            output = _Gemms.apply(  # type: ignore[no-untyped-call]
-                inputs.tensor, weights.tensor, self.bias, inputs, weights, self
+            output = cast(
+                Tensor,
+                _Gemms.apply(  # type: ignore[no-untyped-call]
+                    input, weight, self.bias, inputs, weights, self, dtype, counts
+                ),
             )
-        return cast(Tensor, output).to(input.dtype)  # a channel scale made it float32
+        if counts:
+            steps.forward_ran(self)
+        if self.product_out is not None:
+            self.product_out.dtype = dtype
+            output = output.float()  # whose gradient is thereby rounded as in the model's dtype
+        return output
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
         # `model.bfloat16()` is about parameters: a scale in BF16 would be another scale.
@@ -167,10 +270,58 @@ class Fp8Linear(nn.Linear):
         own = (f"{prefix}amax_history", f"{prefix}scale")
         missing_keys += [key for key in missing if not set(own) <= set(missing) or key not in own]
 
-    def _record(self, how: Cast, operand: Operand) -> None:
-        if isinstance(how.recipe, DelayedScaling):
+    def quantized(self, how: Cast, operand: Operand, counts: bool) -> Tensor:
+        """What a GEMM takes of a cast operand, float32 [tokens, features]; its amax enters the
+        history if it counts."""
+        if counts and isinstance(how.recipe, DelayedScaling):
+            values, amax = how.fake_quantized_and_amax()
             running = self.amax_history[0, OPERANDS.index(operand)]
-            torch.maximum(running, absolute_maximum(how.tensor), out=running)
+            torch.maximum(running, amax, out=running)
+        else:
+            values = how.fake_quantized()
+        return values.reshape(-1, values.shape[-1])
+
+    def quantized_again(
+        self, operand: Operand, tensor: Tensor, gemm: Gemm, first: Tensor
+    ) -> Tensor:
+        """The operand for the second of its GEMMs: `first` itself, if one cast does for both."""
+        if not self._is_cast_twice(operand):
+            return first
+        again = self._cast(operand, tensor, gemm)
+        values = again.fake_quantized()
+        values = values.reshape(-1, values.shape[-1])
+        # Turned by a Hadamard transform only where the GEMM's other operand is turned too.
+        if again.rotated and not self._both_rotate():
+            values = rotated_back(values, len(first))
+        return values
+
+    def _both_rotate(self) -> bool:
+        recipes = (self.recipe_for(operand, "grad_weight") for operand in GEMMS["grad_weight"])
+        return all(isinstance(r, NVFP4BlockScaling) and not r.disable_rht for r in recipes)
+
+    def multiply(
+        self, left: Tensor, right: Tensor, gemm: Gemm, bias: Tensor | None = None
+    ) -> Tensor:
+        """left [m, k] @ right [n, k]^T + bias, float32, accumulated as the layer was told."""
+        if self.accumulation is None or not self._is_short(gemm, self.accumulation):
+            return functional.linear(left, right, bias)
+        product = _multiply_in_steps(left, right.t(), self.accumulation)
+        return product if bias is None else product + bias
+
+    def _is_short(self, gemm: Gemm, accumulation: Accumulation) -> bool:
+        # A GEMM with a wide operand runs in BF16, which accumulates in FP32.
+        recipes = ((operand, self.recipe_for(operand, gemm)) for operand in GEMMS[gemm])
+        narrow = all(operand_format(recipe, operand).bits <= 8 for operand, recipe in recipes)
+        return narrow and gemm in accumulation.gemms
+
+    def running_amaxes(self, *operands: Operand) -> list[Tensor]:
+        """float32 [] views of this step's amaxes that all ranks share."""
+        recipes = ((operand, self.recipes[operand]) for operand in operands)
+        return [
+            self.amax_history[0, OPERANDS.index(operand)]
+            for operand, recipe in recipes
+            if isinstance(recipe, DelayedScaling) and recipe.reduce_amax
+        ]
 
     @torch.no_grad()
     def move_scales(self, *operands: Operand) -> None:
@@ -178,43 +329,86 @@ class Fp8Linear(nn.Linear):
 
         Source: TE `delayed_scaling.cu` (bulk kernel): the amax is taken over the last
         `amax_history_len` steps, this one included; a step whose amax is 0 leaves the scale and the
-        history as they are. With a function TE takes another path (`_amax_and_scale_update`), which
-        asks it at every step and always rolls.
+        history as they are. With a function of either kind TE takes another path
+        (`_amax_and_scale_update`), which asks it at every step and always rolls.
         """
         for operand in operands:
             recipe, column = self.recipes[operand], OPERANDS.index(operand)
             if not isinstance(recipe, DelayedScaling):
                 continue
-            if _ranks() > 1:
-                raise RuntimeError("DelayedScaling: emulated amaxes are not reduced over ranks yet")
             if recipe.amax_history_len > len(self.amax_history):
                 raise RuntimeError(
                     f"DelayedScaling: amax_history_len={recipe.amax_history_len}, expected at most "
                     f"the {len(self.amax_history)} steps that the layer was converted with"
                 )
+            if self._moved_by_kernel(recipe, operand):
+                continue
             history = self.amax_history[: recipe.amax_history_len, column]
-            rolled = history.roll(-1)
-            if callable(recipe.amax_compute_algo):
-                amax = recipe.amax_compute_algo(history)
-            else:
-                latest = history[0]
-                most_recent = recipe.amax_compute_algo == "most_recent"
-                amax = latest if most_recent else absolute_maximum(history)
-                amax = torch.where(latest == 0, latest, amax)
-                rolled = torch.where(latest == 0, history, rolled)
-            fmt = operand_format(recipe, operand)
-            self._scale_before[column] = self.scale[column]
-            self.scale[column] = scale_for(
-                amax, fmt, margin=recipe.margin, previous=self.scale[column]
-            )
+            amax, rolled = _amax_and_rolled(history, recipe)
+            self._move_scale(column, amax, recipe, operand, "rowwise")
+            if operand != "grad_output" and recipe.fp8_format.has_copies:
+                self._move_scale(column + 3, amax, recipe, operand, "columnwise")
             history.copy_(rolled)
             history[0] = 0.0
 
+    def _moved_by_kernel(self, recipe: DelayedScaling, operand: Operand) -> bool:
+        told = recipe.amax_compute_algo, recipe.scaling_factor_compute_algo
+        special = any(callable(algorithm) for algorithm in told) or recipe.fp8_format.has_copies
+        if special or not kernels.usable(self.amax_history):
+            return False
+        kernels.move_scale(
+            self.amax_history,
+            OPERANDS.index(operand),
+            recipe.amax_history_len,
+            operand_format(recipe, operand).max * 2.0**-recipe.margin,
+            recipe.amax_compute_algo == "most_recent",
+            self.scale,
+            self._scale_before,
+        )
+        return True
 
-def _ranks() -> int:
-    distributed = torch.distributed
-    started = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if started else 1
+    def _move_scale(
+        self,
+        column: int,
+        amax: Tensor,
+        recipe: DelayedScaling,
+        operand: Operand,
+        direction: Direction,
+    ) -> None:
+        fmt, old = operand_format(recipe, operand, direction), self.scale[column].clone()
+        self._scale_before[column] = old
+        compute = recipe.scaling_factor_compute_algo
+        if compute is None:
+            self.scale[column] = scale_for(amax, fmt, margin=recipe.margin, previous=old)
+        else:
+            self.scale[column] = compute(amax, old, torch.full_like(old, fmt.max), recipe)
+
+
+def _amax_and_rolled(history: Tensor, recipe: DelayedScaling) -> tuple[Tensor, Tensor]:
+    """The amax that makes the next scale, float32 [], and the history as it is then."""
+    rolled, latest = history.roll(-1), history[0]
+    if callable(recipe.amax_compute_algo):
+        return recipe.amax_compute_algo(history), rolled
+    most_recent = recipe.amax_compute_algo == "most_recent"
+    amax = latest if most_recent else absolute_maximum(history)
+    if recipe.scaling_factor_compute_algo is not None:
+        return amax, rolled
+    return torch.where(latest == 0, latest, amax), torch.where(latest == 0, history, rolled)
+
+
+def _multiply_in_steps(left: Tensor, right: Tensor, accumulation: Accumulation) -> Tensor:
+    """The GEMM with a short accumulator. Each step of 32 is summed in FP32 first: of codes of at
+    most 8 bits that sum is nearly exact, and what hardware loses in it is part of `bits`."""
+    kept = -(1 << (24 - accumulation.bits))
+    total = left.new_zeros(len(left), right.shape[1])
+    running = torch.zeros_like(total)
+    for start in range(0, left.shape[1], 32):
+        if accumulation.promote_every and start and start % accumulation.promote_every == 0:
+            total += running
+            running = torch.zeros_like(total)
+        running = running + left[:, start : start + 32] @ right[start : start + 32]
+        running = (running.view(torch.int32) & kept).view(torch.float32)
+    return total + running
 
 
 class _Gemms(torch.autograd.Function):
@@ -227,19 +421,25 @@ class _Gemms(torch.autograd.Function):
         inputs: Cast,
         weights: Cast,
         layer: Fp8Linear,
+        dtype: torch.dtype,
+        counts: bool,
     ) -> Tensor:
-        quantized_input = inputs.fake_quantized().reshape(-1, layer.in_features)
-        quantized_weight = weights.fake_quantized()
-        saturated = None
+        quantized_input = layer.quantized(inputs, "input", counts)
+        quantized_weight = layer.quantized(weights, "weight", counts)
+        wide_bias = None if bias is None else bias.float()
+        output = layer.multiply(quantized_input, quantized_weight, "output", wide_bias)
+        saved: list[Tensor | None] = [None, None, None]
+        if ctx.needs_input_grad[1]:
+            saved[0] = layer.quantized_again("input", input, "grad_weight", quantized_input)
+        if ctx.needs_input_grad[0]:
+            saved[1] = layer.quantized_again("weight", weight, "grad_input", quantized_weight)
         if layer.gradient_of_saturated == "zero":
-            saturated = inputs.saturated()
-        ctx.save_for_backward(quantized_input, quantized_weight, saturated)
+            saved[2] = inputs.saturated()
+        ctx.save_for_backward(*saved)
         ctx.layer, ctx.dtypes, ctx.shape = layer, (input.dtype, weight.dtype), input.shape
+        ctx.dtype = dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        output = functional.linear(
-            quantized_input, quantized_weight, None if bias is None else bias.float()
-        )
-        return output.to(input.dtype).view(*input.shape[:-1], layer.out_features)
+        return output.to(dtype).view(*input.shape[:-1], layer.out_features)
 
     @staticmethod
     @once_differentiable
@@ -247,133 +447,27 @@ class _Gemms(torch.autograd.Function):
         quantized_input, quantized_weight, saturated = ctx.saved_tensors
         layer: Fp8Linear = ctx.layer
         gradient = layer.cast_in_force("grad_output", grad_outputs[0])
-        layer._record(gradient, "grad_output")
-        _steps.backward_ran(layer)
-        quantized = gradient.fake_quantized().reshape(-1, layer.out_features)
+        quantized = layer.quantized(gradient, "grad_output", counts=True)
+        steps.backward_ran(layer)
         grad_input = grad_weight = grad_bias = None
         # A backward that is called inside torch's autocast would run these GEMMs in BF16.
         with torch.autocast(quantized.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                grad_input = (quantized @ quantized_weight).view(ctx.shape)
+                grad_input = layer.multiply(quantized, quantized_weight.t(), "grad_input")
+                grad_input = grad_input.view(ctx.shape)
                 if saturated is not None:
                     grad_input.masked_fill_(saturated, 0.0)
+                if layer.product_in is not None:  # of a fused product: as in the model's dtype
+                    grad_input = grad_input.to(ctx.dtype)
                 grad_input = grad_input.to(ctx.dtypes[0])
             if ctx.needs_input_grad[1]:
-                grad_weight = (quantized.t() @ quantized_input).to(ctx.dtypes[1])
+                again = layer.quantized_again(
+                    "grad_output", grad_outputs[0], "grad_weight", quantized
+                )
+                grad_weight = layer.multiply(again.t(), quantized_input.t(), "grad_weight")
+                grad_weight = grad_weight.to(ctx.dtypes[1])
         if ctx.needs_input_grad[2]:
             # Not a GEMM: TE sums the bias gradient from the unquantised gradient.
             unquantized = grad_outputs[0].reshape(-1, layer.out_features)
             grad_bias = unquantized.float().sum(0).to(ctx.bias_dtype)
-        return grad_input, grad_weight, grad_bias, None, None, None
-
-
-class _Steps:
-    """Which layers ran since their scales last moved, and whether a region is open."""
-
-    def __init__(self) -> None:
-        self.depth = 0
-        self.opened_with_gradients = False
-        self.forward_layers: dict[Fp8Linear, None] = {}
-        self.backward_layers: dict[Fp8Linear, None] = {}
-        self.end_of_backward: Callable[[], object] = lambda: None
-
-    def open(self) -> None:
-        if self.depth == 0:
-            self.opened_with_gradients = _with_gradients()
-        self.depth += 1
-
-    def close(self) -> None:
-        # torch also closes a forward that raised in another pre-hook, before it was opened.
-        self.depth = max(self.depth - 1, 0)
-        if self.depth == 0 and self.opened_with_gradients and not _inside_backward():
-            self._move_forward()
-            self._move_backward()
-
-    def forward_counts(self) -> bool:
-        """Whether the amaxes of the forward that now begins enter the history."""
-        if _inside_backward():
-            self._await_end_of_backward()
-            return False
-        return _with_gradients() and (self.depth == 0 or self.opened_with_gradients)
-
-    def forward_ran(self, layer: Fp8Linear) -> None:
-        self.forward_layers[layer] = None
-        if self.depth == 0:
-            self._move_forward()
-
-    def backward_ran(self, layer: Fp8Linear) -> None:
-        self.backward_layers[layer] = None
-        self._await_end_of_backward()
-
-    def repeats_forward_of(self, layer: Fp8Linear) -> bool:
-        """Whether a forward of `layer` now repeats one whose scales have moved since."""
-        return _inside_backward() and layer not in self.forward_layers
-
-    def _await_end_of_backward(self) -> None:
-        # One callback, on the outermost pass: use_reentrant=True repeats a forward in one pass and
-        # runs another inside it. The engine alone owns the callback, so a pass that raised takes it
-        # along and leaves nothing behind.
-        if self.end_of_backward() is None:
-            callback = partial(self._backward_ended)
-            self.end_of_backward = weakref.ref(callback)
-            torch.autograd.Variable._execution_engine.queue_callback(callback)
-
-    def _backward_ended(self) -> None:
-        if self.depth == 0:
-            self._move_backward()
-
-    def _move_forward(self) -> None:
-        layers, self.forward_layers = self.forward_layers, {}
-        for layer in layers:
-            layer.move_scales("input", "weight")
-
-    def _move_backward(self) -> None:
-        layers, self.backward_layers = self.backward_layers, {}
-        for layer in layers:
-            layer.move_scales("grad_output")
-
-
-_steps = _Steps()
-
-
-def _inside_backward() -> bool:
-    # Private, and the only way that tells a recomputed forward from a first one in both kinds of
-    # activation checkpointing: with use_reentrant=False gradients are enabled both times.
-    return torch._C._current_graph_task_id() != -1
-
-
-def _with_gradients() -> bool:
-    # Or in `autograd.Function.forward`, where use_reentrant=True does its first run, torch's and
-    # every library's own: unlike `torch.no_grad` it turns forward-mode gradients off too.
-    inside_function = not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
-    return torch.is_grad_enabled() or inside_function
-
-
-class autocast:
-    """One step's region: delayed scales move when the outermost one closes, once.
-
-    Wrap what makes one optimizer step's forward passes (with gradient accumulation, all of them).
-    Without it the outermost forward of a converted model is the region.
-    """
-
-    def __enter__(self) -> autocast:
-        _steps.open()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        _steps.close()
-
-
-def open_region(*_: object) -> None:
-    """Forward pre-hook of a converted model."""
-    _steps.open()
-
-
-def close_region(*_: object) -> None:
-    """Forward hook of a converted model, called even if the forward raised."""
-    _steps.close()
+        return grad_input, grad_weight, grad_bias, None, None, None, None, None

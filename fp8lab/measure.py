@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fp8lab.casting import Cast, absolute_maximum, round_to
+from fp8lab.casting import Cast
 from fp8lab.recipe import DelayedScaling
+from fp8lab.scaling import absolute_maximum
 from fp8lab.sketch import HISTOGRAM_BINS
 
 # Channels whose amax is beyond this multiple of the median channel's are left out of the bulk.
@@ -83,6 +84,8 @@ def sentinel_vector(product: Tensor, how: Cast | None) -> Tensor:
     if how is None or how.scale is None:
         return torch.stack([*found, nothing, nothing])
     staleness = torch.ones_like(nothing)
+    if how.tile is not None:  # there is no one scale; each was made just in time
+        return torch.stack([*found, nothing, staleness])
     if isinstance(how.recipe, DelayedScaling):
         made_the_scale = how.format.max * 2.0**-how.recipe.margin / how.scale.double()
         staleness = absolute_maximum(how.tensor).double() / made_the_scale
@@ -120,7 +123,7 @@ def operand_vector(how: Cast) -> Tensor:
     restored = 1.0 if how.channel_scale is None else how.channel_scale.double()
     original = how.tensor.detach().double() / restored
     rounded = how.fake_quantized().double() / restored
-    code = round_to(how.scaled(), how.format).abs()
+    code = how.rounded().abs()
     flushed = (rounded == 0) & (original != 0)
     subnormal = (code > 0) & (code < how.format.smallest_normal)
     error, power = (rounded - original).square(), original.square()

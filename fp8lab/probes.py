@@ -258,6 +258,7 @@ class OptimizerProbe:
         self._optimizer = optimizer
         self._records_now = records_now
         self._before: list[tuple[nn.Parameter, Tensor]] = []
+        self._rms: list[Tensor | None] = []
         self._measured: dict[str, Tensor] = {}
         self._learning_rate: float | None = None
 
@@ -281,6 +282,8 @@ class OptimizerProbe:
             self._measured["grad_norm"] = _l2_norm(gradients)
         if self._records_now():
             self._before = [(p, p.detach().clone()) for p in parameters]
+            groups = self._optimizer.param_groups
+            self._rms = [self._rms_of_stored(p, g) for g in groups for p in g["params"]]
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
@@ -291,9 +294,23 @@ class OptimizerProbe:
         self._before = []
         groups = self._optimizer.param_groups
         rms = [_rms_t(p, self._optimizer.state.get(p, {}), g) for g in groups for p in g["params"]]
-        known = [value for value in rms if value is not None]
+        known = [value for value in self._rms + rms if value is not None]
         if known:
             self._measured["rms_t"] = _on_one_device(known).amax()
+
+    def _rms_of_stored(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor | None:
+        """RMS_t of a second moment that is stored in FP8: what the step is about to use, and not
+        what will be left of it, where a small one is zero and RMS_t would be a million."""
+        state = self._optimizer.state.get(parameter, {})
+        read = getattr(self._optimizer, "moments", None)
+        if read is None or "exp_avg_sq" in state or parameter.grad is None:
+            return None
+        beta, squares = group["betas"][1], parameter.grad.double().square()
+        before = read(parameter)[1].double() if state else torch.zeros_like(squares)
+        moment = beta * before + (1.0 - beta) * squares
+        return _rms_t(
+            parameter, {"exp_avg_sq": moment, "step": state["step"] + 1 if state else 1}, group
+        )
 
     @property
     def count(self) -> int:

@@ -10,8 +10,9 @@ that it computes is noted with its input and output, and the roles are those for
 holds element by element, over all pairs of maps and all activations of `ffn`. What fits is
 proved; what does not fit is no gate. The eight vectors of the probe grow from half the usual size
 to 64 times, so that a clamp (ReLU6's too) shows, and the probe runs on float32 copies of the
-parameters: in BF16 x·σ(1.702x) passes for GELU. It runs in evaluation mode without gradients
-and leaves random state, buffers and modes as they were.
+parameters: in BF16 x·σ(1.702x) passes for GELU. For the same reason an `activation_format` of
+`ffn` is lifted meanwhile (in E2M1 GELU *is* ReLU); `activated` has it again. The probe runs in
+evaluation mode without gradients and leaves random state, buffers and modes as they were.
 
 Cost: one forward of each candidate module on eight vectors, and for its time a float32 copy of a
 BF16 module. Rejected: symbolic tracing, which fails on control flow and needs a rule per way of
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fp8lab.ffn import ACTIVATIONS, GLU_VARIANTS
+from fp8lab.ffn import ACTIVATIONS, GLU_VARIANTS, GatedFeedForward
 
 Role = Literal["gate", "up", "product", "output"]
 
@@ -75,7 +76,12 @@ class GateSite:
         return f"{self.name}:{role}"
 
     def activated(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """activation(gate) and up_activation(up): the two factors of the product."""
+        """activation(gate) and up_activation(up): the two factors of the product.
+
+        In the precision in which the module computes them, where that is a setting.
+        """
+        if isinstance(self.module, GatedFeedForward):
+            return self.module.activated(gate, up)
         return ACTIVATIONS[self.activation](gate), ACTIVATIONS[self.up_activation](up)
 
 
@@ -174,17 +180,24 @@ class _Tracer(TorchFunctionMode):
 
 @contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no random numbers used up; everything restored."""
+    """Evaluation mode, no gradients, no random numbers used up, activations as precise as the
+    tensors; everything restored."""
     modes = [(child, child.training) for child in module.modules()]
+    zoo = [child for child in module.modules() if isinstance(child, GatedFeedForward)]
+    formats = [child.activation_format for child in zoo]
     devices = {parameter.device for parameter in module.parameters() if parameter.is_cuda}
     try:
         for child, _ in modes:
             child.training = False
+        for gated in zoo:
+            gated.activation_format = None
         with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
             yield
     finally:
         for child, mode in modes:
             child.training = mode
+        for gated, fmt in zip(zoo, formats, strict=True):
+            gated.activation_format = fmt
 
 
 def _run_probe(module: nn.Module, weights: dict[str, nn.Parameter], dim: int) -> list[_Call]:

@@ -25,7 +25,8 @@ FILE_LINES = 500
 FUNCTION_LINES = 60
 IMPORT_SECONDS = 0.1
 
-ARITHMETIC = {"formats", "recipe", "casting", "kernels", "linear", "optim"}
+ARITHMETIC = {"formats", "recipe", "plan", "rounding", "kernels", "casting", "regions", "linear"}
+ARITHMETIC |= {"scaling", "optim"}
 NECK = {"formats", "recipe", "sketch", "record", "store"}
 LAB = (
     (ARITHMETIC | NECK)
@@ -34,21 +35,25 @@ LAB = (
 )
 ALL = LAB | {"lab", "bisection", "report", "integrations"}
 
-# A room may always import itself; `casting` and `kernels` are one room in two places.
+# A room may always import itself.
 TABLE: dict[str, set[str]] = {
     "formats": set(),
     "recipe": {"formats"},
+    "plan": {"formats", "recipe"},
+    "rounding": {"formats"},
     "sketch": {"formats", "recipe"},
     "record": {"formats", "sketch"},
-    "casting": {"formats", "recipe", "kernels"},
-    "kernels": {"formats", "recipe", "casting"},
-    "linear": {"formats", "recipe", "casting"},
-    "optim": {"formats", "recipe", "casting"},
-    "ffn": set(),
+    "kernels": {"formats"},
+    "scaling": {"formats", "recipe", "kernels"},
+    "casting": {"formats", "recipe", "plan", "rounding", "kernels", "scaling"},
+    "regions": {"recipe"},
+    "linear": {"formats", "recipe", "kernels", "scaling", "casting", "regions"},
+    "optim": {"formats", "scaling"},
+    "ffn": {"formats", "rounding"},
     "sites": {"ffn"},
     "conversion": ARITHMETIC | {"sites", "ffn"},
     "mitigations": ARITHMETIC | {"sites", "ffn", "conversion"},
-    "measure": {"formats", "recipe", "sketch", "casting", "kernels"},
+    "measure": {"formats", "recipe", "sketch", "scaling", "casting"},
     "probes": {"sketch", "measure", "sites"},
     "monitor": NECK | {"casting", "kernels", "probes", "sites"},
     "store": {"record"},

@@ -20,14 +20,7 @@ import torch
 from torch import Tensor
 
 from fp8lab import formats
-from fp8lab.casting import (
-    absolute_maximum,
-    cast_for,
-    fake_quantize,
-    quantize,
-    round_to,
-    scale_for,
-)
+from fp8lab.casting import cast_for, fake_quantize, quantize
 from fp8lab.formats import E2M1, E4M3, E5M2, FORMATS, FloatFormat
 from fp8lab.recipe import (
     OPERANDS,
@@ -37,6 +30,8 @@ from fp8lab.recipe import (
     HighPrecision,
     operand_format,
 )
+from fp8lab.rounding import round_to
+from fp8lab.scaling import absolute_maximum, scale_for
 
 ML_DTYPES: dict[str, Any] = {
     "E4M3": ml_dtypes.float8_e4m3fn,
@@ -99,11 +94,11 @@ def random_patterns(count: int) -> Tensor:
     return torch.from_numpy(drawn.view(np.float32))
 
 
-def neighbourhood(fmt: FloatFormat) -> Tensor:
-    """float32: values of the format, their midpoints, and one float32 step beside both."""
-    values = np.array(list(fmt.values()), dtype=np.float32)[-40000:]
+def neighbourhood(fmt: FloatFormat, most: int = 2000) -> Tensor:
+    """float32: `most` values of the format, their midpoints, and one float32 step beside both."""
+    values = np.array(list(fmt.values()), dtype=np.float32)
     ties = (values[1:].astype(np.float64) + values[:-1]) / 2
-    centres = np.concatenate([values, ties.astype(np.float32)])[:: max(1, len(values) // 2000)]
+    centres = np.concatenate([values, ties.astype(np.float32)])[:: max(1, len(values) // most)]
     steps = [np.nextafter(centres, np.float32(to)) for to in (-INF, INF)]
     around = np.concatenate([centres, *steps])
     return torch.from_numpy(np.concatenate([around, -around]))
@@ -196,8 +191,9 @@ def test_every_bfloat16_is_cast_as_ml_dtypes_casts_it(rounds: Implementation, na
 def test_every_magnitude_and_every_tie_of_float32(rounds: Implementation, name: str) -> None:
     fmt = FORMATS[name]
     given = random_patterns(20_000)
-    if name != "FP32":
-        given = torch.cat([given, neighbourhood(fmt)])
+    if name != "FP32":  # the tensor code on all there are; the specification takes its time
+        most = 2000 if rounds is by_specification else 1 << 16
+        given = torch.cat([given, neighbourhood(fmt, most)])
     if not fmt.has_nan:
         given = given[~given.isnan()]
     assert_same(rounds(given, fmt, "nearest"), by_ml_dtypes(given, fmt), given)
@@ -214,6 +210,42 @@ def test_toward_zero_is_the_same_in_both(name: str) -> None:
     finite = given.isfinite()
     assert (rounded.abs() <= given.abs())[finite].all()
     assert rounded[finite].isfinite().all()
+
+
+@pytest.mark.parametrize("name", [n for n in ML_DTYPES if n != "FP32"])
+@pytest.mark.parametrize("rounding", ["nearest", "toward_zero", "stochastic"])
+@pytest.mark.parametrize("overflow", ["saturate", "special"])
+def test_overflow_is_the_same_in_both(name: str, rounding: Any, overflow: Any) -> None:
+    fmt = FORMATS[name]
+    step = fmt.max - list(fmt.values())[-2]
+    beyond = [fmt.max + step * k / 64 for k in (*range(130), 640)] + [2 * fmt.max, 4 * fmt.max]
+    beyond = [
+        value for value in (*beyond, FLOAT32_MAX, INF) if value <= FLOAT32_MAX or value == INF
+    ]
+    steps = np.nextafter(np.array(beyond, dtype=np.float32)[:-2, None], np.float32([0, INF]))
+    given = torch.cat(
+        [torch.tensor(beyond), torch.from_numpy(steps.ravel()), neighbourhood(fmt, 300)]
+    )
+    given = torch.cat([given, -given])
+    if overflow == "special" and not (fmt.has_infinity or fmt.has_nan):
+        with pytest.raises(ValueError, match=f"overflow='special': {name} has no infinity"):
+            round_to(given, fmt, rounding, overflow=overflow)
+        return
+    rounded = round_to(given, fmt, rounding, overflow=overflow)
+    at_most, at_least = (
+        torch.tensor([fmt.round(v, rounding, overflow, draw) for v in given.tolist()])
+        for draw in (0.0, 1 - 2.0**-53)
+    )
+    if rounding == "stochastic":
+        either = (bits(rounded) == bits(at_most)) | (bits(rounded) == bits(at_least))
+        assert either.all(), given[~either]
+    else:
+        assert_same(rounded, at_most, given)
+    outside = given.abs() > fmt.max + step
+    largest = torch.tensor(fmt.max if overflow == "saturate" else INF if fmt.has_infinity else NAN)
+    if rounding == "toward_zero":
+        outside &= given.isinf()
+    assert_same(rounded[outside].abs(), largest.expand(int(outside.sum())))
 
 
 @pytest.mark.parametrize("name", ["E3M2", "E2M3", "E2M1"])
@@ -238,7 +270,14 @@ def test_the_dtype_and_shape_of_the_tensor_stay(dtype: torch.dtype, rounding: An
 
 STOCHASTIC = [
     (E4M3, 1.03), (E4M3, -1.09), (E4M3, 0.0007), (E4M3, 440.0), (E4M3, 1.9999), (E5M2, -50000.0),
-    (E5M2, 1.7e-5), (formats.BF16, 1.001), (formats.FP16, -3e-8), (E2M1, 0.1), (E2M1, 5.9),
+    (E5M2, 1.7e-5), (E5M2, 1.06), (formats.BF16, 1.001), (formats.BF16, -1.5e-40),
+    (formats.BF16, 3.38e38), (formats.FP16, -3e-8), (formats.FP16, 1.0003), (formats.FP16, 65480.0),
+    (E2M1, 0.1), (E2M1, -1.05), (E2M1, 5.9),
+    (formats.E4M3_GAUDI2, 0.0007), (formats.E4M3_GAUDI2, -1.09), (formats.E4M3_GAUDI2, 237.0),
+    (formats.E4M3FNUZ, 0.0007), (formats.E4M3FNUZ, -1.09), (formats.E4M3FNUZ, -237.0),
+    (formats.E5M2FNUZ, 1.7e-5), (formats.E5M2FNUZ, 1.06), (formats.E5M2FNUZ, -57000.0),
+    (formats.E3M2, 0.1), (formats.E3M2, -1.06), (formats.E3M2, 27.0),
+    (formats.E2M3, 0.3), (formats.E2M3, -1.09), (formats.E2M3, 7.4),
 ]  # fmt: skip
 
 

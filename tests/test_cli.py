@@ -328,6 +328,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 RUN = ("run", str(TINY), "--out")
+EXPERIMENTS = ", ".join(
+    sorted(path.stem for path in (Path(__file__).parents[1] / "experiments").glob("*.py"))
+)
 NEEDS_A_RUN = "no run here, expected a directory with a run.json"
 WRONG: list[tuple[tuple[str, ...], str]] = [
     *((((verb, "missing")), f"missing: {NEEDS_A_RUN}") for verb in ("show", "diagnose", "compare")),
@@ -344,7 +347,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("ls", "missing"), "missing: no such folder"),
     (("ls", "file"), "file: no such folder"),
     (("ls",), "runs: no such folder"),
-    (("run", "large"), "experiment 'large': expected a .py file or one of: swiglu_divergence"),
+    (("run", "large"), f"experiment 'large': expected a .py file or one of: {EXPERIMENTS}"),
     (("run", "missing.py"), "experiment missing.py: no such file"),
     (("run", "syntax.py"), "experiment syntax.py, line 1: SyntaxError: '(' was never closed"),
     (("run", "fails.py"), "experiment fails.py, line 1: ModuleNotFoundError: No module named"),
@@ -360,8 +363,8 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*RUN, "new", "--workers", "two"), "Invalid value for '--workers': "),
     ((*RUN, "new", "--steps", "0"), "Invalid value for '--steps': "),
     ((*RUN, "new", "--seed", "one"), "Invalid value for '--seed': "),
-    (("run",), "Missing argument 'experiment'."),
-    (("show",), "Missing argument 'run'."),
+    (("run",), "Missing argument 'EXPERIMENT'."),
+    (("show",), "Missing argument 'RUN'."),
     (("show", "run", "run"), "Got unexpected extra argument"),
     (("show", "run", "--yaml"), "No such option: --yaml"),
     (("--yaml",), "No such option: --yaml"),

@@ -309,10 +309,11 @@ def test_a_file_that_is_no_experiment(tmp_path: Path, text: str | None, message:
 def test_an_experiment_by_name() -> None:
     file, experiment = load_experiment("swiglu_divergence")
     assert file.name == "swiglu_divergence.py" and experiment.name == "swiglu_divergence"
+    experiments = ", ".join(sorted(path.stem for path in file.parent.glob("*.py")))
     with pytest.raises(ValueError) as caught:
         load_experiment("large")
     assert str(caught.value) == (
-        "experiment 'large': expected a .py file or one of: swiglu_divergence"
+        f"experiment 'large': expected a .py file or one of: {experiments}"
     )
 
 

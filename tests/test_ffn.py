@@ -19,9 +19,11 @@ from fp8lab.ffn import (
     FeedForward,
     GatedFeedForward,
     Swish,
+    activate,
     llama_hidden,
     matched_hidden,
 )
+from fp8lab.formats import BF16, E2M1, E4M3, E5M2, E8M0, FP16, FP32, FloatFormat
 
 
 def sigmoid(x: float) -> float:
@@ -281,6 +283,165 @@ def test_layers_survive_copy_pickle_and_save() -> None:
             assert torch.equal(twin(x), layer(x))
 
 
+# The precision in which the activation is computed
+
+TORCH_CASTS = {
+    FP32: torch.float32,
+    BF16: torch.bfloat16,
+    FP16: torch.float16,
+    E4M3: torch.float8_e4m3fn,
+    E5M2: torch.float8_e5m2,
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def cast(x: Tensor, fmt: FloatFormat) -> Tensor:
+    """float32 values of `fmt`, by torch's own cast; what FP8 cannot hold saturates."""
+    x = x.float()
+    return (x.clamp(-fmt.max, fmt.max) if fmt.bits == 8 else x).to(TORCH_CASTS[fmt]).float()
+
+
+def computed_in(name: str, fmt: FloatFormat, x: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
+    """Activation and input gradient written out: no derivative of a rounding anywhere."""
+    if name == "identity":
+        return x, signal
+    rounded = cast(x, fmt).requires_grad_()
+    result = ACTIVATIONS[name](rounded)
+    (gradient,) = torch.autograd.grad(result, rounded, signal.float())
+    return cast(result.detach(), fmt).to(x.dtype), gradient.to(x.dtype)
+
+
+def wide(dtype: torch.dtype) -> Tensor:
+    """Values from beyond E5M2's subnormals to beyond its maximum, ends and specials included."""
+    sizes = 2.0 ** torch.linspace(-26, 17, 60)
+    ends = torch.tensor([0.0, -0.0, 448.0, 464.0, 480.0, 57344.0, 1e5, math.inf, -math.inf])
+    return torch.cat(((normal(40, 60) * sizes).flatten(), ends)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fmt", TORCH_CASTS, ids=repr)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_in_a_format(name: str, fmt: FloatFormat, dtype: torch.dtype) -> None:
+    x = wide(dtype).requires_grad_()
+    signal = normal(x.numel(), seed=1, dtype=torch.float32).to(dtype)
+    y = activate(ACTIVATIONS[name], x, fmt)
+    y.backward(signal)
+    expected, gradient = computed_in(name, fmt, x.detach(), signal)
+    assert y.dtype == dtype and x.grad is not None
+    # 0 * inf is NaN in some of them, there as here.
+    torch.testing.assert_close(y.detach(), expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(x.grad, gradient, rtol=0, atol=0, equal_nan=True)
+    assert y.isfinite().sum() > 2000 and x.grad.isfinite().sum() > 2000
+
+
+@pytest.mark.parametrize("name", sorted(set(ACTIVATIONS) - {"identity"}))
+def test_bf16_is_what_torch_computes_in_bf16(name: str) -> None:
+    """Not so of FP16: torch has another formula for GELU there, 7 % from its float32 at -4.9."""
+    x = normal(1000, seed=2) * 4
+    own = ACTIVATIONS[name](x.bfloat16()).float()
+    assert torch.equal(activate(ACTIVATIONS[name], x, BF16), own)
+
+
+def test_a_format_that_torch_lacks() -> None:
+    x = torch.tensor([-4.9, -1.0, 0.2, 0.3, 1.2, 2.4, 2.6, 100.0])
+    # Of E2M1 are 0, 0.5, 1, 1.5, 2, 3, 4, 6; sigmoid(0.5) = 0.62 is nearest to 0.5.
+    assert activate(F.relu, x, E2M1).tolist() == [0, 0, 0, 0.5, 1, 2, 3, 6]
+    assert activate(torch.sigmoid, x, E2M1).tolist() == [0, 0.5, 0.5, 0.5, 0.5, 1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fmt", TORCH_CASTS, ids=repr)
+@pytest.mark.parametrize("variant", GLU_VARIANTS)
+def test_gated_computes_its_activations_in_the_format(
+    variant: str, fmt: FloatFormat, dtype: torch.dtype
+) -> None:
+    """Both activations and nothing else: not the product, not an identity."""
+    layer = GatedFeedForward(12, 32, variant, activation_format=fmt).to(dtype)
+    x = normal(16, 12).to(dtype).requires_grad_()
+    signal = normal(16, 12, seed=1).to(dtype)
+    gate, up = layer.gate(x), layer.up(x)
+    ones = torch.ones_like(gate)
+    gate_name, up_name = GLU_VARIANTS[variant]
+    activated_gate, gate_slope = computed_in(gate_name, fmt, gate.detach(), ones)
+    product = activated_gate * computed_in(up_name, fmt, up.detach(), ones)[0]
+    assert torch.equal(layer.product(x), product)
+    assert torch.equal(layer(x), layer.down(product))
+    assert (gate_name == "identity") == torch.equal(gate_slope, ones)
+
+    layer(x).backward(signal)
+    (at_product,) = torch.autograd.grad(layer.down(product.requires_grad_()), product, signal)
+    at_gate = computed_in(
+        gate_name, fmt, gate.detach(), at_product * computed_in(up_name, fmt, up.detach(), ones)[0]
+    )[1]
+    at_up = computed_in(up_name, fmt, up.detach(), at_product * activated_gate)[1]
+    assert torch.equal(layer.gate.weight.grad, at_gate.T @ x)
+    assert torch.equal(layer.up.weight.grad, at_up.T @ x)
+
+
+@pytest.mark.parametrize("fmt", TORCH_CASTS, ids=repr)
+def test_plain_computes_its_activation_in_the_format(fmt: FloatFormat) -> None:
+    for name in ACTIVATIONS:
+        layer = FeedForward(12, 32, name, activation_format=fmt).bfloat16()
+        x = normal(16, 12).bfloat16()
+        up = layer.up(x).detach()
+        assert torch.equal(layer(x), layer.down(computed_in(name, fmt, up, up)[0]))
+
+
+def test_the_format_matters_and_none_is_the_dtype_of_the_input() -> None:
+    layer = GatedFeedForward(12, 32)
+    x = normal(16, 12)
+    products = []
+    for fmt in (None, FP32, BF16, FP16, E4M3, E5M2):
+        layer.activation_format = fmt
+        products.append(layer.product(x))
+    assert torch.equal(products[0], products[1])
+    assert len({tuple(product.flatten().tolist()) for product in products[1:]}) == 5
+    layer.bfloat16()
+    layer.activation_format = None
+    expected = layer.product(x.bfloat16())
+    layer.activation_format = BF16
+    assert torch.equal(layer.product(x.bfloat16()), expected)
+
+
+def test_learnable_swish_in_a_format() -> None:
+    swish = Swish(1.5, learnable=True)
+    layer = GatedFeedForward(6, 10, swish=swish, activation_format=E4M3)
+    x = normal(4, 6)
+    gate, up = layer.gate(x).detach(), layer.up(x).detach()
+    rounded = cast(gate, E4M3)
+    product = cast(rounded * torch.sigmoid(1.5 * rounded), E4M3) * up
+    assert torch.equal(layer.product(x), product)
+    layer.product(x).sum().backward()
+    slope = rounded.double() ** 2 * torch.sigmoid(1.5 * rounded.double()).mul_(
+        1 - torch.sigmoid(1.5 * rounded.double())
+    )
+    assert swish.beta.grad is not None
+    torch.testing.assert_close(swish.beta.grad.double(), (slope * up).sum(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("make", [GatedFeedForward, FeedForward])
+def test_a_format_is_in_the_copy_and_the_repr_and_in_no_state_dict(
+    make: Callable[..., nn.Module],
+) -> None:
+    layer, default = make(6, 10, activation_format=E4M3), make(6, 10)
+    x = normal(4, 6)
+    assert not torch.equal(layer(x), default.eval()(x))
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), layer(x))
+    assert list(layer.state_dict()) == list(default.state_dict())
+    default.load_state_dict(layer.state_dict())
+    assert not torch.equal(layer(x), default(x))
+    assert "activation_format=E4M3\n" in repr(layer) and "format" not in repr(default)
+
+
+def test_a_format_refuses_float64() -> None:
+    layer = GatedFeedForward(6, 10, activation_format=BF16).double()
+    with pytest.raises(ValueError) as caught:
+        layer(normal(4, 6, dtype=torch.float64))
+    expected = "expected float32, bfloat16 or float16"
+    assert str(caught.value) == f"activation_format BF16: torch.float64, {expected}"
+
+
 # The published modules, as their authors wrote them
 
 
@@ -478,6 +639,15 @@ def test_llama_hidden_is_the_float_formula() -> None:
         (
             lambda: GatedFeedForward(6, 10, dropout=1.0),
             "GatedFeedForward: dropout must lie in [0, 1), got 1.0",
+        ),
+        (
+            lambda: GatedFeedForward(6, 10, activation_format=E8M0),
+            "GatedFeedForward: activation_format must be None or a FloatFormat of elements, "
+            "got E8M0",
+        ),
+        (
+            lambda: FeedForward(6, 10, activation_format="BF16"),
+            "FeedForward: activation_format must be None or a FloatFormat of elements, got 'BF16'",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8lab.ffn import GatedFeedForward, matched_hidden
+from fp8lab.formats import E4M3
 from fp8lab.lab.model import LanguageModel, ModelConfig, amplify, rotary_table, rotate
 
 CPU = torch.device("cpu")
@@ -44,6 +46,11 @@ def test_hidden_defaults_to_matched_parameters() -> None:
             "ModelConfig.variant: expected one of glu, gtu, bilinear, reglu, geglu, swiglu, "
             "got 'relu'",
         ),
+        (
+            {"activation_format": "E8M0"},
+            "ModelConfig.activation_format: expected None or one of E4M3, E4M3_GAUDI2, E4M3FNUZ, "
+            "E5M2, E5M2FNUZ, E3M2, E2M3, E2M1, BF16, FP16, FP32, got 'E8M0'",
+        ),
     ],
 )
 def test_config_errors(change: dict[str, object], message: str) -> None:
@@ -66,6 +73,16 @@ def test_names_that_sites_rely_on() -> None:
     assert isinstance(model.get_submodule("layers.1.mlp"), GatedFeedForward)
     assert model.head.weight is not model.embedding.weight
     assert not any("bias" in name for name, _ in model.named_parameters())
+
+
+def test_activation_format_reaches_every_feed_forward() -> None:
+    model = LanguageModel(dataclasses.replace(CONFIG, activation_format="E4M3"), 0)
+    plain = LanguageModel(CONFIG, 0)
+    for layer in range(2):
+        assert model.get_submodule(f"layers.{layer}.mlp").activation_format is E4M3
+        assert plain.get_submodule(f"layers.{layer}.mlp").activation_format is None
+    model.load_state_dict(plain.state_dict())
+    assert not torch.equal(model(tokens()), plain(tokens()))
 
 
 def test_parameter_count() -> None:

@@ -342,13 +342,3 @@ def test_operands_may_have_histories_of_their_own() -> None:
     assert layer.amax_history[:, WEIGHT].tolist() == [0] * 5
     assert layer.amax_history[:, GRADIENT].tolist() == [0, 8, 4, 2, 1]
     assert layer.scale.tolist() == [448 / 2, 1.0, 448 / 8]
-
-
-def test_delayed_scaling_refuses_to_run_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = layer_with(DELAYED)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    layer.move_scales("input")
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="DelayedScaling: emulated amaxes are not reduced"):
-        layer.move_scales("input")

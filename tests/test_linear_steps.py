@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fp8lab import formats, linear
+from fp8lab import formats
 from fp8lab.casting import fake_quantize
-from fp8lab.linear import Fp8Linear, autocast, close_region, open_region
+from fp8lab.linear import Fp8Linear
 from fp8lab.recipe import OPERANDS, DelayedScaling, Float8CurrentScaling, HighPrecision
+from fp8lab.regions import autocast, close_region, open_region, steps
 
 INPUT, WEIGHT, GRADIENT = range(3)
 DELAYED = DelayedScaling(amax_history_len=6)
@@ -31,10 +32,11 @@ Wrap = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 @pytest.fixture(autouse=True)
 def _nothing_is_left_open() -> Iterator[None]:
     yield
-    steps, linear._steps = linear._steps, linear._Steps()
-    assert steps.depth == 0, "a region was left open"
-    assert not steps.forward_layers, "forward scales were left unmoved"
-    assert not steps.backward_layers, "gradient scales were left unmoved"
+    left = steps.depth, dict(steps.forward_layers), dict(steps.backward_layers)
+    steps.__init__()  # type: ignore[misc]
+    assert left[0] == 0, "a region was left open"
+    assert not left[1], "forward scales were left unmoved"
+    assert not left[2], "gradient scales were left unmoved"
 
 
 def layer_with(recipe: Any = DELAYED, in_features: int = 1, out_features: int = 1) -> Fp8Linear:
@@ -409,9 +411,12 @@ def test_adopting_keeps_hooks_parameters_and_references() -> None:
     assert calls == ["before", "after", "gradient"]
     assert torch.equal(before - 1.0, adopted.weight)
     assert adopted.precision() == {
-        "input": "E4M3 DelayedScaling",
-        "weight": "E4M3 DelayedScaling",
-        "grad_output": "E5M2 DelayedScaling",
+        "input@output": "E4M3 DelayedScaling",
+        "weight@output": "E4M3 DelayedScaling",
+        "grad_output@grad_input": "E5M2 DelayedScaling",
+        "weight@grad_input": "E4M3 DelayedScaling",
+        "grad_output@grad_weight": "E5M2 DelayedScaling",
+        "input@grad_weight": "E4M3 DelayedScaling",
     }
     assert "grad_output=DelayedScaling" in repr(model)
 
@@ -420,9 +425,11 @@ def test_precision_says_what_is_put_on_top() -> None:
     layer = layer_with(Float8CurrentScaling())
     layer.channel_scale = lambda tensor: torch.ones(1)
     layer.gradient_of_saturated = "zero"
-    on_top = "channels balanced, no gradient where saturated"
-    assert layer.precision()["input"] == f"E4M3 Float8CurrentScaling, {on_top}"
-    assert layer.precision()["weight"] == "E4M3 Float8CurrentScaling"
+    recipe, balanced = "E4M3 Float8CurrentScaling", "channels balanced"
+    precision = layer.precision()
+    assert precision["input@output"] == f"{recipe}, {balanced}, no gradient where saturated"
+    assert precision["input@grad_weight"] == f"{recipe}, {balanced}"
+    assert precision["weight@output"] == precision["weight@grad_input"] == recipe
 
 
 def test_only_delayed_scaling_has_state() -> None:

@@ -17,12 +17,7 @@ from torch import Tensor, nn
 
 from fp8lab import formats, measure
 from fp8lab.casting import Cast, cast_for
-from fp8lab.recipe import (
-    DelayedScaling,
-    Float8CurrentScaling,
-    HighPrecision,
-    Recipe,
-)
+from fp8lab.recipe import DelayedScaling, Float8CurrentScaling, HighPrecision, Recipe
 
 F64 = NDArray[np.float64]
 SUM_TOLERANCE = 1e-12

@@ -232,7 +232,7 @@ def test_high_precision_product_rounds_the_product_to_bf16_and_nothing_else_chan
         "down.weight": gradient.t() @ inputs,
     }
     assert_equal(gradients(model), expected)
-    assert down.precision()["input"] == "BF16 HighPrecision"
+    assert down.precision()["input@output"] == "BF16 HighPrecision"
 
 
 def down_converted_model(model: GatedFeedForward) -> GatedFeedForward:

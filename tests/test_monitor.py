@@ -25,7 +25,8 @@ import fp8lab
 from fp8lab.ffn import FeedForward, GatedFeedForward
 from fp8lab.lab.model import Block, LanguageModel, ModelConfig
 from fp8lab.monitor import Watch, watch
-from fp8lab.recipe import DelayedScaling, Float8CurrentScaling, Plan
+from fp8lab.plan import Plan
+from fp8lab.recipe import DelayedScaling, Float8CurrentScaling
 from fp8lab.record import TABLES
 from fp8lab.store import RunError, RunWriter, open_run
 
@@ -243,9 +244,12 @@ def test_run_json_says_what_ran(tmp_path: Path) -> None:
     assert (info["every"], info["config"], info["result"]) == (3, {"lr": 0.1}, {"diverged": None})
     assert info["versions"]["torch"] == torch.__version__
     assert info["precision"]["layers.0.mlp.down"] == {
-        "input": "E4M3 Float8CurrentScaling",
-        "weight": "E4M3 DelayedScaling",
-        "grad_output": "E5M2 DelayedScaling",
+        "input@output": "E4M3 Float8CurrentScaling",
+        "weight@output": "E4M3 DelayedScaling",
+        "grad_output@grad_input": "E5M2 DelayedScaling",
+        "weight@grad_input": "E4M3 DelayedScaling",
+        "grad_output@grad_weight": "E5M2 DelayedScaling",
+        "input@grad_weight": "E4M3 Float8CurrentScaling",
     }
     assert "head" not in info["precision"]
     assert info["sites"][0] == {

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fp8lab.ffn import GatedFeedForward
 from fp8lab.monitor import watch
+from fp8lab.optim import Fp8AdamW
 from fp8lab.store import open_run
 
 DIM, HIDDEN = 16, 24
@@ -175,3 +176,28 @@ def test_logit_max_is_the_largest_magnitude_of_the_output(kind: str, tmp_path: P
     if kind != "nothing":
         expected = [max(peaks[0], peaks[1]), math.nan, peaks[2]]
     np.testing.assert_array_equal(logit_max.to_numpy(), expected)
+
+
+def test_rms_t_of_a_second_moment_in_fp8_is_that_of_what_the_step_used(tmp_path: Path) -> None:
+    # What is stored afterwards is rounded, and flushed where it is small.
+    model = GatedFeedForward(DIM, HIDDEN)
+    optimizer = Fp8AdamW(model.parameters(), lr=0.01)
+    expected = []
+    with watch(model, tmp_path / "run", optimizer=optimizer, every=1) as watching:
+        for step in range(4):
+            optimizer.zero_grad()
+            model(inputs(step)).square().sum().backward()
+            moments = {}
+            for parameter in model.parameters():
+                squares = parameter.grad.double().square()
+                old = optimizer.moments(parameter)[1].double() if step else 0.0
+                moments[parameter] = 0.999 * old + 0.001 * squares
+            optimizer.step()
+            group = optimizer.param_groups[0]
+            expected.append(
+                max(
+                    rms_t(p, group, {"exp_avg_sq": v, "step": step + 1}) for p, v in moments.items()
+                )
+            )
+            watching.step(step)
+    assert open_run(tmp_path / "run").steps()["rms_t"].tolist() == pytest.approx(expected, rel=1e-9)

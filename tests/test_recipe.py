@@ -11,6 +11,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -21,35 +22,36 @@ from typing import Any
 import pytest
 
 from fp8lab import formats, recipe
+from fp8lab.plan import Plan, from_te, load_recipe, recipe_from_dict, recipe_to_dict, to_te
 from fp8lab.recipe import (
     OPERANDS,
+    Accumulation,
     DelayedScaling,
+    Float8BlockScaling,
     Float8CurrentScaling,
     Format,
     HighPrecision,
-    Plan,
-    load_recipe,
+    MMParams,
+    MXFP8BlockScaling,
+    NVFP4BlockScaling,
     operand_format,
-    recipe_from_dict,
-    recipe_to_dict,
 )
 
-# Fields of Transformer Engine that have none here, and why.
-NOT_OURS = {
-    "DelayedScaling": {},
-    "Float8CurrentScaling": {
-        "fp8_gemm_fprop": "accumulator of cuBLAS; the emulated GEMM accumulates in FP32",
-        "fp8_gemm_dgrad": "the same",
-        "fp8_gemm_wgrad": "the same",
-    },
+# Fields that Transformer Engine does not have.
+OURS = {
+    "DelayedScaling": {"stochastic_rounding": False},
+    "Float8CurrentScaling": {"stochastic_rounding": False},
+    "Float8BlockScaling": {},
+    "MXFP8BlockScaling": {"scale_rounding": "up"},
+    "NVFP4BlockScaling": {},
 }
 
 
 @pytest.fixture
 def te(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Transformer Engine's recipe module, with the defaults that no environment variable moved."""
-    for variable in ("NVTE_BACKWARD_OVERRIDE", "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES"):
-        monkeypatch.delenv(variable, raising=False)
+    for variable in [name for name in os.environ if name.startswith("NVTE_")]:
+        monkeypatch.delenv(variable)
     wheel = importlib.metadata.distribution("transformer-engine")
     file = wheel.locate_file("transformer_engine/common/recipe/__init__.py")
     spec = importlib.util.spec_from_file_location("transformer_engine_recipe_alone", str(file))
@@ -59,26 +61,84 @@ def te(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def defaults(cls: type) -> dict[str, Any]:
-    """Field -> default; of an enumeration member its name, for the two enumerations are two."""
+def defaults(cls: Any) -> dict[str, Any]:
+    """Field -> default; of an enumeration member its name and of GEMM parameters their only field,
+    for theirs and ours are two classes."""
     values = {field.name: field.default for field in dataclasses.fields(cls)}
-    return {name: getattr(value, "name", value) for name, value in values.items()}
+    values = {name: getattr(value, "name", value) for name, value in values.items()}
+    return {name: getattr(value, "use_split_accumulator", value) for name, value in values.items()}
 
 
-@pytest.mark.parametrize("name", NOT_OURS)
+@pytest.mark.parametrize("name", OURS)
 def test_fields_and_defaults_are_those_of_transformer_engine(te: ModuleType, name: str) -> None:
-    theirs, ours = defaults(getattr(te, name)), defaults(getattr(recipe, name))
-    assert set(NOT_OURS[name]) <= set(theirs)
-    assert ours == {field: theirs[field] for field in theirs if field not in NOT_OURS[name]}
-    assert not set(NOT_OURS[name]) & set(ours)
+    ours = defaults(getattr(recipe, name))
+    assert ours == defaults(getattr(te, name)) | OURS[name]
+    assert list(ours)[len(ours) - len(OURS[name]) :] == list(OURS[name])
+
+
+def test_every_recipe_of_transformer_engine_is_here(te: ModuleType) -> None:
+    theirs = {name for name in vars(te) if isinstance(getattr(te, name), type)}
+    theirs = {name for name in theirs if issubclass(getattr(te, name), te.Recipe)}
+    assert theirs - {"Recipe", "CustomRecipe"} == set(OURS)
 
 
 def test_formats_have_the_maxima_of_transformer_engine(te: ModuleType) -> None:
-    assert {member.name for member in Format} <= {member.name for member in te.Format}
+    for theirs in te.Format:
+        member = Format[theirs.name]
+        assert member.of("input").max == member.of("weight").max == theirs.value.max_fwd
+        assert member.of("grad_output").max == theirs.value.max_bwd
+        assert not member.has_copies
+    assert [f.name for f in Format if f.has_copies] == ["HYBRID_E5M2_COPIES", "GAUDI2_E5M2_COPIES"]
     for member in Format:
-        theirs = te.Format[member.name].value
-        assert member.of("input").max == member.of("weight").max == theirs.max_fwd
-        assert member.of("grad_output").max == theirs.max_bwd
+        forward, gradient, copy = member.value
+        assert member.of("grad_output", "columnwise") is gradient
+        assert member.of("weight") is member.of("input", "rowwise") is forward
+        assert member.of("weight", "columnwise") is member.of("input", "columnwise") is copy
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_recipes_travel_to_transformer_engine_and_back(
+    te: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = ModuleType("transformer_engine.common")
+    package.recipe = te  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "transformer_engine.common", package)
+    changed = {
+        "DelayedScaling": {"margin": 2, "amax_history_len": 16, "fp8_format": Format.E4M3},
+        "Float8CurrentScaling": {"fp8_format": Format.E4M3},
+        "Float8BlockScaling": {"x_block_scaling_dim": 2, "w_block_scaling_dim": 1},
+        "MXFP8BlockScaling": {"enable_2d_quantization": True},
+        "NVFP4BlockScaling": {"disable_rht": True},
+    }
+    for values in ({}, changed[name]):
+        ours = getattr(recipe, name)(**values)
+        theirs = to_te(ours)
+        assert type(theirs) is getattr(te, name)
+        for field, value in values.items():
+            told = getattr(theirs, field)
+            assert getattr(told, "name", told) == getattr(value, "name", value)
+        assert from_te(theirs) == ours
+        assert Plan(recipe=theirs, overrides={"a": theirs}).overrides["a"] == ours
+    if OURS[name]:
+        odd = {"stochastic_rounding": True, "scale_rounding": "even"}
+        ours = getattr(recipe, name)(**{field: odd[field] for field in OURS[name]})
+        with pytest.raises(ValueError, match=f"^to_te: Transformer Engine has no {name}\\("):
+            to_te(ours)
+
+
+def test_what_has_no_counterpart_is_refused(te: ModuleType) -> None:
+    for ours in (HighPrecision(), recipe.RowwiseScaling(), recipe.BitNetScaling()):
+        with pytest.raises(ValueError, match=r"^to_te: Transformer Engine has no"):
+            to_te(ours)
+    with pytest.raises(ValueError, match=r"^from_te: CustomRecipe, expected one of Delayed"):
+        from_te(te.CustomRecipe(qfactory=print))
+    # TE goes by its class attributes, whatever the field says.
+    for theirs in (te.Float8CurrentScaling(use_power_2_scales=True), te.Float8BlockScaling()):
+        theirs.fp8_quant_fwd_inp = te.QParams(power_2_scale=False, amax_epsilon=1e-6)
+        with pytest.raises(ValueError, match="fp8_quant_fwd_inp: power_2_scale=False, amax_eps"):
+            from_te(theirs)
+    with pytest.raises(ValueError, match="backward_override='dequantized', expected None"):
+        from_te(te.MXFP8BlockScaling(backward_override="dequantized"))
 
 
 def test_power_of_two_scales_are_off_in_the_kernels_of_transformer_engine(te: ModuleType) -> None:
@@ -92,7 +152,7 @@ def test_power_of_two_scales_are_off_in_the_kernels_of_transformer_engine(te: Mo
 def test_every_recipe_is_frozen_and_keyword_only() -> None:
     for cls in (*recipe.RECIPES.values(), Plan):
         parameters = inspect.signature(cls).parameters.values()
-        assert {parameter.kind for parameter in parameters} == {inspect.Parameter.KEYWORD_ONLY}
+        assert {parameter.kind for parameter in parameters} <= {inspect.Parameter.KEYWORD_ONLY}
     with pytest.raises(dataclasses.FrozenInstanceError):
         DelayedScaling().margin = 3
     with pytest.raises(TypeError, match="nonsense"):
@@ -108,7 +168,26 @@ def test_operand_formats() -> None:
 
 
 BAD_VALUES = [
-    (DelayedScaling, "fp8_format", "HYBRID", "a Format"),
+    (DelayedScaling, "fp8_format", "HYBRID", "a Format of E4M3, HYBRID, HYBRID_E5M2_COPIES, G"),
+    (DelayedScaling, "fp8_format", Format.E5M2, "a Format of E4M3, HYBRID, HYBRID_E5M2_COPIES"),
+    (DelayedScaling, "stochastic_rounding", 1, "True or False"),
+    (Float8CurrentScaling, "fp8_gemm_fprop", MMParams(), "MMParams(use_split_accumulator=Fal"),
+    (Float8BlockScaling, "fp8_format", Format.GAUDI2, "a Format of E4M3, HYBRID"),
+    (Float8BlockScaling, "use_f32_scales", 0, "True or False"),
+    (Float8BlockScaling, "x_block_scaling_dim", 3, "1 or 2"),
+    (Float8BlockScaling, "grad_block_scaling_dim", True, "1 or 2"),
+    (MXFP8BlockScaling, "scale_rounding", "floor", "one of ('up', 'ocp_floor', 'ceil', 'even')"),
+    (MXFP8BlockScaling, "margin", 1, "0"),
+    (MXFP8BlockScaling, "enable_2d_quantization", None, "True or False"),
+    (NVFP4BlockScaling, "disable_rht", "no", "True or False"),
+    (NVFP4BlockScaling, "row_scaled_activation", True, "False"),
+    (NVFP4BlockScaling, "nvfp4_4over6", "all", "'none'"),
+    (NVFP4BlockScaling, "fp4_format", Format.E4M3, "Format.E2M1"),
+    (recipe.RowwiseScaling, "fp8_format", Format.E2M1, "a Format of E4M3, HYBRID"),
+    (recipe.RowwiseScaling, "round_scales_to_power_of_2", 2, "True or False"),
+    (Accumulation, "bits", 1, "a whole number of 2 to 24"),
+    (Accumulation, "promote_every", 100, "a multiple of 32, or None"),
+    (Accumulation, "gemms", ("fprop",), "a tuple of output, grad_input, grad_weight"),
     (DelayedScaling, "fp8_format", formats.E4M3, "a Format"),
     (DelayedScaling, "amax_history_len", 0, "a whole number from 1"),
     (DelayedScaling, "amax_history_len", 2.0, "a whole number from 1"),
@@ -117,7 +196,7 @@ BAD_VALUES = [
     (DelayedScaling, "margin", False, "a whole number"),
     (DelayedScaling, "amax_compute_algo", "mean", "'max', 'most_recent' or a function"),
     (DelayedScaling, "amax_compute_algo", None, "'max', 'most_recent' or a function"),
-    (DelayedScaling, "scaling_factor_compute_algo", max, "None"),
+    (DelayedScaling, "scaling_factor_compute_algo", "max", "None or a function"),
     (DelayedScaling, "reduce_amax", "no", "True or False"),
     (DelayedScaling, "fp8_dpa", True, "False"),
     (DelayedScaling, "fp8_mha", True, "False"),
@@ -281,7 +360,7 @@ BAD_FILES = {
     "float": (b"recipe: DelayedScaling\nmargin: 1.0", "", "margin=1.0, expected a whole number"),
     "quoted": (b"recipe: DelayedScaling\nmargin: '1'", "", "margin='1', expected a whole number"),
     "null": (b"recipe: DelayedScaling\nmargin: null", "", "margin=None, expected a whole number"),
-    "format": (b"recipe: DelayedScaling\nfp8_format: E5M2", "", "fp8_format: 'E5M2', expected"),
+    "format": (b"recipe: DelayedScaling\nfp8_format: E5M2", "", "fp8_format=Format.E5M2, expected"),
     "narrow": (b"recipe: HighPrecision\nformat: E4M3", "", "format=E4M3, expected BF16, FP16"),
     "nonsense": (
         b"recipe: HighPrecision\nformat: E9M9",

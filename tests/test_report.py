@@ -295,11 +295,28 @@ def test_doses_are_means_over_seeds(experiment: Path, tmp_path: Path) -> None:
 def test_layers_numbered_alike_share_a_line(experiment: Path) -> None:
     arm = load([experiment]).parts[0].arms[1]
     name = arm.runs[0].run.info["precision"]
-    (cast,) = {tuple(operands.values()) for operands in name.values()}
+    name = {layer: dict(casts) for layer, casts in name.items()}
+    for casts in name.values():
+        casts["input@grad_weight"] = "BF16 HighPrecision"
+    arm.runs[0].run.info["precision"] = name
     arm.runs[1].run.info["precision"] = {f"blocks.{i}.up": name["mlp.up"] for i in (0, 1, 10)}
     (row,) = precision(arm, "").rows
     assert row[0].text == "mlp.gate, mlp.up, mlp.down, blocks.*.up (3)"
-    assert tuple(cell.text for cell in row[1:]) == cast
+    assert [cell.text for cell in row[1:]] == [
+        "E4M3 × E4M3 DelayedScaling",
+        "E5M2 × E4M3 DelayedScaling",
+        "E5M2 DelayedScaling × BF16 HighPrecision",
+    ]
+    # A run of fp8lab 0.1 knows its operands alone.
+    old = {"input": "E4M3 A", "weight": "BF16 B", "grad_output": "E5M2 A"}
+    for run in arm.runs:
+        run.run.info["precision"] = {"up": old}
+    (row,) = precision(arm, "").rows
+    assert [cell.text for cell in row[1:]] == [
+        "E4M3 A × BF16 B",
+        "E5M2 A × BF16 B",
+        "E5M2 × E4M3 A",
+    ]
 
 
 def test_every_finding_is_told_with_its_evidence(page: str, story: Story, experiment: Path) -> None:
@@ -503,7 +520,7 @@ def test_a_healthy_run(tmp_path: Path) -> None:
     loss = float(open_run(run).steps()["loss"].iloc[-1])
     assert "1 training run, none diverged. Nothing found." in text
     assert f"healthy {number(loss)} finished 0 to 11" in text
-    assert "mlp.gate, mlp.up, mlp.down E4M3 Float8CurrentScaling E4M3" in text
+    assert "mlp.gate, mlp.up, mlp.down E4M3 × E4M3 Float8CurrentScaling E5M2 × E4M3" in text
 
 
 @pytest.mark.parametrize("steps", [0, 1])

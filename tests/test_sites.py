@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import fp8lab
 from fp8lab.ffn import ACTIVATIONS, GLU_VARIANTS, FeedForward, GatedFeedForward, Swish
+from fp8lab.formats import FORMATS
 from fp8lab.lab.model import LanguageModel, ModelConfig
 from fp8lab.sites import GateSite, cast_in_force, find_gates
 
@@ -205,6 +206,18 @@ def test_every_variant_of_the_zoo(variant: str, dtype: torch.dtype, bias: bool) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fmt", ["FP32", "BF16", "E4M3", "E2M1"])
+@pytest.mark.parametrize("variant", GLU_VARIANTS)
+def test_activations_in_a_format_of_their_own(variant: str, fmt: str, dtype: torch.dtype) -> None:
+    """Told apart all the same (in E2M1 GELU is ReLU), and `activated` is what the module does."""
+    model = GatedFeedForward(DIM, HIDDEN, variant, activation_format=FORMATS[fmt]).to(dtype)
+    site = only(nn.Sequential(model))
+    assert_roles(site, "gate.weight", "up.weight", "down.weight", GLU_VARIANTS[variant])
+    assert model.activation_format is FORMATS[fmt]
+    assert_explains(site, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_is_told_from_every_other(activation: str, dtype: torch.dtype) -> None:
     act = ACTIVATIONS[activation]
@@ -380,6 +393,10 @@ NO_GATE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "slope": (lambda: Called(lambda gate, up: gate * torch.sigmoid(1.702 * gate) * up), NO_FIT),
     "clamped": (lambda: Called(lambda gate, up: F.silu(gate.clamp(max=7)) * up), NO_FIT),
     "Swish": (lambda: GatedFeedForward(DIM, HIDDEN, swish=Swish(1.5)), NO_FIT),
+    "Swish in a format": (
+        lambda: GatedFeedForward(DIM, HIDDEN, swish=Swish(1.5), activation_format=FORMATS["E2M1"]),
+        NO_FIT,
+    ),
     "gate alone": (Alone, NO_FIT),
     "bias apart": (lambda: Biased(True), NO_FIT),
     "bias computed": (lambda: Biased(False), NO_FIT),

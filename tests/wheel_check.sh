@@ -21,7 +21,7 @@ from pathlib import Path
 import fp8lab
 
 package = Path(fp8lab.__file__).parent
-for needed in ("py.typed", "_experiments/*.py"):
+for needed in ("py.typed", "kernels/cpu.c", "report/page.html.j2", "_experiments/*.py"):
     assert any(package.glob(needed)), f"{needed} did not travel in the wheel"
 PYTHON
 echo "wheel: installs alone, fp8lab --help runs, experiments travel"

@@ -33,7 +33,7 @@ from torch import nn
 
 from fp8lab.conversion import convert
 from fp8lab.lab.workers import Workers, in_one_line
-from fp8lab.recipe import Plan, recipe_to_dict
+from fp8lab.plan import Plan, recipe_to_dict
 from fp8lab.store import RunError, open_run
 
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fp8lab.ffn import GLU_VARIANTS, GatedFeedForward, matched_hidden
+from fp8lab.formats import FORMATS
 
 VOCABULARY = 256
 ROTARY_BASE = 10_000.0
@@ -34,8 +35,10 @@ class ModelConfig:
     """The shape of a LanguageModel: widths in elements, context in bytes.
 
     hidden=None gives the feed-forward the parameters of a plain one of width 4 * dim, rounded up to
-    a multiple of 8; `feed_forward_hidden` is the width in force. Raises ValueError for a size below
-    1, a dim that is not a multiple of 2 * heads (rotary turns pairs), or an unknown variant.
+    a multiple of 8; `feed_forward_hidden` is the width in force. `activation_format` names the
+    format in which the feed-forward's activations are computed, None for the model's own dtype.
+    Raises ValueError for a size below 1, a dim that is not a multiple of 2 * heads (rotary turns
+    pairs), or an unknown variant or format.
     """
 
     dim: int
@@ -44,6 +47,7 @@ class ModelConfig:
     context: int
     hidden: int | None = None
     variant: str = "swiglu"
+    activation_format: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("dim", "layers", "heads", "context", "feed_forward_hidden"):
@@ -59,6 +63,12 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig.variant: expected one of {', '.join(GLU_VARIANTS)}, "
                 f"got {self.variant!r}"
+            )
+        elements = [name for name, fmt in FORMATS.items() if fmt.signed]
+        if self.activation_format is not None and self.activation_format not in elements:
+            raise ValueError(
+                f"ModelConfig.activation_format: expected None or one of {', '.join(elements)}, "
+                f"got {self.activation_format!r}"
             )
 
     @property
@@ -96,7 +106,13 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
         self.attention = Attention(config.dim, config.heads)
         self.mlp_norm = nn.RMSNorm(config.dim, eps=NORM_EPS)
-        self.mlp = GatedFeedForward(config.dim, config.feed_forward_hidden, config.variant)
+        name = config.activation_format
+        self.mlp = GatedFeedForward(
+            config.dim,
+            config.feed_forward_hidden,
+            config.variant,
+            activation_format=None if name is None else FORMATS[name],
+        )
 
     def forward(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         x = x + self.attention(self.attention_norm(x), table)

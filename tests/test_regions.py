@@ -1,0 +1,61 @@
+"""Delayed scaling over several processes: every rank's scales come from the largest amax of all.
+
+Two real processes of gloo on this machine; each sees other data. What they must hold afterwards is
+worked out from both ranks' inputs by hand.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RANK = """
+import sys, torch
+from torch import nn
+import fp8lab
+rank, store, reduce = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "reduce"
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+with torch.no_grad():
+    for layer in model:
+        layer.weight.fill_(1.0)
+recipe = fp8lab.DelayedScaling(amax_history_len=4, reduce_amax=reduce)
+fp8lab.convert(model, recipe)
+amax = [(8.0, 4.0), (1.0, 2.0)]  # the second within the scales of the first
+for step in range(2):
+    out = model(torch.tensor([[amax[step][rank]]]))
+    out.backward(torch.tensor([[0.5 * amax[step][rank]]]))
+for layer in model:
+    print([448 / layer.scale[0].item(), 57344 / layer.scale[2].item()])
+    print([round(x, 4) for x in layer.amax_history[:, 0].tolist()])
+torch.distributed.destroy_process_group()
+"""
+
+
+def on_two_ranks(tmp_path: Path, how: str) -> list[list[str]]:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / f"store-{how}"), how],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    told = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    return [out.splitlines() for out, _ in told]
+
+
+@pytest.mark.parametrize("how", ["reduce", "alone"])
+def test_amaxes_are_reduced_over_ranks(tmp_path: Path, how: str) -> None:
+    first, second = on_two_ranks(tmp_path, how)
+    if how == "reduce":
+        expected = ["[8.0, 4.0]", "[0.0, 0.0, 8.0, 2.0]"] * 2
+        assert first == second == expected
+    else:
+        assert first == ["[8.0, 4.0]", "[0.0, 0.0, 8.0, 1.0]"] * 2
+        assert second == ["[4.0, 2.0]", "[0.0, 0.0, 4.0, 2.0]"] * 2
