@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from fp8lab.recipe import GEMMS, gemm_in_words
 from fp8lab.store import Run, RunError, find_runs, open_run
 
 
@@ -159,8 +160,9 @@ def show(run: RunPath, as_json: Json = False) -> None:
     for site in info.get("sites", []):
         parts = ", ".join(f"{role} {site[role]}" for role in ("gate", "up", "down"))
         table.add_row(f"site {site['site']}", f"{parts}; {site['activation']}")
-    for layer, operands in _mapping(opened, "precision").items():
-        table.add_row(layer, ", ".join(f"{o} {p}" for o, p in operands.items()))
+    for layer, casts in _mapping(opened, "precision").items():
+        gemms = (f"{gemm} {gemm_in_words(casts, gemm)}" for gemm in GEMMS)
+        table.add_row(layer, "; ".join(gemms))
     for event in events:
         table.add_row(f"step {event['step']}", f"{event['kind']}: {event['detail']}")
     console.print(table)

@@ -14,7 +14,7 @@ imported here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, get_args
@@ -343,6 +343,15 @@ def operand_format(
         if direction == "columnwise" and operand != "weight":
             return formats.FP32
     return recipe.fp8_format.of(operand, direction)
+
+
+def gemm_in_words(precision: Mapping[str, Any], gemm: Gemm) -> str:
+    """What a GEMM multiplies, from what a layer says of itself (`input@output` → format, recipe):
+    `E5M2 × E4M3 DelayedScaling`, or both in full where they differ."""
+    # A run of an earlier release knows its operands, not their GEMMs.
+    said = [str(precision.get(f"{o}@{gemm}", precision.get(o, "–"))) for o in GEMMS[gemm]]
+    (left, _, left_recipe), (right, _, right_recipe) = (one.partition(" ") for one in said)
+    return f"{left} × {right} {right_recipe}" if left_recipe == right_recipe else " × ".join(said)
 
 
 @dataclass(frozen=True, kw_only=True)

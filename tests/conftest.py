@@ -11,6 +11,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+GPU_TESTS = pytest.StashKey[list[pytest.Item]]()
 
 
 @pytest.fixture(autouse=True)
@@ -18,3 +19,16 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - code outside this project may draw from numpy's global state
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        config.stash[GPU_TESTS] = [item for item in items if "gpu" in item.keywords]
+        items[:] = [item for item in items if "gpu" not in item.keywords]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if left_out := config.stash.get(GPU_TESTS, []):
+        terminalreporter.write_line(f"no GPU here: one would add {len(left_out)} tests")

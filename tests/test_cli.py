@@ -187,7 +187,8 @@ def test_show(runs: Path) -> None:
     text = spoken(invoke("show", run.path).stdout)
     assert f"step 1 diverged: loss is {loss:.4g}" in text
     assert "site 0 gate gate.weight, up up.weight, down down.weight; silu" in text
-    assert "0.down input BF16 HighPrecision, weight BF16 HighPrecision" in text
+    bf16 = "BF16 × BF16 HighPrecision"
+    assert f"0.down output {bf16}; grad_input {bf16}; grad_weight {bf16}" in text
 
 
 def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from fp8lab.recipe import GEMMS, Gemm
+from fp8lab.recipe import GEMMS, gemm_in_words
 from fp8lab.record import Severity
 from fp8lab.report.story import Arm, Part, Seen, Story, superscript
 from fp8lab.report.verdict import in_words, judged
@@ -173,21 +173,13 @@ def precision(arm: Arm, title: str) -> Table:
         layers |= run.run.info.get("precision") or {}
     rows: dict[tuple[str, ...], list[str]] = {}
     for layer, casts in layers.items():
-        rows.setdefault(tuple(_factors(casts, gemm) for gemm in GEMMS), []).append(layer)
+        rows.setdefault(tuple(gemm_in_words(casts, gemm) for gemm in GEMMS), []).append(layer)
     return Table(
         title=title,
         head=("layers", *GEMMS),
         rows=[(Cell(_numbered_alike(names)), *map(Cell, casts)) for casts, names in rows.items()],
         note="" if rows else "no layer was converted: the operands are what the model computes in",
     )
-
-
-def _factors(casts: Mapping[str, Any], gemm: Gemm) -> str:
-    """What a GEMM multiplies: `E5M2 × E4M3 DelayedScaling`, or both in full where they differ."""
-    # A run of fp8lab 0.1 knows its operands, not their GEMMs.
-    said = [str(casts.get(f"{o}@{gemm}", casts.get(o, "–"))) for o in GEMMS[gemm]]
-    (left, _, left_recipe), (right, _, right_recipe) = (one.partition(" ") for one in said)
-    return f"{left} × {right} {right_recipe}" if left_recipe == right_recipe else " × ".join(said)
 
 
 def _numbered_alike(layers: list[str]) -> str:
