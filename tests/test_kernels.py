@@ -15,7 +15,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -172,6 +174,50 @@ def test_tiles_equal_torch_also_where_they_are_cut(
 
 
 @needs_kernels
+def scales_by_torch(amax: Tensor, kind: str, most: float) -> tuple[Tensor, Tensor]:
+    if kind == "exponent":  # TE's float_to_e8m0 and exp2f_rcp, in numpy's integers
+        codes = (amax * torch.tensor(1 / 448)).numpy().view(np.int32).astype(np.int64)
+        exponent, mantissa = codes >> 23, codes & 0x7FFFFF
+        exponent += (mantissa > 0) & (exponent != 254) & ~((exponent == 0) & (mantissa <= 0x400000))
+        exponent = np.where(amax.isinf().numpy(), 254, exponent)
+        two = np.exp2(127.0 - exponent)
+        return torch.tensor(two).float(), torch.tensor(1 / two).float()
+    quotient = (448.0 / amax.numpy().astype(np.float64)).astype(np.float32)
+    quotient = np.where(np.isinf(quotient), np.float32(most), quotient)
+    if kind == "power_of_two":
+        quotient = np.exp2(np.frexp(quotient.astype(np.float64))[1] - 1.0).astype(np.float32)
+    quotient = np.where((amax.numpy() > 0) & np.isfinite(amax.numpy()), quotient, np.float32(1))
+    return torch.from_numpy(quotient), torch.from_numpy(np.float32(1) / quotient)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [16, 32, 128, 4096])
+@pytest.mark.parametrize("kind", ["any", "power_of_two", "exponent"])
+def test_blocks_in_one_pass_equal_amax_scales_and_cast(
+    kind: Any, size: int, dtype: torch.dtype
+) -> None:
+    x = values_of_all_kinds(3 * 8192 * 5, dtype).view(5, -1)
+    x[2] *= torch.exp2(torch.randint(-140, 100, x[2].shape).float()).to(dtype)
+    x[3, :4096], x[4, 5] = 0.0, INF
+    most = torch.finfo(dtype).max
+    amax = tile_amax_by_torch(x, (1, size))
+    scale, scale_inv = scales_by_torch(amax, kind, most)
+    found = kernels.exponents(amax, 448.0)
+    if kind != "exponent":
+        found = kernels.scales(amax, 448.0, most, kind == "power_of_two")
+    assert_equal(found[0], scale)
+    assert_equal(found[1], scale_inv)
+    out = torch.empty(x.shape)
+    kernels.fake_quantize_blocks(x, E4M3, size, kind, most, out)
+    tile = (1, size)
+    inverse = spread(scale_inv, tile, x.shape)
+    assert_equal(out, fake_quantized_by_torch(x, E4M3, spread(scale, tile, x.shape), inverse))
+    with pytest.raises(ValueError, match="in tiles of 20, expected whole ones"):
+        kernels.fake_quantize_blocks(x, E4M3, 20, kind, most, out)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fmt", [E4M3, formats.E5M2FNUZ], ids=repr)
 def test_counts_are_those_of_torch(fmt: FloatFormat, dtype: torch.dtype) -> None:
