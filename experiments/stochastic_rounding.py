@@ -30,6 +30,8 @@ The gradient tells more (ranges over seeds, error relative to its norm):
 So stochastic rounding is unbiased in E5M2 and not in NVFP4, where every gradient comes out one per
 cent too short. A look behind it: with block scales rounded up instead of to nearest the slope is
 1.000 and the mean of 64 draws an eighth as wrong as one. It is the clipped block maxima, then.
+Nearest rounding falls short, too, by 0.3 to 1.0 % in E5M2 and 0.4 to 1.5 % in NVFP4; whether that
+is the same on other batches was not asked.
 """
 
 from __future__ import annotations
