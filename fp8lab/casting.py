@@ -60,7 +60,8 @@ class Cast(NamedTuple):
     or, with a `tile`, one for each tile of the tensor seen as [tokens, last axis]; None where the
     recipe is high precision. `channel_scale`, float32 [channels], has already multiplied `tensor`
     where a mitigation balances channels. `rotated` says that `tensor` is a random Hadamard
-    transform along its tokens, of which zeros were appended to fill the last sixteen.
+    transform along its tokens, of which zeros were appended to fill the last sixteen. Where the
+    rounding is stochastic, every call draws anew.
     """
 
     tensor: Tensor
@@ -149,8 +150,13 @@ def cast_for(
     Raises ValueError for delayed scaling without a scale, whose history is kept by a layer, for a
     scale where there are many, and for float64, which would be rounded twice.
     """
-    if tensor.dtype == torch.float64:
-        raise ValueError(f"{operand}: float64, expected float32, bfloat16 or float16")
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{operand}: {dtype}, expected float32, bfloat16 or float16")
+    if scale is not None and (
+        not isinstance(scale, Tensor) or scale.dtype is not torch.float32 or scale.dim() > 0
+    ):
+        raise ValueError(f"{operand}: scale: {scale!r}, expected a float32 tensor of no dimension")
     fmt = operand_format(recipe, operand, direction)
     if fmt is formats.FP32 or isinstance(recipe, HighPrecision):
         return Cast(tensor, recipe, fmt, None, None)
@@ -212,13 +218,15 @@ def _rotated(tensor: Tensor) -> Tensor:
     """[tokens, channels] → [tokens up to a multiple of 16, channels], sixteen tokens at a time."""
     matrix = tensor.detach().reshape(matrix_shape(tensor.shape))
     tokens = F.pad(matrix.t(), (0, -len(matrix) % 16)).contiguous()
-    turned = tokens.view(-1, 16) @ hadamard(tensor.device, tensor.dtype)
+    with torch.autocast(tensor.device.type, enabled=False):
+        turned = tokens.view(-1, 16) @ hadamard(tensor.device, tensor.dtype)
     return turned.view(tokens.shape).t().contiguous()
 
 
 def rotated_back(values: Tensor, tokens: int) -> Tensor:
     """What a rotated operand stands for, float32 [tokens, channels]: the transform undone."""
-    columns = values.t().reshape(-1, 16) @ hadamard(values.device, values.dtype).t()
+    with torch.autocast(values.device.type, enabled=False):
+        columns = values.t().reshape(-1, 16) @ hadamard(values.device, values.dtype).t()
     return columns.view(values.shape[1], values.shape[0]).t()[:tokens]
 
 
@@ -251,8 +259,8 @@ def _bitnet_cast(tensor: Tensor, recipe: BitNetScaling, operand: Operand, fmt: F
     """Source: BitNet, 2310.11453, section 2.1."""
     if operand == "input":
         return Cast(tensor, recipe, fmt, *scales_for(absolute_maximum(tensor), fmt, False))
-    weight = tensor.detach().float().contiguous()  # sums in one order, whatever the layout
-    mean, centred = weight.abs().mean(), weight - weight.mean()
+    weight = tensor.detach().double()  # so that the order of the sums does not show
+    mean, centred = weight.abs().mean().float(), (weight - weight.mean()).float()
     return Cast(centred, recipe, fmt, mean.reciprocal().clamp(max=FLOAT32_MAX), mean)
 
 
@@ -276,6 +284,29 @@ def _in_one_pass(
     matrix = source.view(matrix_shape(tensor.shape))
     kernels.fake_quantize_blocks(matrix, fmt, size, kind, most, out)
     return True
+
+
+class FusedProduct:
+    """What gate, up and down of one feed-forward share so that its product is rounded as in TE.
+
+    TE computes act(gate) ⊙ up in FP32, in one kernel with the cast, whatever the dtype of the
+    model. Gate and up therefore give their outputs, rounded to `dtype`, as float32, and down takes
+    the float32 product. `dtype` is set by the forward passes of gate and up, and None again after
+    that of down.
+    """
+
+    dtype: torch.dtype | None = None
+
+    def cast_as(self, tensor: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor | None]:
+        """The tensor that is cast, and the amax that makes its scale if that is another's.
+
+        Delayed scaling casts the FP32 values; current scaling takes their amax and casts what they
+        are in `dtype`; all others see only that (TE `activation.cpp`; `gated_mxfp8.cuh`).
+        """
+        if isinstance(recipe, DelayedScaling) or self.dtype in (None, torch.float32):
+            return tensor, None
+        of_current = isinstance(recipe, Float8CurrentScaling)
+        return tensor.to(self.dtype), absolute_maximum(tensor) if of_current else None
 
 
 class Quantized(NamedTuple):
@@ -323,7 +354,8 @@ class _StraightThrough(torch.autograd.Function):
         values = how.fake_quantized()
         if how.rotated:
             values = rotated_back(values, matrix_shape(tensor.shape)[0]).reshape(tensor.shape)
-        return values.to(tensor.dtype)
+        result = values.to(tensor.dtype)
+        return result.clone() if result.data_ptr() == tensor.data_ptr() else result
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
@@ -346,10 +378,15 @@ def fake_quantize(
     `cast_for` does.
     """
     recipe = as_recipe(recipe, "fake_quantize")
+    if out is not None and (
+        out.shape != tensor.shape or out.dtype != torch.float32 or out.requires_grad
+    ):
+        expected = f"float32 {list(tensor.shape)} without a gradient"
+        raise ValueError(f"fake_quantize: out: {out.dtype} {list(out.shape)}, expected {expected}")
     if out is not None and scale is None and _in_one_pass(tensor, recipe, operand, direction, out):
         return out
     how = cast_for(tensor, recipe, operand, scale, direction)
     if out is not None and not how.rotated:
         return how.fake_quantized(out)
     values = _StraightThrough.apply(tensor, how)  # type: ignore[no-untyped-call]
-    return cast(Tensor, values if out is None else out.copy_(values))
+    return cast(Tensor, values if out is None else out.copy_(values.detach()))

@@ -68,7 +68,7 @@ RunPaths = Annotated[
 def run(
     experiment: Annotated[
         str,
-        typer.Argument(metavar="EXPERIMENT", help="A .py file, or a name: swiglu_divergence."),
+        typer.Argument(metavar="EXPERIMENT", help="A .py file, or a name; a wrong one lists them."),
     ],
     out: Annotated[Path | None, typer.Option(help="Folder for the runs. [runs/NAME]")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 2,

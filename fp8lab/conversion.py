@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from fp8lab.linear import Fp8Linear, FusedProduct
+from fp8lab.casting import FusedProduct
+from fp8lab.linear import Fp8Linear, check_recipes
 from fp8lab.plan import Plan, as_recipe
 from fp8lab.recipe import GEMMS, OPERANDS, Accumulation, Gemm, Operand, Recipe
 from fp8lab.regions import close_region, open_region
@@ -37,7 +38,7 @@ def convert(
     is a plan already. `recipe` may be one of Transformer Engine's own objects.
 
     Where gate, up and down of a gated feed-forward are all converted, their product is computed
-    and rounded as Transformer Engine's fused kernel does it (`linear.FusedProduct`), which makes a
+    and rounded as Transformer Engine's fused kernel does it (`casting.FusedProduct`), which makes a
     difference in BF16 and FP16 models. The model's outermost forward is the region after which
     delayed scales move, unless `fp8lab.autocast` is used. A checkpoint from before the conversion
     loads into the converted model, whose scales then start afresh.
@@ -46,9 +47,7 @@ def convert(
     or a matching layer cannot be converted.
     """
     plan = _plan(recipe, tuple(include), tuple(exclude), overrides or {}, accumulation)
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
+    linears = {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear)}
     unmatched = plan.patterns_without_match(linears)
     if unmatched and linears:
         known = ", ".join(list(linears)[:8])
@@ -59,25 +58,33 @@ def convert(
             f"convert: nothing to convert in {type(model).__name__}: "
             f"{len(linears)} linear layers, none included"
         )
-    for name, linear in chosen.items():
-        if type(linear) is not nn.Linear:
-            kind = type(linear).__name__
-            already = " (converted already)" if isinstance(linear, Fp8Linear) else ""
-            raise ValueError(
-                f"convert: {name} is a {kind}{already}, expected nn.Linear: exclude it"
-            )
+    _refuse_layers_of_other_kinds(chosen)
     gates = _gates(model)
     _refuse_layers_that_never_run(gates, chosen)
-    for name, linear in chosen.items():
+    told = {}
+    for name in chosen:
         recipes: dict[Operand, Recipe] = {o: plan.recipe_for(name, o) for o in OPERANDS}
         singled_out: dict[tuple[Operand, Gemm], Recipe] = {
-            (o, gemm): plan.recipe_for(name, o, gemm) for gemm in GEMMS for o in GEMMS[gemm]
+            (o, gemm): plan.recipe_for(name, o, gemm)
+            for gemm in GEMMS
+            for o in GEMMS[gemm]
+            if plan.singles_out(name, o, gemm)
         }
-        Fp8Linear.adopt(linear, recipes, singled_out, plan.accumulation)
+        check_recipes(recipes, singled_out, f"convert: {name}")
+        told[name] = recipes, singled_out
+    for name, linear in chosen.items():
+        Fp8Linear.adopt(linear, *told[name], plan.accumulation)
     _fuse_products(gates)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.register_forward_hook(_nothing)  # keeps it off the path around its layers
     model.register_forward_pre_hook(open_region, prepend=True)
     model.register_forward_hook(close_region, always_call=True)
     return model
+
+
+def _nothing(*_: object) -> None:
+    pass
 
 
 def _plan(
@@ -107,6 +114,18 @@ def _gates(model: nn.Module) -> list[GateSite]:
         return find_gates(model)
     except ValueError:  # no gated feed-forward
         return []
+
+
+def _refuse_layers_of_other_kinds(chosen: dict[str, nn.Linear]) -> None:
+    for name, linear in chosen.items():
+        if type(linear) is not nn.Linear:
+            kind = type(linear).__name__
+            already = " (converted already)" if isinstance(linear, Fp8Linear) else ""
+            raise ValueError(
+                f"convert: {name} is a {kind}{already}, expected nn.Linear: exclude it"
+            )
+        if "forward" in vars(linear):  # as some libraries' hooks set it; it would stay in force
+            raise ValueError(f"convert: {name} has a forward of its own: exclude it or remove that")
 
 
 def _refuse_layers_that_never_run(gates: list[GateSite], chosen: dict[str, nn.Linear]) -> None:

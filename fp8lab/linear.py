@@ -11,7 +11,9 @@ sums (blocks, rows). Inputs and weights are cast for the backward pass in the fo
 The GEMMs run in FP32 on dequantised values. Hardware multiplies the codes, exactly, and scales the
 sum; here each operand and each product is rounded to FP32 first, by at most 2^-24 of itself, and
 the order and width of the accumulation are FP32's, unless an `Accumulation` says otherwise.
-Parameters keep their dtype, as master weights; the output has the dtype of the input.
+Parameters keep their dtype, as master weights; the output has the dtype of the input, but for the
+layers around a fused product. Float32 copies of input and weight are saved for the backward pass,
+where an unconverted layer saves them as they are.
 
 Delayed scales move when a step ends, which `regions` decides. The state is in two buffers named as
 TE names them, one column per operand (input, weight, grad_output) and in `scale` two more where a
@@ -26,11 +28,11 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fp8lab import kernels
-from fp8lab.casting import Cast, cast_for, rotated_back
+from fp8lab.casting import Cast, FusedProduct, cast_for, rotated_back
+from fp8lab.formats import FloatFormat
 from fp8lab.recipe import (
     GEMMS,
     OPERANDS,
@@ -45,30 +47,8 @@ from fp8lab.recipe import (
     direction_of,
     operand_format,
 )
-from fp8lab.regions import steps
+from fp8lab.regions import register, steps
 from fp8lab.scaling import absolute_maximum, is_the_same_both_ways, scale_for
-
-
-class FusedProduct:
-    """What gate, up and down of one feed-forward share so that its product is rounded as in TE.
-
-    TE computes act(gate) ⊙ up in FP32, in one kernel with the cast, whatever the dtype of the
-    model. Gate and up therefore give their outputs, rounded to `dtype`, as float32, and down takes
-    the float32 product. `dtype` is set by the forward pass.
-    """
-
-    dtype: torch.dtype = torch.float32
-
-    def cast_as(self, tensor: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor | None]:
-        """The tensor that is cast, and the amax that makes its scale if that is another's.
-
-        Delayed scaling casts the FP32 values; current scaling takes their amax and casts what they
-        are in `dtype`; all others see only that (TE `activation.cpp`; `gated_mxfp8.cuh`).
-        """
-        if isinstance(recipe, DelayedScaling) or self.dtype == torch.float32:
-            return tensor, None
-        of_current = isinstance(recipe, Float8CurrentScaling)
-        return tensor.to(self.dtype), absolute_maximum(tensor) if of_current else None
 
 
 class Fp8Linear(nn.Linear):
@@ -116,6 +96,7 @@ class Fp8Linear(nn.Linear):
     ) -> Fp8Linear:
         """Turn a layer into an `Fp8Linear` in place: its parameters, hooks and every reference to
         it, an optimizer's included, stay what they are."""
+        check_recipes(recipes, gemm_recipes or {}, "Fp8Linear")
         linear.__class__ = cls
         converted = cast(Fp8Linear, linear)
         converted._set_up(recipes, gemm_recipes or {}, accumulation)
@@ -127,15 +108,9 @@ class Fp8Linear(nn.Linear):
         gemm_recipes: Mapping[tuple[Operand, Gemm], Recipe],
         accumulation: Accumulation | None,
     ) -> None:
+        check_recipes(recipes, gemm_recipes, "Fp8Linear")
         self.recipes = dict(recipes)
-        self.gemm_recipes = {
-            (operand, gemm): recipe
-            for (operand, gemm), recipe in gemm_recipes.items()
-            if recipe != recipes[operand]
-        }
-        for (operand, gemm), recipe in self.gemm_recipes.items():
-            if isinstance(recipe, DelayedScaling):
-                raise ValueError(f"{operand}@{gemm}: DelayedScaling, expected for {operand} itself")
+        self.gemm_recipes = dict(gemm_recipes)
         self.accumulation = accumulation
         self.channel_scale: Callable[[Tensor], Tensor] | None = None
         self.gradient_of_saturated: Literal["straight_through", "zero"] = "straight_through"
@@ -146,10 +121,12 @@ class Fp8Linear(nn.Linear):
             length = max(recipe.amax_history_len for recipe in delayed)
             columns = 5 if any(recipe.fp8_format.has_copies for recipe in delayed) else 3
             device = self.weight.device
-            self.register_buffer("amax_history", torch.zeros(length, 3, device=device))
-            self.register_buffer("scale", torch.ones(columns, device=device))
-            before = torch.ones(columns, device=device)
-            self.register_buffer("_scale_before", before, persistent=False)
+            # Whatever torch's default dtype is.
+            ones = torch.ones(columns, device=device, dtype=torch.float32)
+            self.register_buffer("amax_history", ones.new_zeros(length, 3))
+            self.register_buffer("scale", ones)
+            self.register_buffer("_scale_before", ones.clone(), persistent=False)
+            register(self)
 
     def extra_repr(self) -> str:
         casts = [f"{o}={type(r).__name__}" for o, r in self.recipes.items()]
@@ -161,15 +138,22 @@ class Fp8Linear(nn.Linear):
         """The recipe in force for an operand of one GEMM."""
         return self.gemm_recipes.get((operand, gemm), self.recipes[operand])
 
+    def format_for(self, operand: Operand, gemm: Gemm) -> FloatFormat:
+        """The element format of an operand of one GEMM."""
+        recipe = self.recipe_for(operand, gemm)
+        return operand_format(recipe, operand, self._direction(operand, gemm))
+
     def precision(self) -> dict[str, str]:
-        """What each operand of each GEMM really is (`input@grad_weight`): its format, its recipe,
-        and what is put on top."""
+        """What each operand of each GEMM is cast to (`input@grad_weight`): its format, its recipe,
+        what is put on top, and how the GEMM sums if not in FP32."""
         uses: dict[str, str] = {}
         for gemm, operands in GEMMS.items():
+            short = self.accumulation if self._is_short(gemm) else None
             for operand in operands:
-                recipe = self.recipe_for(operand, gemm)
-                fmt = operand_format(recipe, operand, self._direction(operand, gemm))
+                recipe, fmt = self.recipe_for(operand, gemm), self.format_for(operand, gemm)
                 uses[f"{operand}@{gemm}"] = f"{fmt.name} {type(recipe).__name__}"
+                if short is not None:
+                    uses[f"{operand}@{gemm}"] += f", summed in {short.bits} bits"
                 if operand == "input" and self.channel_scale is not None:
                     uses[f"{operand}@{gemm}"] += ", channels balanced"
         if self.gradient_of_saturated == "zero":
@@ -212,31 +196,35 @@ class Fp8Linear(nn.Linear):
         if isinstance(recipe, DelayedScaling):
             moved_since = operand != "grad_output" and steps.repeats_forward_of(self)
             scales = self._scale_before if moved_since else self.scale
-            copy = 3 if direction == "columnwise" else 0
+            is_copy = direction == "columnwise" and operand != "grad_output"
+            copy = 3 if is_copy and recipe.fp8_format.has_copies else 0
             # A copy: what was decided for this cast stays when the layer's own scale moves on.
             scale = scales[OPERANDS.index(operand) + copy].clone()
         return cast_for(tensor, recipe, operand, scale, direction)
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(input.device.type) and self.product_in is None:
+        fused = None if self.product_in is None else self.product_in.dtype
+        if torch.is_autocast_enabled(input.device.type) and fused is None:
             input = input.to(torch.get_autocast_dtype(input.device.type))
         inputs, weight = self.cast_in_force("input", input), self.weight
         if inputs.channel_scale is not None:
             weight = weight / inputs.channel_scale
         weights = self.cast_in_force("weight", weight)
         counts = steps.forward_counts()
-        dtype = input.dtype if self.product_in is None else self.product_in.dtype
+        dtype, graph = fused or input.dtype, torch.is_grad_enabled()
         if inputs.channel_scale is not None:
             input = input * inputs.channel_scale
         with torch.autocast(input.device.type, enabled=False):
             output = cast(
                 Tensor,
                 _Gemms.apply(  # type: ignore[no-untyped-call]
-                    input, weight, self.bias, inputs, weights, self, dtype, counts
+                    input, weight, self.bias, inputs, weights, self, dtype, counts, graph
                 ),
             )
         if counts:
             steps.forward_ran(self)
+        if self.product_in is not None:
+            self.product_in.dtype = None
         if self.product_out is not None:
             self.product_out.dtype = dtype
             output = output.float()  # whose gradient is thereby rounded as in the model's dtype
@@ -268,7 +256,23 @@ class Fp8Linear(nn.Linear):
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
         own = (f"{prefix}amax_history", f"{prefix}scale")
-        missing_keys += [key for key in missing if not set(own) <= set(missing) or key not in own]
+        if not set(own) <= set(missing):
+            missing_keys += missing
+        elif f"{prefix}weight" in state_dict:
+            missing_keys += [key for key in missing if key not in own]
+            self._start_afresh()
+        for name in ("amax_history", "scale"):  # assign=True takes the dtype of the checkpoint
+            if (buffer := self._buffers.get(name)) is not None:
+                self._buffers[name] = buffer.float()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        for name, value in (("amax_history", 0.0), ("scale", 1.0), ("_scale_before", 1.0)):
+            if (buffer := self._buffers.get(name)) is not None:
+                buffer.fill_(value)
 
     def quantized(self, how: Cast, operand: Operand, counts: bool) -> Tensor:
         """What a GEMM takes of a cast operand, float32 [tokens, features]; its amax enters the
@@ -282,14 +286,13 @@ class Fp8Linear(nn.Linear):
         return values.reshape(-1, values.shape[-1])
 
     def quantized_again(
-        self, operand: Operand, tensor: Tensor, gemm: Gemm, first: Tensor
+        self, operand: Operand, tensor: Tensor, gemm: Gemm, first: Tensor, counts: bool
     ) -> Tensor:
         """The operand for the second of its GEMMs: `first` itself, if one cast does for both."""
         if not self._is_cast_twice(operand):
             return first
         again = self._cast(operand, tensor, gemm)
-        values = again.fake_quantized()
-        values = values.reshape(-1, values.shape[-1])
+        values = self.quantized(again, operand, counts)
         # Turned by a Hadamard transform only where the GEMM's other operand is turned too.
         if again.rotated and not self._both_rotate():
             values = rotated_back(values, len(first))
@@ -303,16 +306,21 @@ class Fp8Linear(nn.Linear):
         self, left: Tensor, right: Tensor, gemm: Gemm, bias: Tensor | None = None
     ) -> Tensor:
         """left [m, k] @ right [n, k]^T + bias, float32, accumulated as the layer was told."""
-        if self.accumulation is None or not self._is_short(gemm, self.accumulation):
+        if torch.get_float32_matmul_precision() != "highest":
+            raise RuntimeError(
+                "Fp8Linear: float32 matmul precision "
+                f"{torch.get_float32_matmul_precision()!r}, expected 'highest': it would round "
+                "operands that are exact in FP32"
+            )
+        if self.accumulation is None or not self._is_short(gemm):
             return functional.linear(left, right, bias)
         product = _multiply_in_steps(left, right.t(), self.accumulation)
         return product if bias is None else product + bias
 
-    def _is_short(self, gemm: Gemm, accumulation: Accumulation) -> bool:
+    def _is_short(self, gemm: Gemm) -> bool:
         # A GEMM with a wide operand runs in BF16, which accumulates in FP32.
-        recipes = ((operand, self.recipe_for(operand, gemm)) for operand in GEMMS[gemm])
-        narrow = all(operand_format(recipe, operand).bits <= 8 for operand, recipe in recipes)
-        return narrow and gemm in accumulation.gemms
+        narrow = all(self.format_for(operand, gemm).bits <= 8 for operand in GEMMS[gemm])
+        return narrow and self.accumulation is not None and gemm in self.accumulation.gemms
 
     def running_amaxes(self, *operands: Operand) -> list[Tensor]:
         """float32 [] views of this step's amaxes that all ranks share."""
@@ -384,6 +392,21 @@ class Fp8Linear(nn.Linear):
             self.scale[column] = compute(amax, old, torch.full_like(old, fmt.max), recipe)
 
 
+def check_recipes(
+    recipes: Mapping[Operand, Recipe],
+    gemm_recipes: Mapping[tuple[Operand, Gemm], Recipe],
+    where: str,
+) -> None:
+    """Raises ValueError, opening with `where`, for what a layer could not do."""
+    for operand in OPERANDS:
+        if operand not in recipes:
+            raise ValueError(f"{where}: no recipe for {operand}")
+    for (operand, gemm), recipe in gemm_recipes.items():
+        if isinstance(recipe, DelayedScaling) and recipe != recipes[operand]:
+            one = f"{operand}@{gemm}"
+            raise ValueError(f"{where}: {one}: DelayedScaling, expected for {operand} itself")
+
+
 def _amax_and_rolled(history: Tensor, recipe: DelayedScaling) -> tuple[Tensor, Tensor]:
     """The amax that makes the next scale, float32 [], and the history as it is then."""
     rolled, latest = history.roll(-1), history[0]
@@ -423,27 +446,31 @@ class _Gemms(torch.autograd.Function):
         layer: Fp8Linear,
         dtype: torch.dtype,
         counts: bool,
+        graph: bool,
     ) -> Tensor:
         quantized_input = layer.quantized(inputs, "input", counts)
         quantized_weight = layer.quantized(weights, "weight", counts)
         wide_bias = None if bias is None else bias.float()
         output = layer.multiply(quantized_input, quantized_weight, "output", wide_bias)
         saved: list[Tensor | None] = [None, None, None]
-        if ctx.needs_input_grad[1]:
-            saved[0] = layer.quantized_again("input", input, "grad_weight", quantized_input)
-        if ctx.needs_input_grad[0]:
-            saved[1] = layer.quantized_again("weight", weight, "grad_input", quantized_weight)
+        if ctx.needs_input_grad[1] and graph:  # without a graph they say so all the same
+            saved[0] = layer.quantized_again("input", input, "grad_weight", quantized_input, counts)
+        if ctx.needs_input_grad[0] and graph:
+            saved[1] = layer.quantized_again(
+                "weight", weight, "grad_input", quantized_weight, counts
+            )
         if layer.gradient_of_saturated == "zero":
             saved[2] = inputs.saturated()
         ctx.save_for_backward(*saved)
         ctx.layer, ctx.dtypes, ctx.shape = layer, (input.dtype, weight.dtype), input.shape
-        ctx.dtype = dtype
+        ctx.dtype, ctx.is_fused = dtype, layer.product_in is not None
         ctx.bias_dtype = None if bias is None else bias.dtype
         return output.to(dtype).view(*input.shape[:-1], layer.out_features)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: a second derivative would be missing
+            raise RuntimeError("Fp8Linear: create_graph=True, expected False: it has no second one")
         quantized_input, quantized_weight, saturated = ctx.saved_tensors
         layer: Fp8Linear = ctx.layer
         gradient = layer.cast_in_force("grad_output", grad_outputs[0])
@@ -457,12 +484,12 @@ class _Gemms(torch.autograd.Function):
                 grad_input = grad_input.view(ctx.shape)
                 if saturated is not None:
                     grad_input.masked_fill_(saturated, 0.0)
-                if layer.product_in is not None:  # of a fused product: as in the model's dtype
+                if ctx.is_fused:  # of a fused product: as in the model's dtype
                     grad_input = grad_input.to(ctx.dtype)
                 grad_input = grad_input.to(ctx.dtypes[0])
             if ctx.needs_input_grad[1]:
                 again = layer.quantized_again(
-                    "grad_output", grad_outputs[0], "grad_weight", quantized
+                    "grad_output", grad_outputs[0], "grad_weight", quantized, counts=True
                 )
                 grad_weight = layer.multiply(again.t(), quantized_input.t(), "grad_weight")
                 grad_weight = grad_weight.to(ctx.dtypes[1])
@@ -470,4 +497,4 @@ class _Gemms(torch.autograd.Function):
             # Not a GEMM: TE sums the bias gradient from the unquantised gradient.
             unquantized = grad_outputs[0].reshape(-1, layer.out_features)
             grad_bias = unquantized.float().sum(0).to(ctx.bias_dtype)
-        return grad_input, grad_weight, grad_bias, None, None, None, None, None
+        return grad_input, grad_weight, grad_bias, None, None, None, None, None, None

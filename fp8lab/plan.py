@@ -89,6 +89,14 @@ class Plan:
                 chosen = recipe
         return chosen
 
+    def singles_out(self, layer: str, operand: Operand, gemm: Gemm) -> bool:
+        """Whether an override names this GEMM of the layer."""
+        parts = (_parts(pattern) for pattern in self.overrides)
+        return any(
+            fnmatchcase(layer, layers) and of_operand in (None, operand) and of_gemm == gemm
+            for layers, of_operand, of_gemm in parts
+        )
+
     def patterns_without_match(self, layers: Iterable[str]) -> list[str]:
         """Patterns that name no layer among `layers`: almost certainly a spelling mistake."""
         names = list(layers)
@@ -186,8 +194,7 @@ def to_te(recipe: Recipe) -> Any:
 def recipe_to_dict(recipe: Recipe | Plan) -> dict[str, Any]:
     """Plain JSON-able data: the class name under "recipe" and every field that is not TE's default.
 
-    `recipe_from_dict` reads it back, unless a function was given as `amax_compute_algo`: a function
-    is written as its name.
+    `recipe_from_dict` reads it back, unless it has a function, which is written as `function NAME`.
     """
     if isinstance(recipe, Plan):
         data = recipe_to_dict(recipe.recipe)
@@ -205,7 +212,9 @@ def recipe_to_dict(recipe: Recipe | Plan) -> dict[str, Any]:
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
         if value != field.default:
-            data[field.name] = getattr(value, "name", None) or getattr(value, "__name__", value)
+            if callable(value):
+                value = f"function {getattr(value, '__name__', type(value).__name__)}"
+            data[field.name] = getattr(value, "name", value)
     return data
 
 

@@ -9,8 +9,10 @@ where it runs without gradients. Rejected: moving scales inside the layer's own 
 breaks gradient accumulation.
 
 With several processes the amaxes of a step are reduced to their maximum over all of them before
-the scales move, in one call for all layers that ran, as in Transformer Engine: every rank must run
-the same converted layers in a step.
+the scales move, in one call for all converted layers, whether they ran or not, as in Transformer
+Engine: every rank must convert the same layers in the same order and take the same steps.
+
+Known limit: there is one set of regions in a process, so two threads must not train at once.
 """
 
 from __future__ import annotations
@@ -39,10 +41,26 @@ class Layer(Protocol):
         ...
 
 
+# Every layer with delayed scales, in the order of conversion, which all ranks share; which of them
+# ran in a step, and in which order, they need not.
+_registered: list[weakref.ref[Layer]] = []
+
+
+def register(layer: Layer) -> None:
+    """Take part in the reductions over ranks."""
+    _registered[:] = [known for known in _registered if known() is not None]
+    if all(known() is not layer for known in _registered):
+        _registered.append(weakref.ref(layer))
+
+
 def _move(layers: Iterable[Layer], *operands: Operand) -> None:
     distributed = torch.distributed
     started = distributed.is_available() and distributed.is_initialized()
     if started and distributed.get_world_size() > 1:
+        for layer in layers:  # a copy of a model was never converted itself
+            register(layer)
+        alive = (known() for known in _registered)
+        layers = [layer for layer in alive if layer is not None]
         amaxes = [amax for layer in layers for amax in layer.running_amaxes(*operands)]
         if amaxes:
             largest = torch.stack(amaxes)

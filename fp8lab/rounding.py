@@ -143,6 +143,10 @@ def values_of(codes: Tensor, fmt: FloatFormat) -> Tensor:
     return torch.where(codes >> (fmt.bits - 1) == 1, -known, known)
 
 
-@cache
 def _values(fmt: FloatFormat, device: torch.device) -> Tensor:
-    return torch.tensor(list(fmt.values()), dtype=torch.float32, device=device)
+    return torch.tensor(_listed(fmt), dtype=torch.float32, device=device)
+
+
+@cache
+def _listed(fmt: FloatFormat) -> list[float]:
+    return list(fmt.values())

@@ -13,7 +13,6 @@ ignores NaN while torch's maximum propagates it.
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,8 +22,10 @@ from torch import Tensor
 from fp8lab import kernels
 from fp8lab.formats import FloatFormat
 from fp8lab.recipe import (
+    DelayedScaling,
     Direction,
     Float8BlockScaling,
+    Float8CurrentScaling,
     MXFP8BlockScaling,
     NVFP4BlockScaling,
     Operand,
@@ -128,7 +129,7 @@ def power_of_two_scale(amax: Tensor, scale: Tensor, fp8_max: Tensor, recipe: Any
     """
     largest = (fp8_max * 2.0**-recipe.margin).to(torch.float32)
     new = _floor_to_power_of_two(torch.div(largest, amax).clamp(max=FLOAT32_MAX))
-    return torch.where((amax > 0) & amax.isfinite(), new, scale)
+    return torch.where((amax > 0) & amax.isfinite() & (new > 0), new, scale)
 
 
 def exponent_scales(
@@ -210,9 +211,10 @@ def tile_of(
     return (1, length) if direction == "rowwise" else (length, 1)
 
 
-@cache
 def is_the_same_both_ways(recipe: Recipe, operand: Operand) -> bool:
     """Whether an operand's rowwise codes are its columnwise codes too, so that one cast does."""
+    if isinstance(recipe, DelayedScaling | Float8CurrentScaling):
+        return not recipe.fp8_format.has_copies or operand == "grad_output"
     shape = torch.Size((1, 2))
     tiles = (tile_of(recipe, operand, way, shape) for way in ("rowwise", "columnwise"))
     rowwise, columnwise = tiles

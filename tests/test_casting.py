@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8lab import formats
+from fp8lab import NVFP4BlockScaling, formats
 from fp8lab.casting import cast_for, fake_quantize, quantize
 from fp8lab.formats import E2M1, E4M3, E5M2, FORMATS, FloatFormat
 from fp8lab.recipe import (
@@ -531,3 +531,31 @@ def test_saturated_is_what_lies_beyond_max() -> None:
     assert how.saturated().tolist() == [False, True, True, False, True, True, False]
     how = cast_for(tensor, DelayedScaling(), "grad_output", torch.tensor(1.0))
     assert how.saturated().tolist() == [False, False, False, False, True, True, False]
+
+
+def test_what_does_not_fit_is_refused_in_one_line() -> None:
+    x, current = torch.randn(4, 128), Float8CurrentScaling()
+    for out in (torch.empty(128, 4), torch.empty(4, 128).bfloat16(), torch.randn(4, 128).double()):
+        with pytest.raises(
+            ValueError, match=r"^fake_quantize: out: .* expected float32 \[4, 128\]"
+        ):
+            fake_quantize(x, current, "input", out=out)
+    for scale in (2.0, torch.ones(5), torch.ones(1), torch.ones((), dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"^input: scale: .*, expected a float32 tensor"):
+            cast_for(x, current, "input", scale)  # type: ignore[arg-type]
+    for dtype in (torch.int64, torch.float64, torch.bool):
+        with pytest.raises(
+            ValueError, match=r"^weight: \w+, expected float32, bfloat16 or float16$"
+        ):
+            fake_quantize(x.to(dtype), current, "weight")
+
+
+def test_the_result_is_memory_of_its_own() -> None:
+    x = torch.randn(4, 16)
+    before = x.clone()
+    fake_quantize(x, HighPrecision(format=formats.FP32), "input").add_(1.0)
+    assert torch.equal(x, before)
+    out = torch.empty(4, 16)
+    x.requires_grad_()
+    fake_quantize(x, NVFP4BlockScaling(), "input", direction="columnwise", out=out)
+    assert not out.requires_grad

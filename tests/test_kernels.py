@@ -427,3 +427,20 @@ def test_the_environment_switches_kernels_off(
     assert not kernels.usable(torch.ones(3))
     assert kernels.why_unavailable() == "switched off by FP8LAB_KERNELS=0"
     assert not untried.exists()
+
+
+def test_a_library_that_others_could_have_written_is_not_loaded(
+    untried: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert kernels.why_unavailable() is None
+    (library,) = untried.glob("*.so")
+    assert not (library.stat().st_mode | untried.stat().st_mode) & 0o022
+    for path, said in ((untried, "others may write to it"), (library, None)):
+        monkeypatch.setattr(kernels, "_tried", False)
+        mode = path.stat().st_mode
+        path.chmod(mode | 0o002)
+        reason = kernels.why_unavailable()
+        assert reason is None if said is None else said in str(reason)
+        if path is untried:
+            path.chmod(mode)
+    assert not library.stat().st_mode & 0o002  # built again

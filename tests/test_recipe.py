@@ -321,7 +321,7 @@ def test_only_what_is_not_the_default_is_written() -> None:
         return history.amax()
 
     assert recipe_to_dict(DelayedScaling(amax_compute_algo=largest))["amax_compute_algo"] == (
-        "largest"
+        "function largest"
     )
 
 

@@ -16,18 +16,30 @@ RANK = """
 import sys, torch
 from torch import nn
 import fp8lab
-rank, store, reduce = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "reduce"
+rank, store, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
 with torch.no_grad():
     for layer in model:
         layer.weight.fill_(1.0)
-recipe = fp8lab.DelayedScaling(amax_history_len=4, reduce_amax=reduce)
+recipe = fp8lab.DelayedScaling(amax_history_len=4, reduce_amax=how != "alone")
 fp8lab.convert(model, recipe)
 amax = [(8.0, 4.0), (1.0, 2.0)]  # the second within the scales of the first
 for step in range(2):
     out = model(torch.tensor([[amax[step][rank]]]))
     out.backward(torch.tensor([[0.5 * amax[step][rank]]]))
+if how == "crossed":  # the ranks run two layers in another order, and one only on one of them
+    pair = nn.ModuleList([nn.Linear(1, 1, bias=False) for _ in range(3)])
+    fp8lab.convert(pair, recipe)
+    with fp8lab.autocast():
+        runs = [(pair[0], 1.0), (pair[1], 64.0)]
+        for layer, x in runs if rank == 0 else runs[::-1]:
+            layer(torch.tensor([[x * (rank + 1)]]))
+        if rank == 1:
+            pair[2](torch.tensor([[7.0]]))
+    model = []
+    for layer in pair:
+        print(448 / layer.scale[0].item())
 for layer in model:
     print([448 / layer.scale[0].item(), 57344 / layer.scale[2].item()])
     print([round(x, 4) for x in layer.amax_history[:, 0].tolist()])
@@ -59,3 +71,8 @@ def test_amaxes_are_reduced_over_ranks(tmp_path: Path, how: str) -> None:
     else:
         assert first == ["[8.0, 4.0]", "[0.0, 0.0, 8.0, 1.0]"] * 2
         assert second == ["[4.0, 2.0]", "[0.0, 0.0, 4.0, 2.0]"] * 2
+
+
+def test_ranks_may_run_their_layers_in_another_order(tmp_path: Path) -> None:
+    first, second = on_two_ranks(tmp_path, "crossed")
+    assert first == second == ["2.0", "128.0", "7.0"]

@@ -110,7 +110,10 @@ def why_unavailable() -> str | None:
             try:
                 _library, _reason = _load(), None
             # ValueError: quotes in CC; RuntimeError: no home; SubprocessError: the time is up.
-            except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+            # AttributeError: a library without a function.
+            except (AttributeError, OSError, RuntimeError, ValueError) as error:
+                _reason = " ".join(str(error).split())
+            except subprocess.SubprocessError as error:
                 _reason = " ".join(str(error).split())
             _tried = True
     return _reason
@@ -287,6 +290,9 @@ def move_scale(
 
     `history` float32 [rows, operands], `scale` and `before` float32 [operands], all contiguous.
     """
+    for state in (history, scale, before):
+        if state.dtype is not torch.float32 or not usable(state):
+            raise ValueError(f"fp8lab.kernels: {state.dtype} state, expected contiguous float32")
     offset = 4 * column
     _get().fp8lab_move_scale(
         history.data_ptr() + offset,
@@ -355,15 +361,29 @@ def _load() -> ctypes.CDLL:
     if os.environ.get("FP8LAB_KERNELS") == "0":
         raise OSError("switched off by FP8LAB_KERNELS=0")
     compiler = _compiler()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fp8lab"
+    told = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (told if told.is_absolute() else Path.home() / ".cache") / "fp8lab"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_ours(folder):
+        raise OSError(f"{folder}: others may write to it, and what lies there is executed")
     parts = (_SOURCE.read_text(), *_FLAGS, *compiler, _processor())
     prefix = f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}-"
-    built = [path for path in folder.glob(f"{prefix}*.so") if path.name == prefix + _digest(path)]
+    built = [
+        path
+        for path in folder.glob(f"{prefix}*.so")
+        if _is_ours(path) and path.name == prefix + _digest(path)
+    ]
     library = ctypes.CDLL(str(built[0] if built else _build(compiler, folder, prefix)))
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
     return library
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether nobody but this user (or root) can have written it."""
+    status = path.stat()
+    return status.st_uid in (os.geteuid(), 0) and not status.st_mode & 0o022
 
 
 def _compiler() -> list[str]:
@@ -392,7 +412,6 @@ def _digest(path: Path) -> str:
 
 
 def _build(compiler: list[str], folder: Path, prefix: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     # Which of the two a compiler knows depends on the machine; without either it is still correct.
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     native = ["-march=native"] if x86 else ["-mcpu=native", "-march=native"]
@@ -409,6 +428,7 @@ def _build(compiler: list[str], folder: Path, prefix: str) -> Path:
                 timeout=_BUILD_SECONDS,
             )
             if result.returncode == 0:
+                output.chmod(0o755)  # whatever the umask says
                 return output.replace(folder / (prefix + _digest(output)))
     complaints = [line for line in result.stderr.splitlines() if "error" in line] or ["no reason"]
     raise OSError(f"{shlex.join(compiler)}: {complaints[0]}")
