@@ -169,19 +169,25 @@ def rowwise_scale(
     matrix: Tensor, recipe: RowwiseScaling, fmt: FloatFormat, tile: Tile | None
 ) -> Tensor:
     """torchao's formula: float64 division, an amax of at least 1e-12, and NaN goes on."""
-    magnitude = matrix.abs()
-    if not magnitude.numel():
-        amax = magnitude.new_zeros(() if tile is None else tile_maximum(matrix, tile).shape)
-    elif tile is None:
-        amax = magnitude.amax()
-    elif tile == (1, 1):
-        amax = magnitude
+    if tile is not None and kernels.usable(matrix) and matrix.sum().isfinite():
+        amax = tile_maximum(matrix, tile)  # without NaN there is none to ignore
     else:
-        amax = magnitude.amax(dim=1 if tile[0] == 1 else 0, keepdim=True)
+        amax = _amax_with_nan(matrix.abs(), tile)
     scale = (fmt.max / amax.double().clamp(min=1e-12)).float()
     if recipe.round_scales_to_power_of_2:
         scale = torch.where(scale.isnan(), scale, _floor_to_power_of_two(scale))
     return scale
+
+
+def _amax_with_nan(magnitude: Tensor, tile: Tile | None) -> Tensor:
+    """The largest of rows or of columns, in the shape of their tiles; of all without a tile."""
+    if tile is None:
+        return magnitude.amax() if magnitude.numel() else magnitude.new_zeros(())
+    if not magnitude.numel():
+        return tile_maximum(magnitude, tile)
+    if tile == (1, 1):
+        return magnitude
+    return magnitude.amax(dim=1 if tile[0] == 1 else 0, keepdim=True)
 
 
 def tile_of(

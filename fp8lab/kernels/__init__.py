@@ -1,4 +1,5 @@
 """Casts on a CPU, compiled: equal bit for bit to what `casting` and `scaling` do in plain torch.
+(A NaN is a NaN in the same place; its payload may be another.)
 
 In eager torch a cast is five passes over the tensor and a tiled one more; `cpu.c` does either in
 one, at the speed of a copy. It is C in the package, built at first use (about a second, once per
