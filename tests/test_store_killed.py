@@ -98,7 +98,9 @@ def test_a_kill_loses_no_flushed_step(
 ) -> None:
     moments = random.Random(kills)
     reached = set()
-    for attempt in range(kills):
+    for attempt in range(10 * kills):
+        if attempt >= kills and len(reached) > 3:  # on a busy machine many fall on one moment
+            break
         path = tmp_path / f"run{attempt}"
         said = killed_after(zygote, path, moments.uniform(0.0, 0.08))
         if not said:  # killed before the run existed
