@@ -23,14 +23,13 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fp8lab import HighPrecision, Plan, watch
 from fp8lab.formats import FORMATS
-from fp8lab.lab.data import Corpus, read_text, stdlib_text
-from fp8lab.lab.experiment import Arm, Experiment, Job, Part, Progress, Settings
+from fp8lab.lab.experiment import Arm, Experiment, Job, Part, Progress
 from fp8lab.lab.model import LanguageModel, ModelConfig
-from fp8lab.lab.train import Schedule, train
+from fp8lab.lab.train import NextByte, Schedule, train
 from fp8lab.optim import Fp8AdamW
 
 SEEDS = (0, 1, 2)
@@ -57,36 +56,6 @@ COAT_ARM = arm(
 )
 
 
-class NextByte:
-    """Mean cross-entropy in nats per byte on windows of a corpus."""
-
-    def __init__(self, text: Corpus, seed: int) -> None:
-        self.text, self.seed = text, seed
-
-    def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
-        assert isinstance(model, LanguageModel)
-        tokens = self.text.batch(step, seed=self.seed, batch=BATCH, context=CONFIG.context)
-        return model.loss(tokens), {}
-
-    @torch.no_grad()
-    def held_out_loss(self, model: LanguageModel) -> float:
-        """On text that was not trained on."""
-        total = 0.0
-        for index in range(MEASURED):
-            tokens = self.text.batch(
-                index, seed=self.seed, batch=BATCH, context=CONFIG.context, split="held_out"
-            )
-            total += float(model.loss(tokens))
-        return total / MEASURED
-
-
-def corpus(settings: Settings) -> Corpus:
-    """The user's text, or the standard library's."""
-    if settings.text is not None:
-        return read_text(settings.text, context=CONFIG.context)
-    return stdlib_text()
-
-
 def optimizer_of(arm: Arm, model: nn.Module, beta2: float) -> Fp8AdamW:
     """With nothing reduced it is torch.optim.AdamW to the bit."""
     options = dict(arm.options or {})
@@ -103,15 +72,13 @@ def learn(job: Job, progress: Progress, *, beta2: float) -> None:
     model = LanguageModel(CONFIG, job.seed)
     job.arm.prepare(model)
     optimizer = optimizer_of(job.arm, model, beta2)
-    task = NextByte(corpus(job.settings), job.seed)
-    text = task.text
+    task = NextByte(job.settings.text, job.seed, batch=BATCH, context=CONFIG.context)
     config = job.config(
         steps=steps,
         learning_rate=LEARNING_RATE,
         beta2=beta2,
         optimizer=dict(job.arm.options or {}),
-        text=text.source,
-        text_sha256=text.sha256,
+        **task.origin(),
     )
     with watch(model, job.path, optimizer=optimizer, every=20, config=config) as watching:
         diverged = train(
@@ -125,7 +92,7 @@ def learn(job: Job, progress: Progress, *, beta2: float) -> None:
         second = [optimizer.moments(p)[1].flatten() for p in model.parameters()]
         watching.set_result(
             diverged_at=diverged,
-            final_loss=task.held_out_loss(model) if diverged is None else None,
+            final_loss=task.held_out_loss(model, MEASURED) if diverged is None else None,
             second_moment_zero=float((torch.cat(second) == 0).float().mean()),
             bytes_per_parameter=optimizer.bytes_per_parameter(),
         )

@@ -40,13 +40,12 @@ accumulator, and not FP8, then makes the error.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fp8lab import Accumulation, Float8CurrentScaling, GatedFeedForward, HighPrecision, Plan, watch
-from fp8lab.lab.data import read_text, stdlib_text
-from fp8lab.lab.experiment import Arm, Experiment, Job, Part, Progress, Settings
+from fp8lab.lab.experiment import Arm, Experiment, Job, Part, Progress
 from fp8lab.lab.model import LanguageModel, ModelConfig
-from fp8lab.lab.train import Schedule, train
+from fp8lab.lab.train import NextByte, Schedule, train
 from fp8lab.linear import Fp8Linear
 
 SEEDS = (0, 1, 2)
@@ -113,45 +112,16 @@ MEASURED = 16  # held-out batches of the final loss
 DIVERGED_ABOVE = 8.0  # nats per byte; a model that knows nothing has 5.55
 
 
-class NextByte:
-    """Mean cross-entropy in nats per byte on windows of a corpus."""
-
-    def __init__(self, settings: Settings, seed: int) -> None:
-        path = settings.text
-        self.text = stdlib_text() if path is None else read_text(path, context=CONFIG.context)
-        self.seed = seed
-
-    def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
-        assert isinstance(model, LanguageModel)
-        tokens = self.text.batch(step, seed=self.seed, batch=BATCH, context=CONFIG.context)
-        return model.loss(tokens), {}
-
-    @torch.no_grad()
-    def held_out_loss(self, model: LanguageModel) -> float:
-        """On text that was not trained on."""
-        total = 0.0
-        for index in range(MEASURED):
-            tokens = self.text.batch(
-                index, seed=self.seed, batch=BATCH, context=CONFIG.context, split="held_out"
-            )
-            total += float(model.loss(tokens))
-        return total / MEASURED
-
-
 def learn(job: Job, progress: Progress) -> None:
     """A run of the part `training`."""
     steps = job.settings.steps or STEPS
-    model, task = LanguageModel(CONFIG, job.seed), NextByte(job.settings, job.seed)
+    model = LanguageModel(CONFIG, job.seed)
+    task = NextByte(job.settings.text, job.seed, batch=BATCH, context=CONFIG.context)
     job.arm.prepare(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1
     )
-    config = job.config(
-        steps=steps,
-        learning_rate=LEARNING_RATE,
-        text=task.text.source,
-        text_sha256=task.text.sha256,
-    )
+    config = job.config(steps=steps, learning_rate=LEARNING_RATE, **task.origin())
     with watch(model, job.path, optimizer=optimizer, every=20, config=config) as watching:
         diverged = train(
             model,
@@ -163,7 +133,7 @@ def learn(job: Job, progress: Progress) -> None:
         )
         watching.set_result(
             diverged_at=diverged,
-            final_loss=task.held_out_loss(model) if diverged is None else None,
+            final_loss=task.held_out_loss(model, MEASURED) if diverged is None else None,
         )
 
 

@@ -52,10 +52,9 @@ from fp8lab import (
     watch,
 )
 from fp8lab.formats import FP32
-from fp8lab.lab.data import Corpus, read_text, stdlib_text
 from fp8lab.lab.experiment import Arm, Experiment, Job, Part, Progress, Settings
 from fp8lab.lab.model import LanguageModel, ModelConfig
-from fp8lab.lab.train import Schedule, load_checkpoint, save_checkpoint, train
+from fp8lab.lab.train import NextByte, Schedule, load_checkpoint, save_checkpoint, train
 from fp8lab.recipe import Recipe
 
 SEEDS = (0, 1, 2)
@@ -88,31 +87,6 @@ DRAWN = tuple(
 )
 
 
-class NextByte:
-    """Mean cross-entropy in nats per byte on windows of a corpus."""
-
-    def __init__(self, settings: Settings, seed: int) -> None:
-        path = settings.text
-        self.text = stdlib_text() if path is None else read_text(path, context=CONFIG.context)
-        self.seed = seed
-
-    def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
-        assert isinstance(model, LanguageModel)
-        tokens = self.text.batch(step, seed=self.seed, batch=BATCH, context=CONFIG.context)
-        return model.loss(tokens), {}
-
-    def held_out(self, index: int) -> Tensor:
-        """Batch `index` of text that was not trained on."""
-        return self.text.batch(
-            index, seed=self.seed, batch=BATCH, context=CONFIG.context, split="held_out"
-        )
-
-    @torch.no_grad()
-    def held_out_loss(self, model: LanguageModel) -> float:
-        """On text that was not trained on."""
-        return sum(float(model.loss(self.held_out(i))) for i in range(MEASURED)) / MEASURED
-
-
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1
@@ -125,10 +99,11 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 def learn(job: Job, progress: Progress) -> None:
     """A run of the part `training`."""
     steps = job.settings.steps or STEPS
-    model, task = LanguageModel(CONFIG, job.seed), NextByte(job.settings, job.seed)
+    model = LanguageModel(CONFIG, job.seed)
+    task = NextByte(job.settings.text, job.seed, batch=BATCH, context=CONFIG.context)
     job.arm.prepare(model)
     optimizer = optimizer_of(model)
-    config = job.config(steps=steps, learning_rate=LEARNING_RATE, **origin(task.text))
+    config = job.config(steps=steps, learning_rate=LEARNING_RATE, **task.origin())
     with watch(model, job.path, optimizer=optimizer, every=20, config=config) as watching:
         diverged = train(
             model,
@@ -140,12 +115,8 @@ def learn(job: Job, progress: Progress) -> None:
         )
         watching.set_result(
             diverged_at=diverged,
-            final_loss=task.held_out_loss(model) if diverged is None else None,
+            final_loss=task.held_out_loss(model, MEASURED) if diverged is None else None,
         )
-
-
-def origin(text: Corpus) -> dict[str, str]:
-    return {"text": text.source, "text_sha256": text.sha256}
 
 
 # --- part two: one batch, its gradient drawn many times -------------------------------------------
@@ -160,7 +131,7 @@ def pretrain(seed: int, folder: Path, settings: Settings, progress: Progress) ->
     train(
         model,
         optimizer,
-        NextByte(settings, seed),
+        NextByte(settings.text, seed, batch=BATCH, context=CONFIG.context),
         Schedule(steps=steps, clip_norm=1.0),
         progress=lambda step, loss: progress(step + 1, steps, loss, 0),
     )
@@ -188,12 +159,12 @@ def draw_gradients(job: Job, progress: Progress) -> None:
         exclude=plan.exclude,
         overrides={"*:grad_output": HighPrecision(format=FP32)},
     )
-    task = NextByte(job.settings, job.seed)
+    task = NextByte(job.settings.text, job.seed, batch=BATCH, context=CONFIG.context)
     tokens = task.held_out(0)
     exact = gradient_of(pretrained(job, unrounded), tokens)()
     model = pretrained(job, plan)
     draw, total = gradient_of(model, tokens), torch.zeros_like(exact)
-    config = job.config(draws=DRAWS, **origin(task.text))
+    config = job.config(draws=DRAWS, **task.origin())
     errors, slope = [], 0.0
     with watch(model, job.path, every=DRAWS, config=config) as watching:
         for draws in range(1, DRAWS + 1):

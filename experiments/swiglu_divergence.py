@@ -34,10 +34,10 @@ from fp8lab import (
     convert,
     watch,
 )
-from fp8lab.lab.data import Corpus, RareToken, read_text, stdlib_text
+from fp8lab.lab.data import RareToken
 from fp8lab.lab.experiment import Arm, Experiment, Job, Part, Progress, Settings
 from fp8lab.lab.model import LanguageModel, ModelConfig, amplify
-from fp8lab.lab.train import Schedule, load_checkpoint, save_checkpoint, train
+from fp8lab.lab.train import NextByte, Schedule, load_checkpoint, save_checkpoint, train
 from fp8lab.mitigations import AntiWindup, ClampedSwiGLU, HighPrecisionProduct, SmoothSwiGLU
 
 SEEDS = (0, 1, 2, 7, 8, 9)
@@ -166,31 +166,6 @@ EXPONENTS = (0, 8, 12, 14, 16, 18)
 WARM_UP, MEASURED = 4, 8  # batches at each dose: to fill the amax history, and to measure
 
 
-def corpus(settings: Settings) -> Corpus:
-    """The user's text, or the standard library's."""
-    if settings.text is not None:
-        return read_text(settings.text, context=CONFIG.context)
-    return stdlib_text()
-
-
-class NextByte:
-    """Mean cross-entropy in nats per byte on windows of a corpus."""
-
-    def __init__(self, text: Corpus, seed: int) -> None:
-        self.text, self.seed = text, seed
-
-    def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
-        assert isinstance(model, LanguageModel)
-        tokens = self.text.batch(step, seed=self.seed, batch=BATCH, context=CONFIG.context)
-        return model.loss(tokens), {}
-
-    def held_out(self, index: int) -> Tensor:
-        """Batch `index` of text that was not trained on."""
-        return self.text.batch(
-            index, seed=self.seed, batch=BATCH, context=CONFIG.context, split="held_out"
-        )
-
-
 def pretrain(seed: int, folder: Path, settings: Settings, progress: Progress) -> None:
     """The model that all arms of one seed start from: trained with BF16 operands."""
     steps = settings.steps or PRETRAINING_STEPS
@@ -200,7 +175,7 @@ def pretrain(seed: int, folder: Path, settings: Settings, progress: Progress) ->
     train(
         model,
         optimizer,
-        NextByte(corpus(settings), seed),
+        NextByte(settings.text, seed, batch=BATCH, context=CONFIG.context),
         Schedule(steps=steps, clip_norm=1.0),
         progress=lambda step, loss: progress(step + 1, steps, loss, 0),
     )
@@ -220,13 +195,13 @@ def dose_response(job: Job, progress: Progress) -> None:
 
     A step of the run is one batch at one dose; the metric `dose` is the exponent of two.
     """
-    text = NextByte(corpus(job.settings), job.seed)
+    text = NextByte(job.settings.text, job.seed, batch=BATCH, context=CONFIG.context)
     exact, start = pretrained(job), pretrained(job).state_dict()
     # The amax histories are filled on a second model, so that what is recorded is the measurement.
     model, warm = job.arm.prepare(pretrained(job)), job.arm.prepare(pretrained(job))
     cold = {name: value.clone() for name, value in warm.state_dict().items()}
     assert isinstance(model, LanguageModel) and isinstance(warm, LanguageModel)
-    config = job.config(text=text.text.source, text_sha256=text.text.sha256, doses=EXPONENTS)
+    config = job.config(**text.origin(), doses=EXPONENTS)
     results = []
     with watch(model, job.path, every=1, config=config) as watching:
         for position, exponent in enumerate(EXPONENTS):

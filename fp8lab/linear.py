@@ -84,6 +84,7 @@ class Fp8Linear(nn.Linear):
         accumulation: Accumulation | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias)
+        check_recipes(recipes, gemm_recipes or {}, "Fp8Linear")
         self._set_up(recipes, gemm_recipes or {}, accumulation)
 
     @classmethod
@@ -108,7 +109,6 @@ class Fp8Linear(nn.Linear):
         gemm_recipes: Mapping[tuple[Operand, Gemm], Recipe],
         accumulation: Accumulation | None,
     ) -> None:
-        check_recipes(recipes, gemm_recipes, "Fp8Linear")
         self.recipes = dict(recipes)
         self.gemm_recipes = dict(gemm_recipes)
         self.accumulation = accumulation

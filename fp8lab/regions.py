@@ -43,14 +43,12 @@ class Layer(Protocol):
 
 # Every layer with delayed scales, in the order of conversion, which all ranks share; which of them
 # ran in a step, and in which order, they need not.
-_registered: list[weakref.ref[Layer]] = []
+_registered: weakref.WeakKeyDictionary[Layer, None] = weakref.WeakKeyDictionary()
 
 
 def register(layer: Layer) -> None:
     """Take part in the reductions over ranks."""
-    _registered[:] = [known for known in _registered if known() is not None]
-    if all(known() is not layer for known in _registered):
-        _registered.append(weakref.ref(layer))
+    _registered[layer] = None
 
 
 def _move(layers: Iterable[Layer], *operands: Operand) -> None:
@@ -59,8 +57,7 @@ def _move(layers: Iterable[Layer], *operands: Operand) -> None:
     if started and distributed.get_world_size() > 1:
         for layer in layers:  # a copy of a model was never converted itself
             register(layer)
-        alive = (known() for known in _registered)
-        layers = [layer for layer in alive if layer is not None]
+        layers = list(_registered)
         amaxes = [amax for layer in layers for amax in layer.running_amaxes(*operands)]
         if amaxes:
             largest = torch.stack(amaxes)

@@ -222,7 +222,8 @@ def is_the_same_both_ways(recipe: Recipe, operand: Operand) -> bool:
     if isinstance(recipe, DelayedScaling | Float8CurrentScaling):
         return not recipe.fp8_format.has_copies or operand == "grad_output"
     shape = torch.Size((1, 2))
-    tiles = (tile_of(recipe, operand, way, shape) for way in ("rowwise", "columnwise"))
-    rowwise, columnwise = tiles
-    one_format = operand_format(recipe, operand) == operand_format(recipe, operand, "columnwise")
-    return rowwise == columnwise and one_format
+    rowwise = tile_of(recipe, operand, "rowwise", shape), operand_format(recipe, operand)
+    return rowwise == (
+        tile_of(recipe, operand, "columnwise", shape),
+        operand_format(recipe, operand, "columnwise"),
+    )

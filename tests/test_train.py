@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from fp8lab.conversion import convert
 from fp8lab.ffn import GatedFeedForward
-from fp8lab.lab.train import Schedule, load_checkpoint, save_checkpoint, train
+from fp8lab.lab.data import read_text
+from fp8lab.lab.model import LanguageModel, ModelConfig
+from fp8lab.lab.train import NextByte, Schedule, load_checkpoint, save_checkpoint, train
 from fp8lab.mitigations import AntiWindup, SmoothSwiGLU
 from fp8lab.monitor import watch
 from fp8lab.recipe import DelayedScaling, HighPrecision
@@ -493,3 +495,16 @@ def test_other_parameter_groups_are_another_optimizer(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW([{"params": [first]}, {"params": others}])
     with pytest.raises(ValueError, match=r"AdamW of \[3\] parameters, expected AdamW of \[1, 2\]"):
         load_checkpoint(path, model, optimizer)
+
+
+def test_next_byte_is_the_loss_on_windows_of_a_text(tmp_path: Path) -> None:
+    file = tmp_path / "text.py"
+    file.write_text("the quick brown fox jumps over the lazy dog\n" * 20)
+    model = LanguageModel(ModelConfig(dim=8, layers=1, heads=2, context=16), 0)
+    task, text = NextByte(str(file), 3, batch=4, context=16), read_text(file, context=16)
+    shape = {"seed": 3, "batch": 4, "context": 16}
+    assert task.origin() == {"text": text.source, "text_sha256": text.sha256}
+    assert task.loss(model, 5) == (model.loss(text.batch(5, **shape)), {})
+    held_out = [text.batch(index, **shape, split="held_out") for index in range(3)]
+    assert torch.equal(task.held_out(2), held_out[2])
+    assert task.held_out_loss(model, 3) == sum(model.loss(t).item() for t in held_out) / 3

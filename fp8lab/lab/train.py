@@ -21,6 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fp8lab.lab.data import read_text, stdlib_text
+from fp8lab.lab.model import LanguageModel
 from fp8lab.monitor import Watch
 
 
@@ -29,6 +31,38 @@ class Task(Protocol):
 
     def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
         """The loss of `model` on the batch of `step`, and further numbers to record."""
+
+
+class NextByte:
+    """The task of a language model: mean cross-entropy in nats per byte on windows of a text.
+
+    `text` is a file or folder to read, the standard library's own source if None. A batch is
+    [batch, context + 1] bytes and a function of (seed, step) alone. Raises what `read_text` does.
+    """
+
+    def __init__(self, text: str | Path | None, seed: int, *, batch: int, context: int) -> None:
+        self.text = stdlib_text() if text is None else read_text(text, context=context)
+        self._seed, self._batch, self._context = seed, batch, context
+
+    def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
+        assert isinstance(model, LanguageModel)
+        tokens = self.text.batch(step, seed=self._seed, batch=self._batch, context=self._context)
+        return model.loss(tokens), {}
+
+    def held_out(self, index: int) -> Tensor:
+        """Batch `index` of text that is not trained on."""
+        return self.text.batch(
+            index, seed=self._seed, batch=self._batch, context=self._context, split="held_out"
+        )
+
+    @torch.no_grad()
+    def held_out_loss(self, model: LanguageModel, batches: int) -> float:
+        """The mean over so many batches of text that is not trained on."""
+        return sum(float(model.loss(self.held_out(index))) for index in range(batches)) / batches
+
+    def origin(self) -> dict[str, str]:
+        """What a run's config says of its text."""
+        return {"text": self.text.source, "text_sha256": self.text.sha256}
 
 
 @dataclass(frozen=True, kw_only=True)
