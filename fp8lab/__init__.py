@@ -39,7 +39,10 @@ if TYPE_CHECKING:
     from fp8lab.regions import autocast as autocast
     from fp8lab.report import write_report as write_report
     from fp8lab.rounding import round_to as round_to
+    from fp8lab.selection import Selection as Selection
+    from fp8lab.sites import FeedForwardSite as FeedForwardSite
     from fp8lab.sites import GateSite as GateSite
+    from fp8lab.sites import find_feed_forwards as find_feed_forwards
     from fp8lab.sites import find_gates as find_gates
     from fp8lab.store import Run as Run
     from fp8lab.store import open_run as open_run
@@ -71,7 +74,8 @@ _ROOMS = {
     "regions": ("autocast",),
     "report": ("write_report",),
     "rounding": ("round_to",),
-    "sites": ("GateSite", "find_gates"),
+    "selection": ("Selection",),
+    "sites": ("FeedForwardSite", "GateSite", "find_feed_forwards", "find_gates"),
     "store": ("Run", "open_run"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

@@ -7,6 +7,7 @@ names the file, the key and what was expected), 130 after Ctrl-C (what was recor
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import statistics
@@ -30,6 +31,8 @@ class _OneLineErrors(TyperGroup):
     """Bad input and wrong usage end in one line, not in a traceback or a box."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             code = super().main(*args, **kwargs | {"standalone_mode": False})
         except Exception as error:
@@ -41,11 +44,17 @@ class _OneLineErrors(TyperGroup):
             if isinstance(error, OSError) and error.filename is not None:
                 message = f"{error.filename}: {error.strerror}"
             for line in message.strip().splitlines()[:1]:  # none after the help, for no arguments
-                typer.echo(f"error: {line}", err=True)
+                typer.echo(f"error: {_printable(line)}", err=True)
             sys.exit(2)
         if code == 130:
             typer.echo("interrupted: what was recorded is kept", err=True)
         sys.exit(code)
+
+
+def _printable(line: str) -> str:
+    """Without what moves a terminal's cursor, and without the middle of what fills a screen."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return line if len(line) <= LONGEST_LINE else f"{line[:500]} … {line[-500:]}"
 
 
 app = typer.Typer(
@@ -55,6 +64,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Why an FP8 training run diverges: which tensor, layer and channel, since when.",
 )
+
+LONGEST_LINE = 1200
 
 Json = Annotated[bool, typer.Option("--json", help="Print data instead of a table.")]
 # Without a metavar the name of an argument in an error depends on the version of typer.
@@ -127,7 +138,7 @@ def list_runs(
     for path in find_runs(folder):
         try:
             summaries.append(_summary(open_run(path)))
-        except RunError as error:
+        except (RunError, OSError, ValueError) as error:
             damaged.append({"run": str(path), "state": "damaged", "error": str(error)})
     if as_json:
         _print_json([*summaries, *damaged])
@@ -157,12 +168,15 @@ def show(run: RunPath, as_json: Json = False) -> None:
         table.add_row(key, _cell(info.get(key)))
     versions = _mapping(opened, "versions")
     table.add_row("versions", ", ".join(f"{k} {v}" for k, v in versions.items()))
-    for site in info.get("sites", []):
-        parts = ", ".join(f"{role} {site[role]}" for role in ("gate", "up", "down"))
-        table.add_row(f"site {site['site']}", f"{parts}; {site['activation']}")
+    sites = info.get("sites")
+    for site in sites if isinstance(sites, list) else []:
+        if isinstance(site, dict):
+            parts = ", ".join(f"{role} {site.get(role)}" for role in ("gate", "up", "down"))
+            table.add_row(f"site {site.get('site')}", f"{parts}; {site.get('activation')}")
     for layer, casts in _mapping(opened, "precision").items():
-        gemms = (f"{gemm} {gemm_in_words(casts, gemm)}" for gemm in GEMMS)
-        table.add_row(layer, "; ".join(gemms))
+        if isinstance(casts, dict):
+            gemms = (f"{gemm} {gemm_in_words(casts, gemm)}" for gemm in GEMMS)
+            table.add_row(layer, "; ".join(gemms))
     for event in events:
         table.add_row(f"step {event['step']}", f"{event['kind']}: {event['detail']}")
     console.print(table)
@@ -196,6 +210,8 @@ def report(
     from fp8lab.report import write_report
 
     _expand(runs)
+    if out.exists() and not out.is_dir() and not _is_page(out):
+        raise ValueError(f"{out}: exists and is no HTML page, expected a new file")
     typer.echo(f"report: {write_report(runs, out)}")
 
 
@@ -223,6 +239,15 @@ def compare(runs: RunPaths, as_json: Json = False) -> None:
     Console(markup=False).print(table)
 
 
+def _is_page(file: Path) -> bool:
+    """Whether a file is what may be written again: not a run's, not /dev/null."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        beginning = opened.read(64).lstrip().lower()
+    return not beginning or beginning.startswith((b"<!doctype html", b"<html"))
+
+
 def _expand(paths: Iterable[Path]) -> list[Path]:
     """Run directories at or below the paths; each path must hold at least one."""
     found = []
@@ -242,6 +267,12 @@ def _mapping(run: Run, key: str) -> dict[str, Any]:
     """A part of run.json, empty where a run has none."""
     found = run.info.get(key)
     return found if isinstance(found, dict) else {}
+
+
+def _number(value: Any) -> float | None:
+    """A number of run.json, None where it has something else."""
+    small = type(value) is int and abs(value) < 1 << 1000
+    return float(value) if small or isinstance(value, float) else None
 
 
 def _summary(run: Run) -> dict[str, Any]:
@@ -266,12 +297,13 @@ def _grid(title: str, arms: dict[str, str], part: str, runs: list[Run]) -> Table
     cells: dict[tuple[str, int], str | Text] = {}
     for one in runs:
         config, summary = _config(one), _summary(one)
-        if config.get("part") == part:
-            diverged, final = summary["diverged_at"], summary["final_loss"]
+        where = (config.get("arm"), config.get("seed"))
+        if config.get("part") == part and isinstance(where[0], str) and isinstance(where[1], int):
+            diverged, final = summary["diverged_at"], _number(summary["final_loss"])
             cell: str | Text = summary["state"] if final is None else f"{final:.3f}"
             if diverged is not None:
                 cell = Text(f"✗ {diverged}", style="bold red")
-            cells[config["arm"], config["seed"]] = cell
+            cells[where[0], where[1]] = cell
     seeds = sorted({seed for _, seed in cells})
     table = Table(box=None, title=title, title_justify="left", caption_justify="left")
     if any(isinstance(cell, Text) for cell in cells.values()):
@@ -287,7 +319,7 @@ def _grid(title: str, arms: dict[str, str], part: str, runs: list[Run]) -> Table
 def _comparison(arm: str, runs: list[Run]) -> dict[str, Any]:
     results = [_mapping(run, "result") for run in runs]
     products = [run.tensors() for run in runs]
-    products = [frame[frame["site"].str.endswith(":product")] for frame in products]
+    products = [frame[frame["site"].str.endswith(":product", na=False)] for frame in products]
     seconds = [run.steps()["seconds"].dropna() for run in runs]
     medians = [float(measured.median()) for measured in seconds if len(measured)]
 
@@ -295,7 +327,8 @@ def _comparison(arm: str, runs: list[Run]) -> dict[str, Any]:
         values = [float(frame[column].max()) for frame in products if frame[column].notna().any()]
         return max(values, default=None)
 
-    finals = [r["final_loss"] for r in results if r.get("final_loss") is not None]
+    numbers = [_number(result.get("final_loss")) for result in results]
+    finals = [number for number in numbers if number is not None]
     speeds = [1.0 / median for median in medians if median]
     return {
         "arm": arm,

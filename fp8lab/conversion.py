@@ -132,7 +132,7 @@ def _refuse_layers_that_never_run(gates: list[GateSite], chosen: dict[str, nn.Li
     by_weight = {id(linear.weight): name for name, linear in chosen.items()}
     for gate in gates:
         for projection in (gate.gate, gate.up, gate.down):
-            name = by_weight.get(id(projection.weight))
+            name = by_weight.get(id(projection.parameter))
             if name is not None and projection.module is None:
                 raise ValueError(
                     f"convert: {name} is never called: {gate.name} computes with its weight "

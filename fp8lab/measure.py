@@ -1,26 +1,60 @@
-"""Tensors reduced on their own device to short float64 vectors: what the monitor keeps.
+"""Tensors reduced on their own device to short vectors: what the monitor keeps.
 
-Every function returns one float64 vector and waits for nothing, so that a step's vectors can travel
-to the host together. What adds up over micro-batches is returned as sums and counts; ratios
-are taken of the merged sums, in `operand_statistics` and in `sketch`, on the host.
+Every function returns one vector of int64 or float64 and waits for nothing, so that a step's
+vectors can travel to the host together. What adds up over micro-batches is returned as sums and
+counts; ratios are taken of the merged sums, in `operand_statistics` and in `sketch`, on the host.
 
-Cost: about a dozen passes over a recorded tensor, most of them in float64. Rejected for now: one
-fused kernel; the plain form is what such a kernel has to equal.
+A tensor is read once, by `summary`; what else is asked of it is asked of that summary, and where a
+function takes a tensor or its summary (`Seen`), a tensor is summarised first. Casts, weights and
+the activated gate have a pass of their own. Plain torch does everything; on a CPU, `kernels` does
+the passes in C. Rejected: rows and channels kept per element in float64, a dozen passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
+from fp8lab import formats, kernels
 from fp8lab.casting import Cast
+from fp8lab.kernels import measure as compiled
+from fp8lab.kernels.summary import Summary, as_matrix, summary
 from fp8lab.recipe import DelayedScaling
-from fp8lab.scaling import absolute_maximum
-from fp8lab.sketch import HISTOGRAM_BINS
+from fp8lab.scaling import absolute_maximum, matrix_shape
+from fp8lab.sketch import (
+    BINS,
+    COUNTS,
+    FIELDS,
+    FIRST_SPECIAL,
+    LOW,
+    LOW_BITS,
+    SQUARES,
+    SQUARES_HIGH,
+)
+
+__all__ = [
+    "CHANNEL_COLUMNS",
+    "GATE_COLUMNS",
+    "STRUCTURE_COLUMNS",
+    "Seen",
+    "Summary",
+    "channel_matrix",
+    "gate_vector",
+    "operand_statistics",
+    "operand_vector",
+    "sampled_rows",
+    "sentinel_vector",
+    "sketch_vector",
+    "structure_vector",
+    "summary",
+]
+
+Seen = Tensor | Summary
 
 # Channels whose amax is beyond this multiple of the median channel's are left out of the bulk.
 OUTLIER_CHANNEL = 16.0
@@ -42,77 +76,110 @@ CHANNEL_COLUMNS = (
 
 
 def sketch_vector(tensor: Tensor) -> Tensor:
-    """float64 [12 + 1024]: `sketch.SCALARS`, then the histogram."""
-    values = tensor.detach().float().flatten()
-    nans, infs = values.isnan().sum(), values.isinf().sum()
-    is_finite = values.isfinite()
-    finite = torch.where(is_finite, values, 0.0)
-    magnitude = finite.abs()
-    squares = magnitude.double().square()
-    if values.numel():
-        smallest = torch.where(is_finite, values, torch.inf).amin()
-        largest = torch.where(is_finite, values, -torch.inf).amax()
-        amin = torch.where(magnitude > 0, magnitude, torch.inf).amin()
-        amax = magnitude.amax()
-    else:
-        amin = smallest = values.new_full((), torch.inf)
-        amax, largest = values.new_zeros(()), values.new_full((), -torch.inf)
-    zeros = (values == 0).sum()
-    scalars = [
-        torch.full_like(amin, values.numel(), dtype=torch.float64),
-        *(count.double() for count in (zeros, nans, infs)),
-        *(extreme.double() for extreme in (amax, amin, smallest, largest)),
-        finite.double().sum(),
-        magnitude.double().sum(),
-        squares.sum(),
-        squares.square().sum(),
-    ]
-    bins = (values.view(torch.int32) & 0x7FFFFFFF) >> 21
-    histogram = torch.bincount(bins, minlength=HISTOGRAM_BINS)
-    # Counted apart: zeros, and in the last four bins infinities and NaNs.
-    histogram[0] -= zeros
-    histogram[-4:] = 0
-    return torch.cat([torch.stack(scalars), histogram.double()])
+    """The packed integers of a summary as the bits of float64, for `Sketch.from_vector`."""
+    return summary(tensor).packed.view(torch.float64)
+
+
+def _seen(seen: Seen) -> Summary:
+    return seen if isinstance(seen, Summary) else summary(seen)
 
 
 def sentinel_vector(product: Tensor, how: Cast | None) -> Tensor:
-    """float64 [4]: amax of a product with elements (NaN if it has one) and its channel, the scale
+    """float64 [4]: amax of a product (NaN if it has one, 0 of nothing) and its channel, the scale
     in force and the staleness of the operand (both NaN where nothing is scaled)."""
-    nothing = torch.full((), torch.nan, dtype=torch.float64, device=product.device)
-    amax, hottest = product.detach().reshape(-1, product.shape[-1]).abs().amax(dim=0).max(dim=0)
-    found = [amax.double(), hottest.double()]
+    matrix = as_matrix(product)
+    if not matrix.numel():
+        found = torch.tensor([0.0, 0.0, torch.nan, torch.nan], dtype=torch.float64)
+    elif kernels.usable(matrix):
+        found = torch.full((4,), torch.nan, dtype=torch.float64, device="cpu")
+        compiled.sentinel(matrix, found)
+    else:
+        amax, hottest = matrix.abs().amax(dim=0).max(dim=0)
+        nothing = torch.full((2,), torch.nan, dtype=torch.float64, device=matrix.device)
+        found = torch.cat([torch.stack([amax.double(), hottest.double()]), nothing])
     if how is None or how.scale is None:
-        return torch.stack([*found, nothing, nothing])
-    staleness = torch.ones_like(nothing)
-    if how.tile is not None:  # there is no one scale; each was made just in time
-        return torch.stack([*found, nothing, staleness])
+        return found
+    if how.tile is None:  # or there is no one scale; each was made just in time
+        found[2] = how.scale
+    found[3] = 1.0
     if isinstance(how.recipe, DelayedScaling):
         made_the_scale = how.format.max * 2.0**-how.recipe.margin / how.scale.double()
-        staleness = absolute_maximum(how.tensor).double() / made_the_scale
-    return torch.stack([*found, how.scale.double(), staleness])
+        found[3] = absolute_maximum(how.tensor).double() / made_the_scale
+    return found
 
 
-def structure_vector(product: Tensor) -> Tensor:
-    """float64 [2]: `STRUCTURE_COLUMNS` of a product [..., channels]."""
-    magnitude = product.detach().reshape(-1, product.shape[-1]).abs().float()
-    tokens, channels = magnitude.amax(dim=1).double(), magnitude.amax(dim=0).double()
-    return torch.stack(
-        [
-            tokens.quantile(0.999) / tokens.quantile(0.5),
-            channels.amax() / channels.quantile(0.5),
-        ]
-    )
+def structure_vector(product: Seen) -> Tensor:
+    """float64 [2]: `STRUCTURE_COLUMNS` of a product [..., channels], NaN ignored."""
+    seen = _seen(product)
+    tokens, channels = seen.tokens, seen.channels
+    if not tokens.numel() or not channels.numel():
+        return torch.full((2,), torch.nan, dtype=torch.float64, device=channels.device)
+    if kernels.usable(tokens) and kernels.usable(channels):
+        return compiled.structure(tokens, channels)
+    tokens, channels = tokens.double().sort().values, channels.double().sort().values
+    token_ratio = _quantile(tokens, 0.999) / _quantile(tokens, 0.5)
+    return torch.stack([token_ratio, channels[-1] / _quantile(channels, 0.5)])
 
 
-def gate_vector(product: Tensor, activated_gate: Tensor, activated_up: Tensor) -> Tensor:
-    """float64 [2]: `GATE_COLUMNS`."""
-    peaks, crests = [], []
-    for tensor in (product, activated_gate, activated_up):
-        magnitude = tensor.detach().abs().double()
-        peaks.append(magnitude.amax())
-        crests.append(magnitude.amax() / magnitude.square().mean().sqrt())
+def _quantile(ascending: Tensor, share: float) -> Tensor:
+    """As torch.quantile, which refuses more than 2^24 numbers."""
+    place = share * (len(ascending) - 1)
+    below = int(place)
+    low = ascending[below]
+    return low + (ascending[below + 1] - low) * (place - below) if place > below else low
+
+
+def gate_vector(product: Seen, activated_gate: Seen, activated_up: Seen) -> Tensor:
+    """float64 [2]: `GATE_COLUMNS`; NaN where something is not finite.
+
+    A tensor is looked at in one light pass. Where the up side has no activation, its summary is
+    that of what the projection gave.
+    """
+    seen = [
+        each if isinstance(each, Summary) else as_matrix(each).contiguous()
+        for each in (product, activated_gate, activated_up)
+    ]
+    parts = [each.packed if isinstance(each, Summary) else each for each in seen]
+    if all(part.dtype is torch.int64 or kernels.usable(part) for part in parts) and parts[0].is_cpu:
+        first = seen[0]
+        shape = (
+            (len(first.tokens), len(first.channels))
+            if isinstance(first, Summary)
+            else (first.shape[0], first.shape[1])
+        )
+        return compiled.gate(parts[0], parts[1], parts[2], shape)
+    found = torch.stack([_amax_and_power(each) for each in seen])
+    peaks = found[:, 0]
+    crests = peaks / found[:, 1].sqrt()  # the number of elements cancels
     amplification = crests[0] / torch.maximum(crests[1], crests[2])
     return torch.stack([amplification, peaks[0] / (peaks[1] * peaks[2])])
+
+
+def _amax_and_power(seen: Seen) -> Tensor:
+    """float64 [2]: amax and sum of squares, NaN where something is not finite."""
+    if isinstance(seen, Summary):
+        bins = seen.packed[: len(FIELDS) * BINS].view(len(FIELDS), BINS)
+        factors = _square_factors(bins.device)
+        found = torch.stack([seen.channels.amax().double(), (bins * factors).sum()])
+        return torch.where(bins[COUNTS, FIRST_SPECIAL:].any(), torch.nan, found)
+    if not seen.numel():
+        return torch.zeros(2, dtype=torch.float64, device=seen.device)
+    magnitude = seen.double().abs()
+    return torch.stack([magnitude.amax(), magnitude.square().sum()])
+
+
+@cache
+def _square_factors(device: torch.device) -> Tensor:
+    """float64 [6, 2048]: what a packed number counts in the sum of squares of the finite."""
+    bins = np.arange(BINS)
+    unit = 4.0 ** (np.maximum(bins // 8, 1) - 150)
+    significand = (bins % 8 + np.where(bins < 8, 0, 8)) * 2.0**LOW_BITS
+    factors = np.zeros((len(FIELDS), BINS))
+    factors[COUNTS] = significand**2 * unit
+    factors[LOW] = 2 * significand * unit
+    factors[SQUARES], factors[SQUARES_HIGH] = unit, unit * 2.0**32
+    factors[:, FIRST_SPECIAL:] = 0
+    return torch.from_numpy(factors).to(device)
 
 
 def operand_vector(how: Cast) -> Tensor:
@@ -120,6 +187,59 @@ def operand_vector(how: Cast) -> Tensor:
 
     A channel scale is undone first, so that errors are those of the product itself.
     """
+    if not how.tensor.numel() or how.tensor.is_meta:
+        return torch.zeros(11, dtype=torch.float64)
+    return _compiled_operand(how) if _has_kernel(how) else _plain_operand(how)
+
+
+def _has_kernel(how: Cast) -> bool:
+    scales = how.scale, how.scale_inv
+    return (
+        None not in scales
+        and how.rounding == "nearest"
+        and how.format is not formats.SIGN
+        and how.tensor.dim() > 0
+        and kernels.usable(how.tensor)
+        and all(
+            _is_single(part) and kernels.usable(part)
+            for part in (*scales, how.channel_scale)
+            if part is not None
+        )
+    )
+
+
+def _is_single(tensor: Tensor) -> bool:
+    return tensor.dtype is torch.float32
+
+
+def _compiled_operand(how: Cast) -> Tensor:
+    rows, columns = matrix_shape(how.tensor.shape)
+    matrix = how.tensor.detach().view(rows, columns)
+    assert how.scale is not None and how.scale_inv is not None
+    balance = how.channel_scale
+    counts, sums, peaks = compiled.operand(
+        matrix, how.format, how.scale, how.scale_inv, how.tile or (rows, columns), balance
+    )
+    bulk = _bulk(peaks.double() if balance is None else peaks.double() / balance.double())
+    return torch.cat(
+        [
+            torch.tensor([matrix.numel()], dtype=torch.float64),
+            counts.double(),
+            sums.sum(dim=1),
+            torch.where(bulk, sums[:2], 0.0).sum(dim=1),
+        ]
+    )
+
+
+def _bulk(channels: Tensor) -> Tensor:
+    """Which channels are no outliers; none where one has a NaN (whose place among others is not
+    promised)."""
+    median = _quantile(channels.sort().values, 0.5)
+    bulk: Tensor = (channels <= OUTLIER_CHANNEL * median) & ~channels.isnan().any()
+    return bulk
+
+
+def _plain_operand(how: Cast) -> Tensor:
     restored = 1.0 if how.channel_scale is None else how.channel_scale.double()
     original = how.tensor.detach().double() / restored
     rounded = how.fake_quantized().double() / restored
@@ -127,8 +247,8 @@ def operand_vector(how: Cast) -> Tensor:
     flushed = (rounded == 0) & (original != 0)
     subnormal = (code > 0) & (code < how.format.smallest_normal)
     error, power = (rounded - original).square(), original.square()
-    channels = original.abs().reshape(-1, original.shape[-1]).amax(dim=0)
-    bulk = channels <= OUTLIER_CHANNEL * channels.quantile(0.5)
+    channels = original.abs().reshape(matrix_shape(original.shape)).amax(dim=0)
+    bulk = _bulk(channels)
     return torch.stack(
         [
             torch.full_like(error.sum(), original.numel()),
@@ -168,47 +288,54 @@ def operand_statistics(sums: NDArray[np.float64]) -> dict[str, float]:
 
 
 def channel_matrix(
-    product: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    weights: tuple[nn.Parameter, nn.Parameter, nn.Parameter],
+    product: Seen, gate: Seen, up: Seen, weights: tuple[Tensor, Tensor, Tensor]
 ) -> Tensor:
     """float64 [8, channels]: `CHANNEL_COLUMNS`, for every channel.
 
     `weights` are those of gate [channels, dim], up [channels, dim] and down [dim, channels]. The
-    permuted control pairs each gate row with the up row half the channels further on.
+    permuted control pairs each gate row with the up row half the channels further on. Raises
+    ValueError for weights of other shapes.
     """
-    amaxes = [
-        tensor.detach().reshape(-1, tensor.shape[-1]).abs().amax(dim=0).double()
-        for tensor in (product, gate, up)
-    ]
-    gate_rows, up_rows, down_columns = (weight.detach().double() for weight in weights)
-    gate_norm, up_norm = gate_rows.norm(dim=1), up_rows.norm(dim=1)
-    half = gate_rows.shape[0] // 2
-    other_rows, other_norm = up_rows.roll(-half, 0), up_norm.roll(-half, 0)
+    gate_rows, up_rows, down = (weight.detach() for weight in weights)
+    if gate_rows.shape != up_rows.shape or down.dim() != 2 or down.shape[1] != len(gate_rows):
+        shapes = ", ".join(str(list(weight.shape)) for weight in weights)
+        expected = "[channels, dim] twice and [dim, channels]"
+        raise ValueError(f"channel_matrix: weights {shapes}, expected {expected}")
+    amaxes = _seen(product).channels, _seen(gate).channels, _seen(up).channels
+    if all(kernels.usable(part) for part in (gate_rows, up_rows, down, *amaxes)):
+        return compiled.channel_matrix(amaxes, (gate_rows, up_rows, down))
+    rows, others = gate_rows.double(), up_rows.double()
+    gate_norm, up_norm = rows.norm(dim=1), others.norm(dim=1)
+    half = len(rows) // 2
+    permuted, permuted_norm = others.roll(-half, 0), up_norm.roll(-half, 0)
     return torch.stack(
         [
-            *amaxes,
-            (gate_rows * up_rows).sum(1) / (gate_norm * up_norm),
-            (gate_rows * other_rows).sum(1) / (gate_norm * other_norm),
+            *(amax.double() for amax in amaxes),
+            (rows * others).sum(1) / (gate_norm * up_norm),
+            (rows * permuted).sum(1) / (gate_norm * permuted_norm),
             gate_norm,
             up_norm,
-            down_columns.norm(dim=0),
+            down.double().norm(dim=0),
         ]
     )
 
 
-def sampled_rows(
-    product: Tensor, gate: nn.Parameter, up: nn.Parameter, followed: Sequence[int] = ()
-) -> Tensor:
+def sampled_rows(product: Seen, gate: Tensor, up: Tensor, followed: Sequence[int] = ()) -> Tensor:
     """float64 [1 + followed, 1 + 2n]: a channel, its gate row and its up row, evenly sampled.
 
     First the hottest channel of this product, then those of `followed`.
     """
-    peaks = product.detach().reshape(-1, product.shape[-1]).abs().amax(dim=0)
-    others = torch.tensor(list(followed), dtype=torch.int64, device=product.device)
+    peaks = _seen(product).channels
+    gate, up = gate.detach(), up.detach()
+    channels, dim = gate.shape
+    for channel in followed:
+        if not 0 <= channel < channels:
+            raise ValueError(f"sampled_rows: channel {channel}, expected 0..{channels - 1}")
+    stride = -(-dim // SAMPLED_WEIGHTS)
+    if all(kernels.usable(part) for part in (peaks, gate, up)):
+        return compiled.sampled_rows(peaks, gate, up, list(followed), stride)
+    others = torch.tensor(list(followed), dtype=torch.int64, device=peaks.device)
     # Not `weight[hottest]`: an index that is a scalar on the device is waited for.
-    channels = torch.cat([peaks.argmax(dim=0, keepdim=True), others])
-    stride = -(-gate.shape[1] // SAMPLED_WEIGHTS)
-    sampled = [weight.detach()[:, ::stride].index_select(0, channels) for weight in (gate, up)]
-    return torch.cat([channels[:, None].double(), *(rows.double() for rows in sampled)], dim=1)
+    chosen = torch.cat([peaks.argmax(dim=0, keepdim=True), others])
+    sampled = [weight[:, ::stride].index_select(0, chosen) for weight in (gate, up)]
+    return torch.cat([chosen[:, None].double(), *(rows.double() for rows in sampled)], dim=1)

@@ -1,14 +1,19 @@
 """`watch`: hooks that turn a training run into rows and change nothing else.
 
-At every gated feed-forward the outputs of gate, up and down and the product (down's input) are
-reduced on their device, inside the hook, to short vectors (`probes`); nothing is kept of the
-tensors. `step` packs the step's vectors into one transfer and writes rows. Every `every`-th step
-is recorded in full. At every step a sentinel is kept: the product's amax against the amax that
-made the scale in force, because clipping may happen in one step of forty.
+Every feed-forward's gate, up, product and output, and what selections name besides, are reduced
+inside the hook, on their device, to short vectors; nothing is kept of the tensors. `step` brings
+the step's vectors to the host in one transfer and writes rows. Every `every`-th step is recorded in
+full. At every step a sentinel is kept: the product's amax against the amax that made the scale in
+force, because clipping may happen in one step of forty.
 
 Watching changes no bit: hooks return nothing, draw no random numbers, and write to no tensor that
-is not their own. A forward that an activation checkpoint repeats inside the backward is not counted
-again, nor is an evaluation: a forward without gradients.
+is not their own. Nor does it end a training: what cannot be measured or written is said once, as a
+warning and an event, and left out. A forward that an activation checkpoint repeats inside the
+backward is not counted again, nor is an evaluation: a forward without gradients.
+
+Code that `torch.compile` made before does not know the hooks. It is dropped when watching starts
+and when it ends, so that the model compiles anew; each hook then is a break in its graph, which
+may change what is fused and so the last bits of a result.
 
 Rejected: keeping tensors until the step ends (memory), and `.item()` in hooks (a host sync each).
 """
@@ -19,7 +24,9 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -29,10 +36,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fp8lab.probes import GateProbe, OptimizerProbe, OutputProbe, Vector
-from fp8lab.record import CLIPPED_STALENESS, STEPS
-from fp8lab.sites import GateSite, find_gates
+from fp8lab.casting import Cast
+from fp8lab.probes import FeedForwardProbe, how_seen
+from fp8lab.ranks import Reduction, plain_name, rank_of, unwrapped, watched_modules
+from fp8lab.record import CLIPPED_STALENESS, SENTINEL_COLUMNS, STEPS
+from fp8lab.recorder import Kinds, Recorder, tensor_row
+from fp8lab.selection import Selection, as_selections
+from fp8lab.sites import FeedForwardSite, GateSite, find_gates, survey
+from fp8lab.step_probes import STEP, OptimizerProbe, OutputProbe, step_columns
 from fp8lab.store import RunWriter
+from fp8lab.taps import TensorTaps
+
+Listener = Callable[[int, dict[str, float]], None]
 
 _STEP_COLUMNS = {column.name for column in STEPS}
 
@@ -44,6 +59,10 @@ def watch(
     optimizer: torch.optim.Optimizer | None = None,
     every: int = 10,
     channels: int = 8,
+    select: Selection | Iterable[Selection] | Mapping[str, Any] | str | Path = (),
+    burst: int = 0,
+    group: Any = None,
+    listeners: Iterable[Listener] = (),
     config: Mapping[str, Any] | None = None,
     flush_seconds: float = 5.0,
     resume_at: int | None = None,
@@ -58,28 +77,76 @@ def watch(
                 watch.step(step, loss=loss)
 
     Every `every`-th step is recorded in full, with the `channels` hottest channels and those that
-    were among them before; the sentinel at every step. `config` (JSON-able) is kept in run.json.
-    `resume_at` goes on with an existing run from that step on; what differs then (precision,
-    `every`, versions) replaces what run.json said. Learning rate, gradient norm, update ratio and
-    RMS_t need the `optimizer`.
+    were among them before; the sentinel at every step. Learning rate, gradient norm, update ratio
+    and RMS_t need the `optimizer`.
 
-    Raises ValueError if the model has no gated feed-forward, RunError if `path` exists.
+    `select` names further tensors and statistics (`fp8lab.Selection`, several, sections by name, or
+    a YAML file of these). With `burst` the so many steps before an alarm and after it are kept in
+    full, for which every step is measured in full; rows wait so many steps before they are
+    written. `listeners` are called after each recorded step with its number and its numbers.
+
+    Each process of a distributed training watches its own part and writes its own rows. With a
+    `group` (of torch.distributed, for instance `dist.group.WORLD`) all of its processes must watch,
+    and each `every`-th step costs one all-reduce that adds the rows of all processes together;
+    process 0 writes them as rank -1.
+
+    `config` (JSON-able) is kept in run.json. `resume_at` goes on with an existing run from that
+    step on; what differs then (precision, `every`, versions) replaces what run.json said.
+
+    Raises ValueError if the model has no feed-forward that can be seen or a selection is none,
+    RunError if `path` exists.
     """
-    if every < 1 or channels < 1:
-        raise ValueError(f"watch: every={every}, channels={channels}, expected at least 1")
-    sites = find_gates(model)
+    for name, value, least in (("every", every, 1), ("channels", channels, 1), ("burst", burst, 0)):
+        if value < least:
+            raise ValueError(f"watch: {name}={value}, expected at least {least}")
+    outermost, model = model, unwrapped(model)
+    recorder = Recorder(every, as_selections(select), resume_at or 0, always=burst > 0)
+    sites = _feed_forwards(model)
+    taps = TensorTaps(watched_modules(model), recorder, optimizer)
+    _check_selections(recorder, sites, taps)
     info = _describe(model, sites) | {"every": every, "config": dict(config or {})}
+    rank = rank_of()
     if resume_at is None:
-        writer = RunWriter.create(path, info)
+        writer = RunWriter.create(path, info, rank=rank)
     else:
-        writer = RunWriter.resume(path, resume_at, info)
-    return Watch(model, sites, optimizer, writer, every, channels, flush_seconds, resume_at or 0)
+        writer = RunWriter.resume(path, resume_at, info, rank=rank)
+    reduction = None if group is None else Reduction(group)
+    probes = [FeedForwardProbe(site, channels, recorder) for site in sites]
+    watching = Watch(
+        outermost, recorder, probes, taps, writer, reduction, burst, flush_seconds, rank
+    )
+    watching.listeners.extend(listeners)
+    watching.attach(optimizer)
+    return watching
 
 
-def _describe(model: nn.Module, sites: list[GateSite]) -> dict[str, Any]:
+def _feed_forwards(model: nn.Module) -> list[GateSite | FeedForwardSite]:
+    found = survey(model)
+    sites = [*found.gates, *found.feed_forwards]
+    if not sites:
+        find_gates(model)  # says why
+    return [replace(site, name=plain_name(site.name)) for site in sites]
+
+
+def _check_selections(
+    recorder: Recorder, sites: Sequence[GateSite | FeedForwardSite], taps: TensorTaps
+) -> None:
+    for selection in recorder.selections:
+        of_sites = any(
+            selection.names(site.name, tensor) for site in sites for tensor in selection.tensors
+        )
+        of_taps = any(selection.names(*row.rsplit(":", 1)) for row in taps.sites)
+        if not of_sites and not of_taps:
+            raise ValueError(
+                f"watch: select: no layer has {', '.join(selection.tensors)} "
+                f"and a name like {', '.join(selection.layers)}"
+            )
+
+
+def _describe(model: nn.Module, sites: list[GateSite | FeedForwardSite]) -> dict[str, Any]:
     precision = {
         name: module.precision()
-        for name, module in model.named_modules()
+        for name, module in watched_modules(model)
         if callable(getattr(module, "precision", None))
     }
     return {
@@ -92,20 +159,18 @@ def _describe(model: nn.Module, sites: list[GateSite]) -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}, {_device_name(model)}",
         "command": " ".join([Path(sys.argv[0]).name, *map(_without_place, sys.argv[1:])]),
         "precision": precision,
-        "sites": [
-            {
-                "site": site.name,
-                "gate": site.gate.name,
-                "up": site.up.name,
-                "down": site.down.name,
-                "activation": site.activation,
-                "up_activation": site.up_activation,
-                "channels": site.gate.weight.shape[0],
-                "product": "seen" if site.hookable else "recomputed",
-            }
-            for site in sites
-        ],
+        "sites": [_describe_site(site) for site in sites],
     }
+
+
+def _describe_site(site: GateSite | FeedForwardSite) -> dict[str, Any]:
+    facts: dict[str, Any] = {"site": site.name}
+    facts |= {"gate": site.gate.name} if isinstance(site, GateSite) else {"gated": False}
+    facts |= {"up": site.up.name, "down": site.down.name, "activation": site.activation}
+    if isinstance(site, GateSite):
+        facts["up_activation"] = site.up_activation
+    facts |= {"channels": site.channels, "product": how_seen(site)}
+    return facts | ({"experts": site.experts} if site.experts else {})
 
 
 def _without_place(argument: str) -> str:
@@ -124,39 +189,72 @@ class Watch:
     def __init__(
         self,
         model: nn.Module,
-        sites: list[GateSite],
-        optimizer: torch.optim.Optimizer | None,
+        recorder: Recorder,
+        probes: list[FeedForwardProbe],
+        taps: TensorTaps,
         writer: RunWriter,
-        every: int,
-        channels: int,
+        reduction: Reduction | None,
+        burst: int,
         flush_seconds: float,
-        first_step: int,
+        rank: int,
     ) -> None:
+        self._model = model
+        self._recorder = recorder
+        self._probes = probes
+        self._taps = taps
         self._writer = writer
-        self._every = every
+        self._reduction = reduction
+        self._burst = burst
         self._flush_seconds = flush_seconds
-        self._steps_taken = first_step  # counted here: the caller may number steps otherwise
+        self._rank = rank
+        self._optimizer: OptimizerProbe | None = None
+        self._handles: list[Any] = []
+        self._held: deque[_Rows] = deque()
+        self._unseen = {probe.site.name for probe in probes}
         self._last_time: float | None = None
         self._last_flush = time.monotonic()
-        self._warned = False
+        self._warned: set[str] = set()
         self._loss_was_finite = True
+        self.listeners: list[Listener] = []
         self.alarms = 0  # steps in which a product was clipped or something was not finite
-        self._probes = [GateProbe(site, channels, self._records_now) for site in sites]
-        self._step_probes: list[OutputProbe | OptimizerProbe] = [
-            OutputProbe(model, self._records_now)
+
+    def attach(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Put the hooks in place; if one cannot be, none stays."""
+        parts: list[Any] = [
+            *self._probes,
+            self._taps,
+            OutputProbe(unwrapped(self._model), self._recorder),
         ]
         if optimizer is not None:
-            self._step_probes.append(OptimizerProbe(optimizer, self._records_now))
-        probes = [*self._probes, *self._step_probes]
-        self._handles = [handle for probe in probes for handle in probe.attach()]
+            ranks = 1 if self._reduction is None else self._reduction.size
+            self._optimizer = OptimizerProbe(optimizer, self._recorder, ranks)
+            parts.append(self._optimizer)
+        try:
+            for part in parts:
+                self._handles += part.attach()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        _forget_compiled(self._model)
 
     @property
     def path(self) -> Path:
         """The run directory."""
         return self._writer.path
 
-    def _records_now(self) -> bool:
-        return self._steps_taken % self._every == 0
+    def see(self, site: str, tensor: Tensor, how: Cast | None = None) -> None:
+        """Record a tensor that no hook sees, any shape and floating dtype, as the row of `site`
+        (module:role) in this step, if the step is recorded. `how` says how it was cast.
+        """
+        if self._recorder.is_due and tensor.numel():
+            layer, _, role = site.rpartition(":")
+            names = self._recorder.due(layer, role) or ()
+            self._recorder.record(site, tensor, names, how)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the step that runs now is recorded in full."""
+        return self._recorder.is_due
 
     def step(self, step: int, *, loss: Tensor | float | None = None, **metrics: float) -> None:
         """The step is over: write its rows. Call it once per optimizer step.
@@ -169,36 +267,105 @@ class Watch:
         now = time.monotonic()
         seconds = None if self._last_time is None else now - self._last_time
         self._last_time = now
-        probes = [*self._probes, *self._step_probes]
-        vectors = [vector for probe in probes for vector in probe.vectors()]
         if loss is not None:
-            vectors.append(torch.as_tensor(loss).detach().double().reshape(1))
-        values = iter(_to_host(vectors))
-        where = {"step": step, "rank": 0}
-        alarming = False
-        for probe in self._probes:
-            tensors, channels = probe.rows([next(values) for _ in range(probe.count)])
-            self._note_nonfinite(step, probe, tensors)
-            self._writer.append("tensors", [where | tensor for tensor in tensors])
-            self._writer.append("channels", [where | channel for channel in channels])
-            clipped = any(row.get("staleness", 0.0) > CLIPPED_STALENESS for row in tensors)
-            alarming = alarming or clipped or not probe.was_finite
-        row: dict[str, Any] = where | {"seconds": seconds}
+            self._recorder.add(STEP, "loss", torch.as_tensor(loss).detach().double().reshape(1))
+        collected = self._recorder.collect()
+        if STEP in collected:  # of several optimizer steps in one, and several losses, the last
+            of_step = collected[STEP]
+            collected[STEP] = {k: v if k == "logit_max" else v[-1:] for k, v in of_step.items()}
+        rows = _Rows(step, self._recorder.is_regular)
+        is_reduced = self._reduction is not None and self._recorder.is_scheduled
+        merged = (
+            self._reduction.reduce(collected, self._recorder)
+            if self._reduction and is_reduced
+            else None
+        )
+        self._note_unseen(step, collected)
+        of_step = collected.pop(STEP, {})
+        alarming = self._add_rows(step, rows, collected)
+        row = self._step_row(of_step, merged) | {"seconds": seconds}
         row["metrics"] = [(name, float(value)) for name, value in metrics.items()]
-        for step_probe in self._step_probes:
-            row |= step_probe.row([next(values) for _ in range(step_probe.count)])
-        if loss is not None:
-            row["loss"] = float(next(values)[0])
-        self._writer.append("steps", [row])
+        rows.steps.append(row)
         self._note_loss(step, row.get("loss"))
-        self.alarms += alarming or not self._loss_was_finite
-        self._steps_taken += 1
+        alarming = alarming or not self._loss_was_finite
+        self.alarms += alarming
+        self._keep(rows, alarming)
+        if merged is not None and self._rank == 0:
+            self._write_merged(step, merged)
+        self._note_failures(step)
+        if rows.is_full:
+            self._tell(rows)
+        self._recorder.advance()
         if now - self._last_flush >= self._flush_seconds:
             self._flush()
 
+    def _add_rows(self, step: int, rows: _Rows, collected: dict[str, Kinds]) -> bool:
+        alarming = False
+        for probe in self._probes:
+            tensors, channels = probe.rows(collected)
+            self._note_nonfinite(step, probe, tensors)
+            rows.tensors += tensors
+            rows.channels += channels
+            clipped = any(row.get("staleness", 0.0) > CLIPPED_STALENESS for row in tensors)
+            alarming = alarming or clipped or not probe.was_finite
+        for site, kinds in collected.items():
+            row = tensor_row(site, kinds, self._recorder.names_of(site))
+            rows.tensors.append(row | self._recorder.casts.get(site, {}))
+        return alarming
+
+    def _step_row(self, kinds: Kinds, merged: dict[str, Kinds] | None) -> dict[str, Any]:
+        probe = self._optimizer
+        row: dict[str, Any] = {}
+        if probe is not None:
+            row["learning_rate"], probe.learning_rate = probe.learning_rate, None
+        if probe is not None and probe.is_sharded:
+            row |= step_columns(kinds, is_whole=False)
+            row |= step_columns((merged or {}).get(STEP, {}), is_whole=True)
+        else:
+            row |= step_columns(kinds, is_whole=True)
+        if "loss" in kinds:
+            row["loss"] = float(kinds["loss"][-1][0])
+        return row
+
+    def _keep(self, rows: _Rows, alarming: bool) -> None:
+        """Write the rows, or hold them back until it is known whether an alarm follows."""
+        self._held.append(rows)
+        if alarming and self._burst:
+            self._recorder.full_until = self._recorder.step + self._burst
+            for held in self._held:
+                held.is_full = True
+        while len(self._held) > self._burst or (self._held and self._held[0].is_full):
+            self._write(self._held.popleft())
+
+    def _write(self, rows: _Rows) -> None:
+        where = {"step": rows.step, "rank": self._rank}
+        tensors = rows.tensors if rows.is_full else rows.sentinels()
+        channels = rows.channels if rows.is_full else []
+        self._writer.append("tensors", [where | row for row in tensors])
+        self._writer.append("channels", [where | row for row in channels])
+        self._writer.append("steps", [where | row for row in rows.steps])
+
+    def _write_merged(self, step: int, merged: dict[str, Kinds]) -> None:
+        where = {"step": step, "rank": -1}
+        sites = [site for site in merged if site != STEP]
+        rows = [tensor_row(s, merged[s], self._recorder.names_of(s)) for s in sites]
+        casts = [self._recorder.casts.get(site, {}) for site in sites]
+        self._writer.append(
+            "tensors", [where | row | cast for row, cast in zip(rows, casts, strict=True)]
+        )
+
+    def _tell(self, rows: _Rows) -> None:
+        scalars = rows.scalars() if self.listeners else {}
+        for listener in list(self.listeners):
+            try:
+                listener(rows.step, scalars)
+            except Exception as error:
+                self.listeners.remove(listener)
+                self._warn(f"a listener failed and is not called again: {error!r}")
+
     def event(self, step: int, kind: str, detail: str = "", site: str | None = None) -> None:
         """Record that something happened, and flush."""
-        row = {"step": step, "rank": 0, "kind": kind, "site": site, "detail": detail}
+        row = {"step": step, "rank": self._rank, "kind": kind, "site": site, "detail": detail}
         self._writer.append("events", [row])
         self._flush()
 
@@ -212,23 +379,47 @@ class Watch:
             self.event(step, "nonfinite_loss", f"loss is {loss}")
         self._loss_was_finite = finite
 
-    def _note_nonfinite(self, step: int, probe: GateProbe, tensors: list[dict[str, Any]]) -> None:
+    def _note_nonfinite(
+        self, step: int, probe: FeedForwardProbe, tensors: list[dict[str, Any]]
+    ) -> None:
         finite = not any(row.get("nonfinite") for row in tensors)
         for row in tensors:
             row.pop("nonfinite", None)
         if not finite and probe.was_finite:
             site = probe.site.site("product")
-            self.event(step, "nonfinite_product", "the gate product has NaN or infinity", site)
+            self.event(step, "nonfinite_product", "the product has NaN or infinity", site)
         probe.was_finite = finite
+
+    def _note_failures(self, step: int) -> None:
+        for layer, reason in self._recorder.failures:
+            self.event(step, "not_recorded", reason, layer)
+            self._warn(f"{layer}: not recorded any more: {reason}")
+        self._recorder.failures.clear()
+
+    def _note_unseen(self, step: int, collected: dict[str, Kinds]) -> None:
+        """Once, after a step that trained: which feed-forwards no hook has seen."""
+        trained = "grad_squares" in collected.get(STEP, {})
+        seen = {name for name in self._unseen if f"{name}:product" in collected}
+        if not self._unseen or not (seen or trained):
+            return
+        unseen, self._unseen = sorted(self._unseen - seen), set()
+        for name in unseen:
+            detail = "did not run, or inside code that hides it, in the first step"
+            self.event(step, "not_seen", detail, name)
+        if not seen:
+            self._warn("no feed-forward was seen in the first step")
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            warnings.warn(f"{self.path}: {message}", stacklevel=3)
+        self._warned.add(message)
 
     def _flush(self) -> None:
         try:
             self._writer.flush()
         except OSError as error:
             # A full disk must not end the training; the rows wait for the next try.
-            if not self._warned:
-                warnings.warn(f"{self.path}: rows cannot be written: {error}", stacklevel=3)
-            self._warned = True
+            self._warn(f"rows cannot be written: {error}")
         self._last_flush = time.monotonic()
 
     def __enter__(self) -> Watch:
@@ -243,22 +434,69 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        _forget_compiled(self._model)
+        for rows in self._held:  # what led to an error is wanted in full
+            rows.is_full = rows.is_full or kind is not None
+            self._write(rows)
+        self._held.clear()
         if kind is None:
-            self._writer.close("finished")
+            self._close("finished")
         elif issubclass(kind, KeyboardInterrupt):
-            self._writer.close("interrupted")
+            self._close("interrupted")
         else:
-            self._writer.close("failed", error=f"{kind.__name__}: {error}".splitlines()[0])
+            self._close("failed", error=f"{kind.__name__}: {error}".splitlines()[0])
+
+    def _close(self, state: str, **more: Any) -> None:
+        try:
+            self._writer.close(state, **more)
+        except OSError as error:
+            self._warn(f"the run cannot be closed: {error}")
 
 
-def _to_host(vectors: list[Tensor]) -> list[Vector]:
-    """All vectors in one transfer (one a device, if the model is spread over several)."""
-    by_device: dict[torch.device, list[int]] = {}
-    for position, vector in enumerate(vectors):
-        by_device.setdefault(vector.device, []).append(position)
-    hosted: dict[int, Vector] = {}
-    for positions in by_device.values():
-        packed = torch.cat([vectors[p].flatten() for p in positions]).cpu().numpy()
-        ends = np.cumsum([vectors[p].numel() for p in positions])
-        hosted |= dict(zip(positions, np.split(packed, ends[:-1]), strict=True))
-    return [hosted[position] for position in range(len(vectors))]
+class _Rows:
+    """The rows of one step of this process."""
+
+    def __init__(self, step: int, is_full: bool) -> None:
+        self.step = step
+        self.is_full = is_full
+        self.tensors: list[dict[str, Any]] = []
+        self.channels: list[dict[str, Any]] = []
+        self.steps: list[dict[str, Any]] = []
+
+    def sentinels(self) -> list[dict[str, Any]]:
+        """What is kept of the tensors of a step that nobody asked for."""
+        kept = [row for row in self.tensors if row["site"].endswith(":product")]
+        return [{n: v for n, v in row.items() if n in SENTINEL_COLUMNS} for row in kept]
+
+    def scalars(self) -> dict[str, float]:
+        """Every number by a name like fp8lab/layers.3.mlp/product/cur_amax."""
+        found: dict[str, float] = {}
+        for row in self.steps:
+            numbers = {name: value for name, value in row.items() if name != "metrics"}
+            found |= _named("fp8lab", numbers | dict(row["metrics"]))
+        for row in self.tensors:
+            layer, _, role = row["site"].rpartition(":")
+            found |= _named(f"fp8lab/{layer}/{role}", row | dict(row.get("statistics", ())))
+        hottest: dict[str, dict[str, Any]] = {}
+        for row in self.channels:
+            best = hottest.setdefault(row["site"], row)
+            if row.get("product_amax", 0.0) > best.get("product_amax", 0.0):
+                hottest[row["site"]] = row
+        for site, row in hottest.items():
+            found |= _named(f"fp8lab/{site}", row)
+        return found
+
+
+def _named(prefix: str, row: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {n: v for n, v in row.items() if isinstance(v, int | float)}
+    return {f"{prefix}/{name}": float(value) for name, value in numbers.items()}
+
+
+def _forget_compiled(model: nn.Module) -> None:
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and any(
+        isinstance(module, dynamo.OptimizedModule)
+        or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    ):
+        torch.compiler.reset()

@@ -33,6 +33,7 @@ from fp8lab.recipe import (
     NVFP4BlockScaling,
     Operand,
     Recipe,
+    shown,
 )
 
 
@@ -54,21 +55,28 @@ class Plan:
 
     def __post_init__(self) -> None:
         for where, patterns in (("include", self.include), ("exclude", self.exclude)):
-            if isinstance(patterns, str):  # a tuple of letters otherwise, "*" perhaps among them
-                raise ValueError(f"{where}: {patterns!r}, expected a tuple of layer patterns")
+            # A string is a sequence of letters, "*" perhaps among them.
+            if not isinstance(patterns, tuple) or not all(isinstance(p, str) for p in patterns):
+                raise ValueError(f"{where}: {shown(patterns)}, expected a tuple of layer patterns")
         object.__setattr__(self, "recipe", as_recipe(self.recipe, "recipe"))
-        overrides = {where: as_recipe(recipe, where) for where, recipe in self.overrides.items()}
-        object.__setattr__(self, "overrides", overrides)
+        if not isinstance(self.overrides, Mapping):
+            raise ValueError(f"overrides: {shown(self.overrides)}, expected pattern: recipe pairs")
         for pattern in self.overrides:
+            if not isinstance(pattern, str):
+                raise ValueError(f"override {shown(pattern)}: expected a pattern in words")
             _, operand, gemm = _parts(pattern)
+            where = f"override {shown(pattern)}"
             if operand is not None and operand not in OPERANDS:
-                raise ValueError(f"override {pattern!r}: operand {operand!r}, expected {OPERANDS}")
+                raise ValueError(f"{where}: operand {shown(operand)}, expected {OPERANDS}")
             known = [g for g in GEMMS if operand is None or operand in GEMMS[g]]
             if gemm is not None and gemm not in known:
                 choice = ", ".join(known)
-                raise ValueError(f"override {pattern!r}: gemm {gemm!r}, expected one of {choice}")
+                raise ValueError(f"{where}: gemm {shown(gemm)}, expected one of {choice}")
+        overrides = {where: as_recipe(recipe, where) for where, recipe in self.overrides.items()}
+        object.__setattr__(self, "overrides", overrides)
         if not isinstance(self.accumulation, Accumulation | None):
-            raise ValueError(f"accumulation: {self.accumulation!r}, expected an Accumulation")
+            got = shown(self.accumulation)
+            raise ValueError(f"accumulation: {got}, expected an Accumulation")
 
     def covers(self, layer: str) -> bool:
         """Whether the plan converts this layer."""
@@ -120,7 +128,7 @@ def as_recipe(recipe: Any, where: str) -> Recipe:
         return recipe
     if type(recipe).__module__.startswith("transformer_engine"):
         return from_te(recipe)
-    raise ValueError(f"{where}: {recipe!r}, expected one of {', '.join(RECIPES)}")
+    raise ValueError(f"{named(where)}: {shown(recipe)}, expected one of {', '.join(RECIPES)}")
 
 
 # What TE keeps beside a recipe's fields: its `QParams` per operand, and what they are by default.
@@ -228,19 +236,23 @@ def recipe_from_dict(data: Any, where: str) -> Plan:
     fields = {key: value for key, value in data.items() if key in ("include", "exclude")}
     for key, value in fields.items():
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise ValueError(f"{where}: {key}: {value!r}, expected a list of layer patterns")
+            raise ValueError(f"{where}: {key}: {shown(value)}, expected a list of layer patterns")
         fields[key] = tuple(value)
     overrides = data.get("overrides", {})
     if not isinstance(overrides, dict):
-        raise ValueError(f"{where}: overrides: {overrides!r}, expected pattern: recipe pairs")
+        raise ValueError(f"{where}: overrides: {shown(overrides)}, expected pattern: recipe pairs")
     if "accumulation" in data:
         fields["accumulation"] = _accumulation(data["accumulation"], where)
     ours = ("include", "exclude", "overrides", "accumulation")
     recipe = _one_recipe({key: data[key] for key in data if key not in ours}, where)
-    instead = {
-        str(pattern): _one_recipe(value, f"{where}: overrides: {pattern}")
-        for pattern, value in overrides.items()
-    }
+    instead = {}
+    for pattern, value in overrides.items():
+        if type(pattern) is int and 0 <= pattern < 1 << 32:
+            pattern = str(pattern)  # YAML's word for a layer named "0"; but 1.10 would be 1.1
+        if not isinstance(pattern, str):
+            got = shown(pattern)
+            raise ValueError(f"{where}: overrides: {got}, expected a pattern in quotation marks")
+        instead[pattern] = _one_recipe(value, f"{where}: overrides: {named(pattern)}")
     try:
         return Plan(recipe=recipe, overrides=instead, **fields)
     except ValueError as error:
@@ -250,7 +262,8 @@ def recipe_from_dict(data: Any, where: str) -> Plan:
 def _accumulation(data: Any, where: str) -> Accumulation:
     known = [field.name for field in dataclasses.fields(Accumulation)]
     if not isinstance(data, dict) or not set(data) <= set(known):
-        raise ValueError(f"{where}: accumulation: {data!r}, expected keys of {', '.join(known)}")
+        choice = ", ".join(known)
+        raise ValueError(f"{where}: accumulation: {shown(data)}, expected keys of {choice}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
     try:
         return Accumulation(**values)
@@ -263,23 +276,33 @@ def _one_recipe(data: Any, where: str) -> Recipe:
         data = {"recipe": data}
     name = data.get("recipe")
     if not isinstance(name, str) or name not in RECIPES:
-        raise ValueError(f"{where}: recipe: {name!r}, expected one of {', '.join(RECIPES)}")
+        raise ValueError(f"{where}: recipe: {shown(name)}, expected one of {', '.join(RECIPES)}")
     values = {key: value for key, value in data.items() if key != "recipe"}
     for key, names in (("fp8_format", Format.__members__), ("format", formats.FORMATS)):
         if isinstance(values.get(key), str):
             if values[key] not in names:
                 choice = ", ".join(names)
-                raise ValueError(f"{where}: {key}: {values[key]!r}, expected one of {choice}")
+                got = shown(values[key])
+                raise ValueError(f"{where}: {key}: {got}, expected one of {choice}")
             values[key] = names[values[key]]
     known = [field.name for field in dataclasses.fields(RECIPES[name])]
     for key in values:
         if key not in known:
             choice = ", ".join(known)
-            raise ValueError(f"{where}: {key}: unknown field, expected one of {choice}")
+            raise ValueError(f"{where}: {named(key)}: unknown field, expected one of {choice}")
     try:
         return RECIPES[name](**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def named(key: object) -> str:
+    """A key as an error message names it: as it is, unless that is no word or very long."""
+    plain = isinstance(key, str) and key.isprintable() and 0 < len(key) <= 80
+    return str(key) if plain else shown(key)
+
+
+LARGEST_FILE = 1 << 17  # bytes; PyYAML, in Python, reads that much in 2 s at worst
 
 
 def load_recipe(path: str | Path) -> Plan:
@@ -295,18 +318,52 @@ def load_recipe(path: str | Path) -> Plan:
           "layers.0.*": {recipe: HighPrecision, format: BF16}
 
     Raises ValueError in one line that names the file, the key and what was expected; OSError where
-    the file cannot be read.
+    the file cannot be read. A key that stands twice is an error (PyYAML takes the last), and so is
+    a merge (`<<`), which in a few lines can become more than the memory holds.
     """
     import yaml
 
+    path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe would never end, nor would /dev/zero
+        raise ValueError(f"{path}: not a file, expected YAML")
+    with path.open("rb") as file:
+        raw = file.read(LARGEST_FILE + 1)
+    if len(raw) > LARGEST_FILE:
+        raise ValueError(f"{path}: expected YAML of at most {LARGEST_FILE} bytes")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file, expected YAML") from None
     try:
-        data = yaml.safe_load(text)
+        fault = _fault_in(yaml.compose(text, Loader=yaml.SafeLoader))
+        data = None if fault else yaml.safe_load(text)
     except Exception as error:  # PyYAML lets through what int(), date() and the stack raise
         place = getattr(error, "problem_mark", None)
         line = f", line {place.line + 1}" if place else ""
         raise ValueError(f"{path}{line}: not valid YAML") from None
+    if fault is not None:
+        raise ValueError(f"{path}{fault}")
     return recipe_from_dict(data, str(path))
+
+
+def _fault_in(tree: Any) -> str | None:
+    """The first key of a YAML tree that merges, or that its mapping has already; None if none."""
+    waiting, seen = [tree], set()
+    while waiting:
+        node = waiting.pop()
+        children = getattr(node, "value", None)
+        if id(node) in seen or not isinstance(children, list):
+            continue
+        seen.add(id(node))
+        pairs = [child for child in children if isinstance(child, tuple)]
+        waiting += [one for child in children for one in (child if pairs else [child])]
+        keys: set[str] = set()
+        for key, _ in pairs:
+            line = f", line {key.start_mark.line + 1}"
+            if key.tag.endswith(":merge"):
+                return f"{line}: a merge, expected the keys themselves"
+            if isinstance(key.value, str) and key.value in keys:
+                return f"{line}: {named(key.value)}: stands there twice, expected once"
+            if isinstance(key.value, str):
+                keys.add(key.value)
+    return None

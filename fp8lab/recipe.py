@@ -14,6 +14,7 @@ imported here.
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -83,10 +84,27 @@ class MMParams:
     use_split_accumulator: bool = True
 
 
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxother, self.maxstring = 2, 200, 80
+
+    def repr_int(self, x: int, level: int) -> str:  # Python writes none of more than 4300 digits
+        return repr(x) if x.bit_length() < 128 else f"a whole number of {x.bit_length()} bits"
+
+
+def shown(value: object) -> str:
+    """A value as an error message shows it: in one line, and never longer than a few.
+
+    Lists in lists that name each other (YAML's aliases) are exponentially longer than their file.
+    """
+    return _Short().repr(value).replace("\n", " ")
+
+
 def _require(condition: bool, recipe: object, field: str, expected: str) -> None:
     if not condition:
-        got = getattr(recipe, field)
-        raise ValueError(f"{type(recipe).__name__}: {field}={got!r}, expected {expected}")
+        got = shown(getattr(recipe, field))
+        raise ValueError(f"{type(recipe).__name__}: {field}={got}, expected {expected}")
 
 
 def _require_switches(recipe: object, *fields: str) -> None:
@@ -111,6 +129,10 @@ def _require_format(recipe: object, *refused: Format) -> None:
 
 
 _NOT_OF_BLOCKS = (Format.HYBRID_E5M2_COPIES, Format.GAUDI2, Format.GAUDI2_E5M2_COPIES)
+
+
+LONGEST_HISTORY = 1 << 20  # entries, 4 MiB for each operand of each layer; TE's default is 1024
+LARGEST_MARGIN = 126  # octaves: beyond, no float32 has that power of two
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +163,12 @@ class DelayedScaling:
     def __post_init__(self) -> None:
         _require_format(self)
         # `type`, for True is an int.
-        whole = type(self.amax_history_len) is int and self.amax_history_len >= 1
-        _require(whole, self, "amax_history_len", "a whole number from 1")
-        _require(type(self.margin) is int, self, "margin", "a whole number")
+        length, margin = self.amax_history_len, self.margin
+        whole = type(length) is int and 1 <= length <= LONGEST_HISTORY
+        _require(whole, self, "amax_history_len", f"a whole number of 1 to {LONGEST_HISTORY}")
+        whole = type(margin) is int and abs(margin) <= LARGEST_MARGIN
+        expected = f"a whole number of -{LARGEST_MARGIN} to {LARGEST_MARGIN}"
+        _require(whole, self, "margin", expected)
         _require_switches(self, "reduce_amax", "stochastic_rounding")
         known = callable(self.amax_compute_algo) or self.amax_compute_algo in ("max", "most_recent")
         _require(known, self, "amax_compute_algo", "'max', 'most_recent' or a function")
@@ -374,5 +399,5 @@ class Accumulation:
         every = self.promote_every
         good = every is None or (type(every) is int and every >= 32 and every % 32 == 0)
         _require(good, self, "promote_every", "a multiple of 32, or None")
-        good = isinstance(self.gemms, tuple) and set(self.gemms) <= set(GEMMS)
+        good = isinstance(self.gemms, tuple) and all(gemm in [*GEMMS] for gemm in self.gemms)
         _require(good, self, "gemms", f"a tuple of {', '.join(GEMMS)}")

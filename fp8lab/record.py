@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Column(NamedTuple):
@@ -29,7 +29,7 @@ class Column(NamedTuple):
 
 _WHERE = (
     Column("step", pa.int64(), "steps", "training step, as the caller counts"),
-    Column("rank", pa.int32(), "", "process that recorded the row"),
+    Column("rank", pa.int32(), "", "process that recorded the row; -1: all processes together"),
 )
 _F64, _I64, _TEXT = pa.float64(), pa.int64(), pa.string()
 
@@ -81,7 +81,11 @@ TENSORS = (
     Column("sqnr_db", _F64, "dB", "10 log10(signal power / error power) of the cast"),
     Column("cosine", _F64, "", "between the operand and its cast"),
     Column("bulk_error", _F64, "", "relative l2 error of the cast, outlier channels left out"),
+    Column("seen", _TEXT, "", "how the product came: seen, or recomputed from what was seen"),
+    Column("statistics", pa.map_(_TEXT, _F64), "", "further ones, by name, see fp8lab.statistics"),
 )
+# Of a product, and kept at every step.
+SENTINEL_COLUMNS = ("site", "cur_amax", "hot_channel", "scale", "staleness")
 
 CHANNELS = (
     *_WHERE,
@@ -125,6 +129,8 @@ TABLES: dict[Table, pa.Schema] = {
     "channels": _schema(CHANNELS),
     "events": _schema(EVENTS),
 }
+# What a column was called in runs of an older schema version: that name -> today's.
+FORMER_NAMES: dict[Table, dict[str, str]] = {table: {} for table in TABLES}
 
 # An amax more than an octave beyond the one that made the scale in force: the operand is clipped.
 CLIPPED_STALENESS = 2.0

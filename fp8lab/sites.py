@@ -1,50 +1,89 @@
-"""Where the gated feed-forwards of a model are, and which of their weights is which.
+"""Where the feed-forwards of a model are, which of their weights is which, and how to see inside.
 
 Names lie: in torchtitan `w2` is the down projection, in xformers `w3` is, and in the paper that
 this tool is built around `w1` is what Llama calls up. So nothing is read from names. Every module
-that owns two weights [hidden, dim] and one [dim, hidden] is *run* on a small probe, each linear map
-that it computes is noted with its input and output, and the roles are those for which
+that owns matrices of fitting shapes, alone or stacked for experts, is *run* on a small probe, each
+linear map that it computes is noted with its input and output (`tracing`), and the roles are those
+for which the input of down is act(gate)·act'(up), element by element (`gating`). What fits is
+proved; what does not fit is no gate.
 
-    input of down == act(output of gate) * act'(output of up)
+The probe's tokens grow from half the usual size to 64 times, so that a clamp shows, and it runs
+with float32 stand-ins of the module's matrices, made of random numbers: in BF16 x·σ(1.702x) passes
+for GELU, a matrix that is zero explains nothing, a sharded one would have to be gathered, and all
+experts can share one matrix in memory. For the same reason an `activation_format` of `ffn` is
+lifted meanwhile (in E2M1 GELU *is* ReLU). The probe runs in evaluation mode without gradients and
+leaves random state, buffers and modes as they were.
 
-holds element by element, over all pairs of maps and all activations of `ffn`. What fits is
-proved; what does not fit is no gate. The eight vectors of the probe grow from half the usual size
-to 64 times, so that a clamp (ReLU6's too) shows, and the probe runs on float32 copies of the
-parameters: in BF16 x·σ(1.702x) passes for GELU. For the same reason an `activation_format` of
-`ffn` is lifted meanwhile (in E2M1 GELU *is* ReLU); `activated` has it again. The probe runs in
-evaluation mode without gradients and leaves random state, buffers and modes as they were.
-
-Cost: one forward of each candidate module on eight vectors, and for its time a float32 copy of a
-BF16 module. Rejected: symbolic tracing, which fails on control flow and needs a rule per way of
-writing an activation.
+Cost: one forward of each candidate module on some tokens, and for its time a float32 copy of its
+matrices, of one expert's in a mixture. Rejected: symbolic tracing, which fails on control flow and
+needs a rule per way of writing an activation; a table of known classes, which is never complete.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
-from fp8lab.ffn import ACTIVATIONS, GLU_VARIANTS, GatedFeedForward
+from fp8lab.ffn import FeedForward, GatedFeedForward, activate
+from fp8lab.gating import Formula, Roles, explain_gate, explain_plain
+from fp8lab.probing import numbers, probe
+from fp8lab.tracing import Source
 
 Role = Literal["gate", "up", "product", "output"]
+Seen = Literal["hooks", "inside", "recomputed"]
+Engine = Literal["torch", "transformer_engine"]
 
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """One linear map of a gated feed-forward: its weight [out, in], and the module that is called
-    for it, None where the parent computes with the weight itself."""
+    """One linear map of a feed-forward: a parameter, read anew each time, or some of its rows.
+
+    `name` is the parameter's in the site's module; a fused gate and up share it. `owner` and
+    `attribute` say where it is read, `module` is what is called for it, None where the parent
+    computes with the parameter itself. `rows` are those of [out, in]; `transposed` says that the
+    parameter is stored as [in, out], `flat` that it is stored as [n, out / n, in].
+    """
 
     name: str
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    module: nn.Module | None
+    owner: nn.Module
+    attribute: str = "weight"
+    bias_attribute: str | None = None
+    module: nn.Module | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
+    transposed: bool = False
+    bias_owner: nn.Module | None = None  # None: the owner
+    flat: bool = False
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter itself, as it is now: FSDP2 exchanges it while it is gathered."""
+        parameter: Tensor = getattr(self.owner, self.attribute)
+        return parameter
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in], or [experts, out, in]: the parameter, or a view of its rows."""
+        weight = self.parameter.flatten(0, 1) if self.flat else self.parameter
+        if self.transposed:
+            weight = weight.transpose(-2, -1)
+        return weight if self.rows == slice(None) else weight[..., self.rows, :]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out], [experts, out], or None: the parameter, or a view of its rows."""
+        if self.bias_attribute is None:
+            return None
+        bias: Tensor | None = getattr(self.bias_owner or self.owner, self.bias_attribute)
+        return bias if bias is None or self.rows == slice(None) else bias[..., self.rows]
+
+    @property
+    def fused(self) -> bool:
+        """Whether the parameter holds another projection too."""
+        return self.rows != slice(None)
 
     def __call__(self, input: Tensor) -> Tensor:
         return functional.linear(input, self.weight, self.bias)
@@ -55,7 +94,11 @@ class GateSite:
     """A gated feed-forward: output = down(activation(gate(x)) * up_activation(up(x))).
 
     `name` is the module's path in the model ("." for the model itself). Activations are named as
-    in `ffn.ACTIVATIONS`.
+    in `ffn.ACTIVATIONS`, or "swish": x·sigmoid(beta·x). gate is clamped to at most `gate_limit`
+    before, up to ±`up_limit`; `up_offset` is added to the activated up. `weighted` says that the
+    product is multiplied by a factor per token (a router's probability) before it reaches down.
+    `seen` is how the product is got at (see `observe`), `experts` how many experts share the site:
+    0 where there are none.
     """
 
     name: str
@@ -65,245 +108,252 @@ class GateSite:
     down: Projection
     activation: str
     up_activation: str
+    seen: Seen = "hooks"
+    engine: Engine = "torch"
+    experts: int = 0
+    beta: float = 1.0
+    gate_limit: float | None = None
+    up_limit: float | None = None
+    up_offset: float = 0.0
+    weighted: bool = False
+
+    @property
+    def channels(self) -> int:
+        """The width of the product: its last axis."""
+        return self.gate.weight.shape[-2]
 
     @property
     def hookable(self) -> bool:
-        """Whether all three projections are called as modules, so that hooks see them."""
-        return None not in (self.gate.module, self.up.module, self.down.module)
+        """Whether gate, up and down are called as three modules, so that hooks see each alone."""
+        called = (self.gate.module, self.up.module, self.down.module)
+        return None not in called and called[0] is not called[1]
 
     def site(self, role: Role) -> str:
         """The site's name in rows, such as `layers.3.mlp:product`."""
         return f"{self.name}:{role}"
 
     def activated(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """activation(gate) and up_activation(up): the two factors of the product.
+        """The two factors of the product, from the raw outputs [..., channels] of gate and up.
 
         In the precision in which the module computes them, where that is a setting.
         """
         if isinstance(self.module, GatedFeedForward):
             return self.module.activated(gate, up)
-        return ACTIVATIONS[self.activation](gate), ACTIVATIONS[self.up_activation](up)
+        return self.formula.factors(gate, up)
+
+    @property
+    def formula(self) -> Formula:
+        """What happens between the raw outputs of gate and up and the product."""
+        return Formula(
+            activation=self.activation,
+            up_activation=self.up_activation,
+            beta=self.beta,
+            gate_limit=self.gate_limit,
+            up_limit=self.up_limit,
+            up_offset=self.up_offset,
+            weighted=self.weighted,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class FeedForwardSite:
+    """A feed-forward without a gate: output = down(activation(up(x))), fields as in `GateSite`.
+
+    What down receives is called product here too.
+    """
+
+    name: str
+    module: nn.Module
+    up: Projection
+    down: Projection
+    activation: str
+    seen: Seen = "hooks"
+    engine: Engine = "torch"
+    experts: int = 0
+    beta: float = 1.0
+
+    @property
+    def channels(self) -> int:
+        """The width of the product: its last axis."""
+        return self.up.weight.shape[-2]
+
+    def site(self, role: Role) -> str:
+        """The site's name in rows, such as `layers.3.mlp:product`."""
+        return f"{self.name}:{role}"
+
+    def activated(self, up: Tensor) -> Tensor:
+        """The product, from the raw output [..., channels] of up."""
+        function = Formula(activation=self.activation, beta=self.beta).activated
+        fmt = self.module.activation_format if isinstance(self.module, FeedForward) else None
+        return activate(function, up, fmt)
+
+
+class Survey(NamedTuple):
+    """All feed-forwards of a model, and of what looked like a gated one, why it is none."""
+
+    gates: list[GateSite]
+    feed_forwards: list[FeedForwardSite]
+    reasons: list[str]
 
 
 def find_gates(model: nn.Module) -> list[GateSite]:
-    """Every gated feed-forward with separate projections in `model`, in module order.
+    """Every gated feed-forward in `model`, in module order.
 
     Raises ValueError, in one line, if there is none; where a module of the right shape was found
     but did not fit, the message says why.
     """
-    found: list[GateSite] = []
-    reasons: list[str] = []
-    for name, module in model.named_modules():
-        weights = _own_weights(module)
-        if not _has_gated_shape(weights):
-            continue
-        answer = _identify(name, module, weights)
-        if isinstance(answer, GateSite):
-            found.append(answer)
-        else:
-            reasons.append(f"{name or '.'}: {answer}")
-    if not found:
-        looked_at = f" ({'; '.join(reasons[:3])})" if reasons else ""
+    found = survey(model)
+    if not found.gates:
+        plain = [f"{site.name}: has no gate: down({site.activation}(up(x)))" for site in found[1]]
+        reasons = [*plain, *found.reasons][:3]
+        looked_at = f" ({'; '.join(reasons)})" if reasons else ""
         raise ValueError(
             f"{type(model).__name__}: no gated feed-forward found, expected a module computing "
-            f"down(act(gate(x)) * up(x)) with separate projections{looked_at}"
+            f"down(act(gate(x)) * up(x)){looked_at}"
         )
+    return found.gates
+
+
+def find_feed_forwards(model: nn.Module) -> list[FeedForwardSite]:
+    """Every feed-forward without a gate in `model`, in module order; [] if there is none."""
+    return survey(model).feed_forwards
+
+
+def survey(model: nn.Module) -> Survey:
+    """Every feed-forward of `model`, gated or not, in one go. Raises nothing."""
+    found = Survey([], [], [])
+    for name, module in model.named_modules():
+        site: GateSite | FeedForwardSite | str | None
+        if type(module).__module__.startswith("transformer_engine"):
+            from fp8lab import te_modules
+
+            site = te_modules.identify(name or ".", module)
+        else:
+            site = _identify(name or ".", module)
+        if isinstance(site, GateSite):
+            found.gates.append(site)
+        elif isinstance(site, FeedForwardSite):
+            found.feed_forwards.append(site)
+        elif site is not None:
+            found.reasons.append(f"{name or '.'}: {site}")
     return found
 
 
-def _own_weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The matrices of a module and of its direct children, by name."""
-    weights = {}
+class _Matrix(NamedTuple):
+    """A candidate for a projection, and the shapes [out, in] that it may have."""
+
+    name: str
+    stacked: bool
+    shapes: set[tuple[int, int]]
+
+
+def _matrices(module: nn.Module) -> list[_Matrix]:
+    """The matrices of a module and of its direct children, and its own stacks of matrices."""
+    found = []
     for name, parameter in module.named_parameters():
-        if name.count(".") <= 1 and parameter.dim() == 2:
-            weights[name] = parameter
-    return weights
+        owner = module.get_submodule(name.rpartition(".")[0]) if "." in name else module
+        own, depth = owner is module, name.count(".")
+        if parameter.dim() not in (2, 3) or depth > 1 or (parameter.dim() == 3 and not own):
+            continue
+        *stack, rows, columns = parameter.shape
+        shapes = {(rows, columns)} if isinstance(owner, nn.Linear) else _both_ways(rows, columns)
+        if stack:
+            shapes.add((stack[0] * rows, columns))
+        found.append(_Matrix(name, bool(stack), shapes))
+    return found
 
 
-def _has_gated_shape(weights: dict[str, nn.Parameter]) -> bool:
-    shapes = [tuple(weight.shape) for weight in weights.values()]
-    return any(
-        shapes.count(shape) >= (3 if shape[0] == shape[1] else 2) and shape[::-1] in shapes
-        for shape in shapes
-    )
+def _both_ways(rows: int, columns: int) -> set[tuple[int, int]]:
+    return {(rows, columns), (columns, rows)}
 
 
-@dataclass
-class _Call:
-    """One linear map that the probe saw: names of its parameters, and a copy of what went in and
-    out, for an activation may work in place."""
+def _widths(matrices: list[_Matrix]) -> tuple[list[int], list[int]]:
+    """The widths of input with which the module may be a gated feed-forward, or a plain one."""
+    gated, plain = set(), set()
+    for down in matrices:
+        others = [matrix for matrix in matrices if matrix is not down]
+        for dim, hidden in down.shapes:
+            ups = [matrix for matrix in others if (hidden, dim) in matrix.shapes]
+            fused = [matrix for matrix in others if (2 * hidden, dim) in matrix.shapes]
+            if len(ups) > 1 or fused:
+                gated.add(dim)
+            elif ups:
+                plain.add(dim)
+    return sorted(gated), sorted(plain - gated)
 
-    weight: str
-    bias: str | None
-    module: nn.Module | None
-    input: Tensor
-    output: Tensor
 
-
-@dataclass
-class _Tracer(TorchFunctionMode):
-    """Notes every product with one of `parameters`, written as F.linear or as x @ weight.T."""
-
-    parameters: dict[str, Tensor]
-    calls: list[_Call] = field(default_factory=list)
-    inside_a_module: bool = False
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if not self.inside_a_module:
-            if func is functional.linear:
-                named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-                self._note(named["weight"], named.get("bias"), named["input"], output)
-            elif getattr(func, "__name__", "") in ("matmul", "__matmul__", "mm") and not kwargs:
-                self._note(args[1].t() if args[1].dim() == 2 else None, None, args[0], output)
-        return output
-
-    def _note(self, weight: Tensor | None, bias: Any, input: Tensor, output: Tensor) -> None:
-        name, bias_name = self._name_of(weight), self._name_of(bias)
-        if name is not None and (bias is None or bias_name is not None):
-            self.calls.append(_Call(name, bias_name, None, input.clone(), output.clone()))
-
-    def _name_of(self, tensor: Tensor | None) -> str | None:
-        for name, known in self.parameters.items():
-            if tensor is not None and tensor.data_ptr() == known.data_ptr():
-                # A square matrix and its transpose differ in their strides alone.
-                if tensor.shape == known.shape and tensor.stride() == known.stride():
-                    return name
+def _identify(name: str, module: nn.Module) -> GateSite | FeedForwardSite | str | None:
+    """The site, or why the module is none; None for one that does not look like it."""
+    matrices = _matrices(module)
+    gated, plain = _widths(matrices)
+    if not gated and not plain:
         return None
-
-
-@contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no random numbers used up, activations as precise as the
-    tensors; everything restored."""
-    modes = [(child, child.training) for child in module.modules()]
-    zoo = [child for child in module.modules() if isinstance(child, GatedFeedForward)]
-    formats = [child.activation_format for child in zoo]
-    devices = {parameter.device for parameter in module.parameters() if parameter.is_cuda}
-    try:
-        for child, _ in modes:
-            child.training = False
-        for gated in zoo:
-            gated.activation_format = None
-        with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-            yield
-    finally:
-        for child, mode in modes:
-            child.training = mode
-        for gated, fmt in zip(zoo, formats, strict=True):
-            gated.activation_format = fmt
-
-
-def _run_probe(module: nn.Module, weights: dict[str, nn.Parameter], dim: int) -> list[_Call]:
-    sizes = 2.0 ** torch.arange(-1, 7)
-    probe = sizes[:, None] * torch.randn(1, 8, dim, generator=torch.Generator().manual_seed(0))
-    with ExitStack() as stack:
-        stack.enter_context(_undisturbed(module))
-        tensors: dict[str, Tensor] = {n: p.float() for n, p in module.named_parameters()}
-        tracer = _Tracer(dict(tensors))
-        tensors |= {name: buffer.clone() for name, buffer in module.named_buffers()}
-        for child_name, child in module.named_children():
-            if f"{child_name}.weight" in weights:
-                _note_calls(stack, tracer, child_name, child)
-        stack.enter_context(tracer)
-        device = next(iter(weights.values())).device
-        torch.func.functional_call(module, tensors, (probe.to(device),))
-    return [call for call in tracer.calls if call.weight in weights]
-
-
-def _note_calls(stack: ExitStack, tracer: _Tracer, name: str, child: nn.Module) -> None:
-    bias = f"{name}.bias" if f"{name}.bias" in tracer.parameters else None
-
-    def enter(_module: nn.Module, _args: Any) -> None:
-        tracer.inside_a_module = True
-
-    def leave(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        tracer.inside_a_module = False
-        input = (*args, *kwargs.values())[0]
-        call = _Call(f"{name}.weight", bias, module, input.clone(), output.clone())
-        tracer.calls.append(call)
-
-    stack.callback(child.register_forward_pre_hook(enter).remove)
-    stack.callback(child.register_forward_hook(leave, with_kwargs=True).remove)
-
-
-def _identify(name: str, module: nn.Module, weights: dict[str, nn.Parameter]) -> GateSite | str:
-    """The site, or why the module is none."""
     if any(parameter.is_meta for parameter in module.parameters()):
-        return "its weights are on the meta device, the probe cannot run"
-    parameters, error = dict(module.named_parameters()), ""
-    for dim in sorted({weight.shape[1] for weight in weights.values()}):
+        return "its weights are on the meta device, the probe cannot run" if gated else None
+    error = ""
+    for dim in (*gated, *plain):
         try:
-            calls = _run_probe(module, weights, dim)
+            maps = probe(module, {matrix.name: matrix.stacked for matrix in matrices}, dim)
         except Exception as failure:  # a foreign forward may raise anything: the module is no gate
             reason = [*str(failure).splitlines(), type(failure).__name__][0]
             error = error or f"the probe failed: {reason[:120]}"
             continue
-        roles = _roles(calls)
+        proposed = numbers(module)
+        roles = explain_gate(maps, proposed) or explain_plain(maps, proposed)
         if roles is not None:
-            gate, up, down, (activation, up_activation) = roles
-            return GateSite(
-                name or ".",
-                module,
-                _projection(gate, parameters),
-                _projection(up, parameters),
-                _projection(down, parameters),
-                activation,
-                up_activation,
-            )
+            return _site(name, module, roles)
         error = "no two of its projections give the input of a third as act(gate) * up"
-    return error
+    return error if gated else None
 
 
-def _projection(call: _Call, parameters: dict[str, nn.Parameter]) -> Projection:
-    bias = None if call.bias is None else parameters[call.bias]
-    return Projection(call.weight, parameters[call.weight], bias, call.module)
+def _site(name: str, module: nn.Module, roles: Roles) -> GateSite | FeedForwardSite:
+    sources = [roles.up, roles.down] if roles.gate is None else [roles.gate, roles.up, roles.down]
+    projections = [_projection(module, roles, source) for source in sources]
+    called = all(projection.module is not None for projection in projections)
+    seen: Seen = "hooks" if called else "inside"
+    stack = projections[-1].parameter
+    experts = stack.shape[0] if stack.dim() == 3 else 0
+    formula = roles.formula
+    up, down = projections[-2:]
+    if roles.gate is None:
+        return FeedForwardSite(
+            *(name, module, up, down, formula.activation, seen),
+            experts=experts,
+            beta=formula.beta,
+        )
+    return GateSite(
+        *(name, module, projections[0], up, down),
+        *(formula.activation, formula.up_activation, seen),
+        experts=experts,
+        beta=formula.beta,
+        gate_limit=formula.gate_limit,
+        up_limit=formula.up_limit,
+        up_offset=formula.up_offset,
+        weighted=formula.weighted,
+    )
 
 
-def _roles(calls: list[_Call]) -> tuple[_Call, _Call, _Call, tuple[str, str]] | None:
-    """The pair of maps and the pair of activations that explain the input of a third, exactly.
-
-    Where both orders fit (bilinear: no activation at all) the map that ran first is the gate.
-    """
-    best: tuple[float, tuple[_Call, _Call, _Call, tuple[str, str]]] | None = None
-    for position, down in enumerate(calls):
-        if not down.input.any():
-            continue
-        for gate, up in _ordered_pairs(calls[:position], down.input.shape):
-            for pair in _activation_pairs():
-                error = _error(down.input, gate.output, up.output, *pair)
-                if best is None or error < best[0]:
-                    best = error, (gate, up, down, pair)
-    if best is None or not best[0] <= 8 * torch.finfo(best[1][2].input.dtype).eps:
-        return None
-    return best[1]
-
-
-def _ordered_pairs(calls: list[_Call], shape: torch.Size) -> Iterator[tuple[_Call, _Call]]:
-    candidates = [call for call in calls if call.output.shape == shape]
-    for i, one in enumerate(candidates):
-        for other in candidates[i + 1 :]:
-            if one.weight != other.weight:
-                yield one, other
-                yield other, one
-
-
-def _activation_pairs() -> list[tuple[str, str]]:
-    gated = [(activation, "identity") for activation in ACTIVATIONS]
-    return gated + [pair for pair in GLU_VARIANTS.values() if pair[1] != "identity"]
-
-
-def _error(product: Tensor, gate: Tensor, up: Tensor, activation: str, up_activation: str) -> float:
-    """The largest error of an element, relative to the largest element of its vector."""
-    explained = ACTIVATIONS[activation](gate) * ACTIVATIONS[up_activation](up)
-    sizes = product.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(product.dtype).tiny)
-    return float(((product - explained).abs() / sizes).max())
+def _projection(module: nn.Module, roles: Roles, source: Source) -> Projection:
+    known = roles.map_of(source)
+    path, _, attribute = source.name.rpartition(".")
+    bias_path, _, bias = (known.bias or "").rpartition(".")
+    stop = source.first + source.step * (source.size - 1) + 1
+    owner = module.get_submodule(path)
+    shape: tuple[int, ...] = tuple(getattr(owner, attribute).shape)
+    rows = shape[-1 if source.transposed else -2] * (shape[0] if source.flat else 1)
+    step = None if source.step == 1 else source.step
+    whole = (source.first, stop, source.step) == (0, rows, 1)
+    return Projection(
+        source.name,
+        owner,
+        attribute,
+        bias_attribute=bias or None,
+        module=known.module,
+        rows=slice(None) if whole else slice(source.first, stop, step),
+        transposed=source.transposed,
+        bias_owner=module.get_submodule(bias_path) if bias else None,
+        flat=source.flat,
+    )
 
 
 def cast_in_force(module: nn.Module | None, operand: str, tensor: Tensor) -> Any:

@@ -1,293 +1,323 @@
-"""The run directory: create, append, survive a kill, load. Refuses to overwrite.
+"""The run directory, as it is written: create, append, survive a kill. Refuses to overwrite.
 
     run.json             what ran: versions, recipe, configuration, state
-    segments/000007/     one flush: steps.arrow, tensors.arrow, channels.arrow, events.arrow
-    steps.parquet …      the same rows in one file a table, once the run has ended
+    segments/, *.parquet rows of the process with rank 0, see `segments`
+    ranks/3/             the same of the process with rank 3: rank.json, segments/, *.parquet
 
-A flush is written into a hidden folder and appears by one rename, so a segment is there whole or
-not at all, and a process killed at any moment leaves every flushed step readable. Closing
-compacts segments to Parquet, again by rename; a reader that meets both takes the Parquet file.
+Each process writes what is its own and waits for no other: they may start, end and die in any
+order, and a reader (`runs`) puts their rows together. `flush` turns rows into Arrow (4 µs a row)
+and hands them to a thread that writes a segment. What the disk refuses stays in memory, up to
+`BACKLOG_BYTES`, and is tried again; beyond that the oldest rows go, and an event says how many.
+What cannot be written in the end goes into a temporary folder that the error names.
 
-Rejected: appending to one Arrow stream a table. A kill in the middle of a record batch leaves a
-tail that must be repaired, and the four tables of one step may end at different steps.
+Rejected: one file for all processes, which needs a lock that a killed one may hold; and writing in
+the caller's thread, where Ctrl-C between a rename and the next line writes rows twice.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import time
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.ipc
-import pyarrow.parquet
 
+from fp8lab import segments
 from fp8lab.record import SCHEMA_VERSION, TABLES, Table
+from fp8lab.runs import Run, claimed, folder_of, state_file, this_process
+from fp8lab.runs import find_runs as find_runs
+from fp8lab.runs import open_run as open_run
+from fp8lab.segments import RunError as RunError
+from fp8lab.segments import Segment, told_by
 
-
-class RunError(Exception):
-    """A run directory that is not one, is damaged, or is in the way; the message is one line."""
+BACKLOG_BYTES = 256 << 20
 
 
 class RunWriter:
-    """Appends rows to a run directory. Use `create` or `resume`."""
+    """Appends the rows of one process to a run directory. Use `create` or `resume`.
 
-    def __init__(self, path: Path, info: dict[str, Any], next_segment: int) -> None:
+    A disk that is full, read-only or gone is an OSError of `flush`, `close` or `set_state`; the
+    writer can be used on, and nothing that was flushed is lost.
+    """
+
+    def __init__(self, path: Path, info: dict[str, Any], rank: int) -> None:
         self.path = path
         self.info = info
-        self._next_segment = next_segment
+        self.rank = rank
+        self._folder = folder_of(path, rank)
         self._pending: dict[Table, list[Mapping[str, Any]]] = {table: [] for table in TABLES}
+        self._backlog = _Backlog(rank)
+        self._writing: tuple[Future[None], _Backlog] | None = None
+        self._thread = ThreadPoolExecutor(1, "fp8lab-store")
+        listed = segments.listed(self._folder)
+        self._segments = [(one, segments.size_of(self._folder, one)) for one in listed]
+        self._next_segment = listed[-1].last + 1 if listed else 0
 
     @classmethod
-    def create(cls, path: str | Path, info: Mapping[str, Any]) -> RunWriter:
-        """Start a run. Raises RunError if `path` exists already, TypeError if `info` is not
-        JSON-able; then nothing was created."""
+    def create(cls, path: str | Path, info: Mapping[str, Any], rank: int = 0) -> RunWriter:
+        """Start a run or, with another `rank`, join one that starts; whoever comes first makes it.
+
+        `info["job"]`, if it is the same for all processes of a training, tells them from what an
+        earlier training left at `path`; without it, they must still run. Raises RunError if `path`
+        is taken or cannot be written, TypeError if `info` is not JSON-able; then nothing was
+        created.
+        """
         path = Path(path)
         json.dumps(dict(info))
         try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            raise RunError(f"{path}: exists already, expected a new run directory") from None
+            _refuse_taken(path, info, rank)
+            return cls._begin(path, dict(info), rank)
         except OSError as error:
-            raise RunError(f"{path}: cannot be created: {error.strerror}") from None
-        (path / "segments").mkdir()
-        writer = cls(path, {"schema_version": SCHEMA_VERSION, **info}, 0)
-        writer.set_state("running")
+            raise RunError(f"{path}: cannot be created: {told_by(error)}") from None
+
+    @classmethod
+    def _begin(cls, path: Path, info: dict[str, Any], rank: int) -> RunWriter:
+        folder, existed = folder_of(path, rank), path.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=rank == 0)
+            (folder / "segments").mkdir()  # of two that come at once, one fails here
+        except FileExistsError:
+            raise RunError(f"{folder}: exists already, expected a new run directory") from None
+        writer = cls(path, info | {"schema_version": SCHEMA_VERSION}, rank)
+        try:
+            writer.set_state("running")
+        except OSError:
+            made = [folder / "segments", folder, *([folder.parent, path] if rank else [])]
+            for place in made[: -1 if existed else None]:
+                _remove_if_empty(place)
+            raise
         return writer
 
     @classmethod
     def resume(
-        cls, path: str | Path, step: int, info: Mapping[str, Any] | None = None
+        cls,
+        path: str | Path,
+        step: int,
+        info: Mapping[str, Any] | None = None,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> RunWriter:
-        """Go on with a run at `step`: its rows from that step on are dropped, the rest kept.
+        """Go on with a run at `step`: the rows of this rank from that step on go, the rest stays.
 
+        `ranks` is the number of processes from now on; rank 0 also cuts the rows of those beyond.
         What `info` holds replaces what run.json says, but for the time of creation. Raises RunError
-        if `path` is no run, or another process is writing it.
+        if `path` is no run, is damaged or cannot be written, or another process is writing it.
         """
         run = open_run(path)
-        if run.state == "running" and run.info.get("pid") != os.getpid():
-            raise RunError(f"{path}: is being written by process {run.info.get('pid')}")
-        kept: dict[Table, pa.Table] = {}
-        for table in TABLES:
-            rows = run.arrow(table)
-            kept[table] = rows.filter(pa.compute.less(rows["step"], step))
-        folder = run.path / "segments"
-        folder.mkdir(exist_ok=True)
-        numbers = [int(segment.name) for segment in folder.iterdir() if segment.name.isdigit()]
-        facts = {key: value for key, value in run.info.items() if key != "error"}
-        facts |= {key: value for key, value in (info or {}).items() if key != "created"}
-        writer = cls(run.path, facts, max(numbers, default=-1) + 1)
-        writer._write_segment(kept, replaces_earlier=True)
-        for number in numbers:
-            shutil.rmtree(run.path / "segments" / f"{number:06d}")
-        for table in TABLES:
-            (run.path / f"{table}.parquet").unlink(missing_ok=True)
-        writer.set_state("running")
-        return writer
+        info = dict(info or {})
+        try:
+            for gone in [number for number in run.folders() if rank == 0 and number >= ranks > 0]:
+                with claimed(run.path, gone):
+                    segments.cut(folder_of(run.path, gone), step)
+                    known = run.info_of(gone) | {"state": "left"}
+                    _write_json(state_file(run.path, gone), known)
+            if not state_file(run.path, rank).exists():
+                shutil.rmtree(folder_of(run.path, rank), ignore_errors=rank == 0)
+                return cls._begin(run.path, info, rank)
+            with claimed(run.path, rank):
+                known = {k: v for k, v in run.info_of(rank).items() if k != "error"}
+                info = known | {key: value for key, value in info.items() if key != "created"}
+                segments.cut(folder_of(run.path, rank), step)
+                writer = cls(run.path, info | {"schema_version": SCHEMA_VERSION}, rank)
+                writer.set_state("running")
+                return writer
+        except OSError as error:
+            raise RunError(f"{path}: cannot be resumed: {told_by(error)}") from None
 
     def append(self, table: Table, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add rows; a column that a row does not name is null. They are safe after `flush`."""
-        self._pending[table].extend(rows)
+        """Add rows; they are safe after `flush`.
+
+        A column that a row does not name is null, but `rank`, which is this writer's. Raises
+        ValueError if a row has no step.
+        """
+        rows = list(rows)
+        if any(row.get("step") is None for row in rows):
+            raise ValueError(f"{self.path}: {table}: a row without a step, expected one in each")
+        self._pending[table] += rows
 
     @property
     def pending(self) -> int:
-        """Rows appended since the last flush."""
-        return sum(len(rows) for rows in self._pending.values())
+        """Rows appended and not yet in a file."""
+        waiting = self._backlog.rows + (self._writing[1].rows if self._writing is not None else 0)
+        return waiting + sum(len(rows) for rows in self._pending.values())
 
-    def flush(self) -> None:
-        """Write what is pending; when this returns the rows survive a kill."""
-        if not self.pending:
+    def flush(self, *, wait: bool = True) -> None:
+        """Write what is pending; when this returns, the rows survive a kill.
+
+        With `wait=False` it returns at once and the rows are written meanwhile; a flush that is
+        under way then takes them on the next call. Raises OSError if the disk refuses them (without
+        waiting: if it refused those before); they stay pending and are tried again.
+        """
+        tables = {t: self._as_arrow(t, rows) for t, rows in self._pending.items() if rows}
+        self._backlog.add(tables)
+        self._pending = {table: [] for table in TABLES}
+        if not wait and self._writing is not None and not self._writing[0].done():
             return
-        tables = {
-            table: pa.Table.from_pylist([dict(row) for row in rows], schema=TABLES[table])
-            for table, rows in self._pending.items()
-        }
-        self._write_segment(tables)
-        for rows in self._pending.values():
-            rows.clear()
+        error = self._settled()
+        if self._backlog.rows:
+            batch, self._backlog = self._backlog, _Backlog(self.rank)
+            self._writing = self._thread.submit(self._write_segment, batch.contents()), batch
+            if wait:
+                error = self._settled()
+        if error is not None:
+            raise error
 
-    def _write_segment(
-        self, tables: Mapping[Table, pa.Table], replaces_earlier: bool = False
-    ) -> None:
-        name = f"{self._next_segment:06d}"
-        hidden = self.path / "segments" / f".{name}"
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir()
-        for table, rows in tables.items():
-            if rows.num_rows:
-                with pa.ipc.new_file(str(hidden / f"{table}.arrow"), TABLES[table]) as file:
-                    file.write_table(rows)
-        if replaces_earlier:
-            (hidden / "replaces-earlier").touch()
-        hidden.rename(hidden.with_name(name))
+    def _as_arrow(self, table: Table, rows: list[Mapping[str, Any]]) -> pa.Table:
+        made = pa.Table.from_pylist(rows, schema=TABLES[table])
+        rank = pa.compute.fill_null(made["rank"], self.rank)
+        return made.set_column(made.schema.get_field_index("rank"), "rank", rank)
+
+    def _settled(self) -> OSError | None:
+        """Wait for the write under way; what the disk refused is pending again."""
+        if self._writing is None:
+            return None
+        future, batch = self._writing
+        error = future.exception()
+        self._writing = None
+        if error is not None:
+            batch.add_all(self._backlog)
+            self._backlog = batch
+        if error is not None and not isinstance(error, OSError):
+            raise error
+        return error
+
+    def _write_segment(self, tables: Mapping[Table, pa.Table]) -> None:
+        segment = Segment(self._next_segment, self._next_segment)
+        segments.write(self._folder, segment, {table: [rows] for table, rows in tables.items()})
         self._next_segment += 1
+        try:
+            self._segments.append((segment, segments.size_of(self._folder, segment)))
+            while count := segments.due(self._segments):
+                merged = segments.merge(self._folder, [one for one, _ in self._segments[-count:]])
+                self._segments[-count:] = [(merged, segments.size_of(self._folder, merged))]
+        except (OSError, RunError):
+            pass  # the rows are safe, in more files than they need; the next flush tries again
 
     def set_state(self, state: str, **more: Any) -> None:
         """Rewrite run.json with this state: running, finished, interrupted or failed."""
-        self.info |= {"state": state, "pid": os.getpid(), "updated": time.time(), **more}
-        temporary = self.path / ".run.json"
-        temporary.write_text(json.dumps(self.info, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.path / "run.json")
+        self.info |= {"state": state, **this_process(), **more}
+        _write_json(state_file(self.path, self.rank), self.info)
 
     def close(self, state: str = "finished", **more: Any) -> None:
-        """Flush, compact to Parquet, and write the final state."""
-        self.flush()
-        run = Run(self.path, self.info)
-        for table in TABLES:
-            temporary = self.path / f".{table}.parquet"
-            pa.parquet.write_table(run.arrow(table), temporary, compression="zstd")
-            temporary.replace(self.path / f"{table}.parquet")
-        shutil.rmtree(self.path / "segments")
-        self.set_state(state, **more)
+        """Flush, compact to Parquet, and write the final state.
+
+        Raises OSError where the disk refused, after all that was possible: rows that could not be
+        written are in a temporary folder that the message names, uncompacted segments stay.
+        """
+        error: OSError | None = None
+        try:
+            self.flush()
+            segments.compact(self._folder)
+        except RunError as damaged:
+            error = OSError(str(damaged))
+        except OSError as refused:
+            error = self._rescued(refused) if self.pending else refused
+        self._thread.shutdown()
+        try:
+            self.set_state(state, **more)
+        except OSError as refused:
+            error = error or refused
+        if error is not None:
+            raise error
+
+    def _rescued(self, refused: OSError) -> OSError:
+        segment = Segment(self._next_segment, self._next_segment)
+        told = f"{self.path}: {self.pending} rows could not be written ({told_by(refused)})"
+        try:
+            place = Path(tempfile.mkdtemp(prefix="fp8lab-"))
+            rows = {table: [rows] for table, rows in self._backlog.contents().items()}
+            segments.write(place, segment, rows)
+        except OSError as error:
+            return OSError(f"{told} and are lost: {told_by(error)}")
+        lies = place / "segments" / segment.name
+        return OSError(f"{told}; they are in {lies}: move that to {self._folder / 'segments'}")
 
 
-class Run:
-    """A recorded run. Its tables come as pandas frames whose columns `record` describes."""
+class _Backlog:
+    """Rows that no file holds yet, as Arrow; beyond `BACKLOG_BYTES` the oldest are dropped."""
 
-    def __init__(self, path: Path, info: dict[str, Any]) -> None:
-        self.path = path
-        self.info = info
-
-    def __repr__(self) -> str:
-        return f"Run({str(self.path)!r}, {self.state})"
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._tables: dict[Table, pa.Table] = {}
+        self._lost: list[tuple[int, int, int]] = []  # rows, first and last step
 
     @property
-    def state(self) -> str:
-        """running, finished, interrupted, failed; or killed: its process is gone."""
-        state = str(self.info.get("state", "unknown"))
-        if state == "running" and not _alive(self.info.get("pid")):
-            return "killed"
-        return state
+    def rows(self) -> int:
+        return sum(rows.num_rows for rows in self._tables.values())
 
-    @property
-    def name(self) -> str:
-        """The directory's own name."""
-        return self.path.name
+    def add(self, later: Mapping[Table, pa.Table]) -> None:
+        for table, rows in later.items():
+            joined = pa.concat_tables(
+                [self._tables[table], rows] if table in self._tables else [rows]
+            )
+            self._tables[table] = (
+                joined.combine_chunks() if joined["step"].num_chunks > 64 else joined
+            )
+        while sum(rows.nbytes for rows in self._tables.values()) > BACKLOG_BYTES:
+            table = max(self._tables, key=lambda one: self._tables[one].nbytes)
+            rows = self._tables[table].combine_chunks()
+            count = -(-rows.num_rows // 4)
+            ends = pa.compute.min_max(rows["step"].slice(0, count)).as_py()
+            self._lost.append((count, ends["min"], ends["max"]))
+            self._tables[table] = rows.slice(count)
 
-    def steps(self) -> pd.DataFrame:
-        """A row a step; numbers given to `watch.step` are columns of their own."""
-        frame = self._frame("steps")
-        metrics = [dict(pairs) if pairs is not None else {} for pairs in frame.pop("metrics")]
-        return frame.join(pd.DataFrame(metrics, index=frame.index))
+    def add_all(self, later: _Backlog) -> None:
+        self._lost += later._lost
+        self.add(later._tables)
 
-    def tensors(self) -> pd.DataFrame:
-        """A row per step, rank and site; a column per statistic."""
-        return self._frame("tensors")
-
-    def channels(self) -> pd.DataFrame:
-        """A row per step, rank, site and channel, for the channels that matter."""
-        return self._frame("channels")
-
-    def events(self) -> pd.DataFrame:
-        """What happened, in order."""
-        return self._frame("events")
-
-    def _frame(self, table: Table) -> pd.DataFrame:
-        frame: pd.DataFrame = self.arrow(table).to_pandas()
-        return frame.sort_values("step", kind="stable", ignore_index=True)
-
-    def arrow(self, table: Table) -> pa.Table:
-        """A table as recorded. Raises RunError if a file of it is damaged."""
-        while True:
-            files = self._files(table)
-            try:
-                parts = [_read(file, TABLES[table]) for file in files]
-            except RunError:
-                if all(file.exists() for file in files):
-                    raise
-            else:
-                if all(file.exists() for file in files):
-                    return pa.concat_tables([TABLES[table].empty_table(), *parts])
-            # The run was closed or resumed meanwhile: its rows are in another file now.
-
-    def _files(self, table: Table) -> list[Path]:
-        # Segments are listed first: closing removes them after the compacted file has appeared.
-        files = [segment / f"{table}.arrow" for segment in _segments(self.path)]
-        files = [file for file in files if file.exists()]
-        compacted = self.path / f"{table}.parquet"
-        return [compacted] if compacted.exists() else files
+    def contents(self) -> dict[Table, pa.Table]:
+        """All of it, with an event that tells what was dropped."""
+        if not self._lost:
+            return self._tables
+        counts, firsts, lasts = zip(*self._lost, strict=True)
+        detail = f"{sum(counts)} rows of steps {min(firsts)} to {max(lasts)}: "
+        detail += f"nothing could be written and {BACKLOG_BYTES >> 20} MiB waited already"
+        event = {"step": max(lasts), "rank": self._rank, "kind": "rows_dropped", "detail": detail}
+        events = pa.Table.from_pylist([event], schema=TABLES["events"])
+        return self._tables | {
+            "events": pa.concat_tables([self._tables.get("events", events.slice(0, 0)), events])
+        }
 
 
-def _read(file: Path, schema: pa.Schema) -> pa.Table:
-    try:
-        if file.suffix == ".parquet":
-            rows = pa.parquet.read_table(file)
-        else:
-            with pa.ipc.open_file(pa.memory_map(str(file))) as reader:
-                rows = reader.read_all()
-        rows.validate(full=True)  # offsets of a damaged file point anywhere
-        unknown = set(rows.column_names) - set(schema.names)
-        if unknown:
-            raise ValueError(f"columns {', '.join(sorted(unknown))}, expected those of {file.stem}")
-        for column in schema:  # a column newer than the file was not measured then
-            if column.name not in rows.column_names:
-                rows = rows.append_column(column, pa.nulls(rows.num_rows, column.type))
-        return rows.select(schema.names).cast(schema)
-    except (OSError, pa.ArrowException, ValueError) as error:
-        raise RunError(f"{file}: damaged: {str(error).splitlines()[0]}") from None
-
-
-def _segments(path: Path) -> list[Path]:
-    try:
-        segments = [s for s in (path / "segments").iterdir() if s.name.isdigit()]
-    except FileNotFoundError:
-        return []
-    segments.sort(key=lambda segment: int(segment.name))
-    for position in range(len(segments) - 1, -1, -1):
-        # A resumed run starts with one segment that holds what was kept of all before it.
-        if (segments[position] / "replaces-earlier").exists():
-            return segments[position:]
-    return segments
-
-
-def _alive(pid: Any) -> bool:
-    if not isinstance(pid, int) or pid <= 0:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
-def open_run(path: str | Path) -> Run:
-    """Open a run directory for reading, also while it is being written.
-
-    Raises RunError in one line if there is none, or its run.json is damaged or too new.
-    """
-    path = Path(path)
-    try:
-        info = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise RunError(f"{path}: no run here, expected a directory with a run.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunError(f"{path / 'run.json'}: damaged: {str(error).splitlines()[0]}") from None
-    version = info.get("schema_version") if isinstance(info, dict) else None
-    if version != SCHEMA_VERSION:
-        raise RunError(
-            f"{path / 'run.json'}: schema_version: {version!r}, expected {SCHEMA_VERSION}"
-        )
-    return Run(path, info)
-
-
-def find_runs(path: str | Path) -> Iterator[Path]:
-    """Run directories at or below `path`, sorted; unreadable folders are passed over."""
-    path = Path(path)
-    try:
-        if (path / "run.json").is_file():
-            yield path
-            return
-        children = [child for child in sorted(path.iterdir()) if child.is_dir()]
-    except OSError:
+def _refuse_taken(path: Path, info: Mapping[str, Any], rank: int) -> None:
+    """An empty folder is free; so is what other ranks of this training made."""
+    taken = RunError(f"{path}: exists already, expected a new run directory")
+    if not path.is_dir():
+        if path.exists():
+            raise taken
         return
-    for child in children:
-        if not child.is_symlink():
-            yield from find_runs(child)
+    names = {child.name for child in path.iterdir()}
+    starting = {"ranks"} if rank == 0 else {"ranks", "segments", ".run.json"}
+    if not names <= starting and (rank == 0 or "run.json" not in names):
+        raise taken
+    run = Run(path, {})
+    for number in run.folders():
+        if state_file(path, number).exists():
+            other = run.info_of(number)
+            job = info.get("job")
+            same = other.get("job") == job if job is not None else run.state_of(number) == "running"
+            if not same:
+                raise taken
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        pass  # another process is in it
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    temporary = file.with_name(f".{file.name}")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -2,8 +2,9 @@
 
 The machines that this runs on are shared and noisy, so nothing is reported in seconds. Both sides
 of a ratio are timed in turns, many times, in one process with one thread; a row gives the median
-of the per-turn ratios and the range of their middle half. The first row times a thing against
-itself: what differs from 1 there is noise. A goal stands beside the figure it is for, met or not.
+of the per-turn ratios and the range of their middle half, or, where a goal must be decided, the
+95 % confidence interval of the median. The first row times a thing against itself: what differs
+from 1 there is noise. A goal stands beside the figure it is for, met or not.
 Writes reports/benchmarks.md.
 """
 
@@ -11,14 +12,9 @@ from __future__ import annotations
 
 import logging
 import platform
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 import gfloat
@@ -26,7 +22,9 @@ import gfloat.formats
 import ml_dtypes
 import numpy as np
 import torch
-from torch import Tensor, nn
+from bench_ratio import Row, Work, ratio
+from bench_watch import other_watching_rows, scaling_rows, size_lines, watching_rows
+from torch import Tensor
 
 import fp8lab
 from fp8lab import (
@@ -35,7 +33,6 @@ from fp8lab import (
     Float8BlockScaling,
     Float8CurrentScaling,
     Format,
-    GatedFeedForward,
     HighPrecision,
     MXFP8BlockScaling,
     NVFP4BlockScaling,
@@ -53,30 +50,6 @@ from torchao.prototype.mx_formats.mx_tensor import MXTensor  # noqa: E402
 
 REPORT = Path(__file__).resolve().parents[1] / "reports" / "benchmarks.md"
 SIZE = 4096, 4096  # 16 M elements
-Work = Callable[[], object]
-
-
-class Row(NamedTuple):
-    """A line of a table: quartiles of measured / baseline over interleaved turns."""
-
-    name: str
-    quartiles: tuple[float, ...]
-    goal: str = ""
-
-
-def ratio(measured: Work, baseline: Work, turns: int = 31) -> tuple[float, ...]:
-    """Quartiles of measured / baseline over interleaved turns."""
-    for warm_up in (measured, baseline, measured, baseline):
-        warm_up()
-    ratios = []
-    for turn in range(turns):
-        seconds = {}
-        for side in (measured, baseline) if turn % 2 else (baseline, measured):
-            start = time.perf_counter()
-            side()
-            seconds[side] = time.perf_counter() - start
-        ratios.append(seconds[measured] / seconds[baseline])
-    return tuple(statistics.quantiles(ratios, n=4))
 
 
 def casting_rows() -> Iterator[Row]:
@@ -234,38 +207,6 @@ def language_model_rows() -> Iterator[Row]:
     yield Row("current scaling, plain torch", ratio(without_kernels, plain, turns=15))
 
 
-def watching_rows() -> Iterator[Row]:
-    """Six SwiGLU feed-forwards 256/688, 1024 tokens, forward and backward: watched / unwatched."""
-    x = torch.randn(1024, 256, generator=torch.Generator().manual_seed(0))
-
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(*(GatedFeedForward(256, 688) for _ in range(6)))
-
-    def train(model: nn.Module) -> None:
-        model.zero_grad(set_to_none=True)
-        model(x).square().mean().backward()
-
-    plain = build()
-    for every, name in ((1, "all statistics every step"), (10, "default: every 10 steps")):
-        with ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            model = build()
-            watch = stack.enter_context(fp8lab.watch(model, Path(folder) / "run", every=every))
-            step = iter(range(1_000_000))
-
-            def ten_watched_steps() -> None:
-                for _ in range(10):
-                    train(model)  # noqa: B023  (called within this turn of the loop)
-                    watch.step(next(step))  # noqa: B023
-
-            def ten_steps() -> None:
-                for _ in range(10):
-                    train(plain)
-
-            yield Row(name, ratio(ten_watched_steps, ten_steps, turns=9))
-
-
 def processor() -> str:
     """The model of the processor as Linux gives it, else the architecture."""
     try:
@@ -291,13 +232,18 @@ def main() -> None:
         f"fp8lab {fp8lab.__version__}, {versions}, Python {platform.python_version()}, "
         f"{processor()}.",
     ]
-    for rows in (casting_rows, other_rows, language_model_rows, watching_rows):
+    tables = (
+        *(casting_rows, other_rows, language_model_rows),
+        *(watching_rows, other_watching_rows, scaling_rows),
+    )
+    for rows in tables:
         title = (rows.__doc__ or "").rstrip(".")
-        lines += ["", f"## {title}", "", "| | median | middle half | goal |", "|---|---|---|---|"]
+        lines += ["", f"## {title}", "", "| | median | range | goal |", "|---|---|---|---|"]
         print("\n".join(lines[-5:]), flush=True)
         for name, (low, median, high), goal in rows():
             lines.append(f"| {name} | {median:.2f} | {low:.2f}–{high:.2f} | {goal} |")
             print(lines[-1], flush=True)
+    lines += ["", "## What a run weighs, and what memory watching takes", "", *size_lines()]
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"written: {REPORT.relative_to(REPORT.parents[1])}")

@@ -27,11 +27,15 @@ IMPORT_SECONDS = 0.1
 
 ARITHMETIC = {"formats", "recipe", "plan", "rounding", "kernels", "casting", "regions", "linear"}
 ARITHMETIC |= {"scaling", "optim"}
-NECK = {"formats", "recipe", "sketch", "record", "store"}
+STORE = {"store", "runs", "segments"}
+NECK = {"formats", "recipe", "sketch", "record"} | STORE
+SITES = {"sites", "tracing", "probing", "gating", "te_modules", "te_casts"}
+MONITOR = {"monitor", "probes", "taps", "step_probes", "recorder", "ranks", "selection"}
+MONITOR |= {"measure", "statistics", "observe"}
 LAB = (
-    (ARITHMETIC | NECK)
-    | {"ffn", "sites", "conversion", "mitigations"}
-    | {"monitor", "forecast", "diagnosis", "guard", "checkpoint"}
+    (ARITHMETIC | NECK | SITES | MONITOR)
+    | {"ffn", "conversion", "mitigations"}
+    | {"forecast", "diagnosis", "guard", "checkpoint"}
 )
 ALL = LAB | {"lab", "bisection", "report", "integrations"}
 
@@ -43,20 +47,34 @@ TABLE: dict[str, set[str]] = {
     "rounding": {"formats"},
     "sketch": {"formats", "recipe"},
     "record": {"formats", "sketch"},
-    "kernels": {"formats"},
+    "kernels": {"formats", "sketch"},
     "scaling": {"formats", "recipe", "kernels"},
     "casting": {"formats", "recipe", "plan", "rounding", "kernels", "scaling"},
     "regions": {"recipe"},
     "linear": {"formats", "recipe", "kernels", "scaling", "casting", "regions"},
     "optim": {"formats", "scaling"},
     "ffn": {"formats", "rounding"},
-    "sites": {"ffn"},
+    "tracing": set(),
+    "gating": {"ffn", "tracing"},
+    "probing": {"ffn", "tracing", "te_modules"},
+    "sites": {"ffn", "gating", "probing", "tracing", "te_modules", "te_casts"},
+    "te_casts": {"recipe", "plan", "casting", "scaling"},
+    "te_modules": {"recipe", "sites", "te_casts"},
+    "observe": {"gating", "sites", "tracing", "te_modules"},
     "conversion": ARITHMETIC | {"sites", "ffn"},
     "mitigations": ARITHMETIC | {"sites", "ffn", "conversion"},
-    "measure": {"formats", "recipe", "sketch", "scaling", "casting"},
-    "probes": {"sketch", "measure", "sites"},
-    "monitor": NECK | {"casting", "kernels", "probes", "sites"},
-    "store": {"record"},
+    "measure": {"formats", "recipe", "sketch", "kernels", "scaling", "casting"},
+    "statistics": {"formats", "recipe", "rounding", "scaling", "casting"},
+    "selection": set(),
+    "recorder": {"sketch", "casting", "measure", "statistics", "selection"},
+    "ranks": {"sketch", "recorder"},
+    "probes": {"sketch", "measure", "sites", "observe", "recorder"},
+    "taps": {"probes", "recorder", "selection"},
+    "step_probes": {"probes", "recorder"},
+    "monitor": NECK | SITES | (MONITOR - {"measure", "statistics", "observe"}) | {"casting"},
+    "segments": {"record"},
+    "runs": {"record", "segments"},
+    "store": {"record", "runs", "segments"},
     "forecast": NECK,
     "diagnosis": NECK,
     "guard": {"monitor", "diagnosis", "mitigations", "store", "record"},

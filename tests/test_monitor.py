@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fp8lab
-from fp8lab.ffn import FeedForward, GatedFeedForward
+from fp8lab.ffn import GatedFeedForward
 from fp8lab.lab.model import Block, LanguageModel, ModelConfig
 from fp8lab.monitor import Watch, watch
 from fp8lab.plan import Plan
@@ -337,17 +337,17 @@ def test_an_event_is_on_disk_at_once(tmp_path: Path) -> None:
 # --- loud before anything exists --------------------------------------------------------------
 
 
-def test_a_model_without_a_gate_is_refused_before_anything_exists(tmp_path: Path) -> None:
+def test_a_model_without_a_feed_forward_is_refused_before_anything_exists(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no gated feed-forward"):
-        watch(FeedForward(16, 24), tmp_path / "run")
+        watch(nn.Linear(16, 24), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("settings", "error", "reason"),
     [
-        ({"every": 0}, ValueError, "every=0, channels=8, expected at least 1"),
-        ({"channels": 0}, ValueError, "every=10, channels=0, expected at least 1"),
+        ({"every": 0}, ValueError, "watch: every=0, expected at least 1"),
+        ({"channels": 0}, ValueError, "watch: channels=0, expected at least 1"),
         ({"config": {"a": {1}}}, TypeError, "set is not JSON serializable"),
         ({"resume_at": 3}, RunError, "no run here"),
     ],
@@ -383,10 +383,10 @@ def test_a_full_disk_warns_once_and_its_rows_are_written_later(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     writing, attempts = RunWriter._write_segment, itertools.count()
 
-    def full_for_a_while(self: RunWriter, tables: Any, replaces_earlier: bool = False) -> None:
+    def full_for_a_while(self: RunWriter, *rows: Any) -> None:
         if next(attempts) < 3:
             raise OSError(28, "No space left on device")
-        writing(self, tables, replaces_earlier)
+        writing(self, *rows)
 
     monkeypatch.setattr(RunWriter, "_write_segment", full_for_a_while)
     with watch(model, tmp_path / "run", optimizer=optimizer, flush_seconds=0.0) as watching:
@@ -434,7 +434,8 @@ def test_every_key_of_every_row_is_a_column(
     monkeypatch.setattr(RunWriter, "append", noting)
     model = fp8lab.convert(plain(), DELAYED)
     optimizer = torch.optim.AdamW(model.parameters())
-    with watch(model, tmp_path / "run", optimizer=optimizer, every=1) as watching:
+    select = fp8lab.Selection(tensors=("product",), statistics=("mxfp8_mse",))
+    with watch(model, tmp_path / "run", optimizer=optimizer, every=1, select=select) as watching:
         train(model, optimizer, range(3), watching)
         watching.event(2, "diverged")
     for table, schema in TABLES.items():

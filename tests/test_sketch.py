@@ -1,9 +1,9 @@
-"""A sketch against the tensor it was made of: each statistic equals its definition in numpy.
+"""A sketch against the tensor it was made of: each number equals its definition.
 
-The oracle computes in float64 on the whole tensor, and its histogram takes every magnitude apart
-with math.frexp, so that neither the bit view nor the merging of power sums is trusted. Counts,
-extremes and histograms are equal; a sum may differ by the rounding of its order, and what is made
-of differences of sums by as much as these can lose.
+Sums are taken in Python's fractions and equal, as are counts and extremes; the histogram's oracle
+takes every magnitude apart with math.frexp, so that no bit view is trusted. What a cast does is
+asked of torch's own float8 casts and of `FloatFormat.round`, element by element. Only the fourth
+power is an approximation, and held to its bound. Merging is tested with `==`: to the bit.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from fractions import Fraction
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -22,18 +24,19 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fp8lab.measure import sketch_vector
-from fp8lab.sketch import HISTOGRAM_BINS, SCALARS, Sketch, bin_edge
+from fp8lab import formats
+from fp8lab.casting import Cast
+from fp8lab.formats import FloatFormat
+from fp8lab.measure import sketch_vector, summary
+from fp8lab.recipe import Float8CurrentScaling
+from fp8lab.sketch import HISTOGRAM_BINS, PACKED, Bounds, Sketch, bin_edge
 
 EXACT = ("count", "zeros", "nans", "infs", "amax", "amin", "min", "max")
-SUMS = ("sum", "sum_abs", "sum_squares", "sum_fourth_powers")
-# A float64 sum of n terms is off by at most n · 2^-53 of the sum of magnitudes; torch and numpy sum
-# pairwise, which leaves far less. The largest tensor here has 2^16 elements.
-SUM_TOLERANCE = 1e-12
+FOURTH_POWER = 2.0**-12  # the stated bound
 
 
 def sketch(tensor: Tensor) -> Sketch:
-    return Sketch.from_vector(sketch_vector(tensor).numpy())
+    return Sketch.from_packed(summary(tensor).packed.numpy())
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -93,14 +96,20 @@ def frexp_bin(magnitude: float) -> int:
     return 4 * (exponent - 1 + 127) + math.floor((2.0 * fraction - 1.0) * 4.0)
 
 
+def exact(total: Fraction) -> float:
+    """The float64 nearest to it, as Python divides integers."""
+    return total.numerator / total.denominator
+
+
 def expected_sketch(tensor: Tensor) -> dict[str, Any]:
-    x = plain(tensor)
+    x = plain(tensor).astype(np.float32).astype(np.float64)
     finite = x[np.isfinite(x)]
     magnitude = np.abs(finite)
     nonzero = magnitude[magnitude > 0]
     histogram = np.zeros(HISTOGRAM_BINS, dtype=np.int64)
     for index, count in Counter(frexp_bin(m) for m in nonzero.tolist()).items():
         histogram[index] = count
+    parts = [Fraction(value) for value in finite.tolist()]
     return {
         "count": x.size,
         "zeros": int((x == 0).sum()),
@@ -110,9 +119,9 @@ def expected_sketch(tensor: Tensor) -> dict[str, Any]:
         "amin": nonzero.min(initial=math.inf),
         "min": finite.min(initial=math.inf),
         "max": finite.max(initial=-math.inf),
-        "sum": math.fsum(finite),
-        "sum_abs": math.fsum(magnitude),
-        "sum_squares": math.fsum(magnitude**2),
+        "sum": exact(sum(parts, Fraction())),
+        "sum_abs": exact(sum(map(abs, parts), Fraction())),
+        "sum_squares": exact(sum((part**2 for part in parts), Fraction())),
         "sum_fourth_powers": math.fsum(magnitude**4),
         "histogram": histogram,
     }
@@ -120,12 +129,13 @@ def expected_sketch(tensor: Tensor) -> dict[str, Any]:
 
 def assert_is_sketch_of(got: Sketch, tensor: Tensor) -> None:
     expected = expected_sketch(tensor)
-    for name in EXACT:
+    for name in (*EXACT, "sum", "sum_abs", "sum_squares"):
         assert getattr(got, name) == expected[name], name
     assert got.histogram.tolist() == expected["histogram"].tolist()
-    for name in SUMS:
-        slack = SUM_TOLERANCE * (expected["sum_abs"] if name == "sum" else expected[name])
-        assert abs(getattr(got, name) - expected[name]) <= slack, name
+    fourth = expected["sum_fourth_powers"]
+    # Below 2^-126 the bins are as wide as their numbers, of which 0.2 is left when squared twice.
+    beyond = 2.0**-126 * got.finite if got.amin < 2.0**-126 else 0.0
+    assert abs(got.sum_fourth_powers - fourth) <= FOURTH_POWER * fourth + beyond**4
 
 
 @pytest.mark.parametrize("name", TENSORS)
@@ -165,7 +175,7 @@ def test_every_statistic_is_its_definition(name: str) -> None:
         "mean": finite.mean(),
         "std": finite.std(),
         "l1_norm": magnitude.sum(),
-        "l2_norm": np.linalg.norm(finite),
+        "l2_norm": math.sqrt(expected_sketch(TENSORS[name])["sum_squares"]),
     }
     if magnitude.max() > 0:
         expected |= {
@@ -180,11 +190,16 @@ def test_every_statistic_is_its_definition(name: str) -> None:
     assert set(row) == {*counts, *expected}
     for quantity in ("cur_amax", "min", "max"):
         assert row[quantity] == expected[quantity], quantity
-    # Of a variance made of power sums is lost what the mean's square takes away.
-    assert row["std"] ** 2 == pytest.approx(expected["std"] ** 2, rel=1e-12, abs=1e-13 * rms**2)
-    assert row["mean"] == pytest.approx(expected["mean"], abs=SUM_TOLERANCE * magnitude.mean())
-    for quantity in expected.keys() - {"cur_amax", "min", "max", "std", "mean"}:
-        assert row[quantity] == pytest.approx(expected[quantity], rel=1e-12), quantity
+    parts = [Fraction(value) for value in finite.tolist()]
+    mean = sum(parts, Fraction()) / len(parts)
+    variance = sum(((part - mean) ** 2 for part in parts), Fraction()) / len(parts)
+    assert row["mean"] == pytest.approx(exact(mean), rel=1e-15)
+    root = math.isqrt(int(variance * 2**400)) / 2**200  # variances may be below float64
+    assert row["std"] == pytest.approx(root, rel=1e-15)
+    for quantity in expected.keys() - {"cur_amax", "min", "max", "std", "mean", "kurtosis"}:
+        assert row[quantity] == pytest.approx(expected[quantity], rel=1e-14), quantity
+    if "kurtosis" in expected and row["dynamic_range"] < 100:
+        assert row["kurtosis"] == pytest.approx(expected["kurtosis"], rel=FOURTH_POWER)
 
 
 def test_a_gaussian_has_kurtosis_three() -> None:
@@ -203,6 +218,7 @@ def joined(*names: str) -> Tensor:
 @pytest.mark.parametrize(("one", "other"), list(itertools.product(MERGED, MERGED)))
 def test_two_sketches_merge_into_that_of_both_tensors(one: str, other: str) -> None:
     merged = sketch(TENSORS[one]).merge(sketch(TENSORS[other]))
+    assert merged == sketch(joined(one, other))
     assert_is_sketch_of(merged, joined(one, other))
 
 
@@ -212,20 +228,156 @@ def test_any_number_of_sketches_merges_in_any_order(
     parts: list[NDArray[np.float32]], order: Any
 ) -> None:
     sketches = [sketch(torch.from_numpy(part)) for part in parts]
-    whole = torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
+    packed = [one.to_packed() for one in sketches]
+    whole = sketch(torch.from_numpy(np.concatenate([part.ravel() for part in parts])))
     while len(sketches) > 1:
         order.shuffle(sketches)
         sketches.append(sketches.pop().merge(sketches.pop()))
-    assert_is_sketch_of(sketches[0], whole)
+    assert sketches[0] == whole
+    # So does a reduction over ranks: the sum of all but the extremes, of which the maximum.
+    reduced = np.concatenate([np.sum(packed, axis=0)[:-4], np.max(packed, axis=0)[-4:]])
+    assert Sketch.from_packed(reduced) == whole
 
 
-def test_a_vector_holds_the_scalars_in_order_then_the_histogram() -> None:
+def test_a_sketch_differs_where_a_tensor_does() -> None:
+    one = sketch(TENSORS["random"])
+    changed = TENSORS["random"].clone()
+    changed[5, 7] = torch.nextafter(changed[5, 7], torch.tensor(9.0))
+    assert one == sketch(TENSORS["random"])
+    assert one != sketch(changed)
+    assert one != "sketch"
+
+
+def test_sums_of_a_number_of_elements_that_no_tensor_has_are_exact() -> None:
+    # 2^40 copies of one element, made by doubling: its squares need 88 bits.
+    value = float(np.nextafter(np.float32(2.0), np.float32(0.0)))
+    doubled = sketch(torch.tensor([value, -1.0]))
+    for _ in range(40):
+        doubled = doubled.merge(doubled)
+    n = 2**40
+    assert doubled.count == 2 * n
+    assert doubled.sum == n * (value - 1.0)
+    assert doubled.sum_abs == n * (value + 1.0)
+    assert doubled.sum_squares == exact(n * (Fraction(value) ** 2 + 1))
+
+
+def test_a_packed_sketch_travels_as_integers_and_as_bits_of_floats() -> None:
+    one = sketch(TENSORS["spoilt"])
+    assert one.to_packed().dtype == np.int64
+    assert one.to_packed().shape == (PACKED,)
+    assert Sketch.from_packed(one.to_packed()) == one
     vector = sketch_vector(TENSORS["spoilt"])
-    expected = expected_sketch(TENSORS["spoilt"])
     assert vector.dtype == torch.float64
-    assert vector.shape == (len(SCALARS) + HISTOGRAM_BINS,)
-    assert vector[: len(EXACT)].tolist() == [float(expected[name]) for name in EXACT]
-    assert vector[len(SCALARS) :].tolist() == expected["histogram"].tolist()
+    assert Sketch.from_vector(vector.numpy()) == one
+    with pytest.raises(ValueError, match=r"\[7\] numbers, expected \[12548\]"):
+        Sketch.from_packed(np.zeros(7, dtype=np.int64))
+
+
+# --- questions about a cast --------------------------------------------------------------------
+
+ELEMENTS = [fmt for fmt in formats.FORMATS.values() if fmt.signed]
+EIGHT_BITS = [fmt for fmt in ELEMENTS if fmt.bits <= 8]
+POWERS = [2.0**power for power in (-126, -40, -7, -1, 0, 1, 5, 12, 60, 127)]
+
+
+def around_edges(fmt: FloatFormat, scale: float) -> Tensor:
+    """Every value of the format and every midpoint, divided by the scale, and what is around it in
+    float32, up to five steps away; and some of everything else."""
+    values = np.array(list(itertools.islice(fmt.values(), 300)) + [fmt.max], dtype=np.float64)
+    points = np.concatenate([values, (values[1:] + values[:-1]) / 2, [0.0, fmt.max * 1.0625]])
+    with np.errstate(over="ignore", under="ignore"):
+        single = (points / scale).astype(np.float32)
+    codes = single.view(np.int32).astype(np.int64)[:, None] + np.arange(-5, 6)
+    near = codes.clip(0, 0x7F800000).astype(np.int32).view(np.float32).ravel()
+    rest = [math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, 3e38]
+    tensor = torch.from_numpy(np.concatenate([near, -near, np.float32(rest)]))
+    return torch.cat([tensor, normal(300) / scale])
+
+
+def counted(tensor: Tensor, fmt: FloatFormat, scale: float) -> dict[str, int]:
+    """By the cast itself, as `measure` counts for an operand that is cast."""
+    how = Cast(tensor, Float8CurrentScaling(), fmt, torch.tensor(scale), torch.tensor(1 / scale))
+    code, original = how.rounded().abs(), how.tensor
+    return {
+        "saturated": int(how.saturated().sum()),
+        "flushed": int(((how.fake_quantized() == 0) & (original != 0)).sum()),
+        "subnormal": int(((code > 0) & (code < fmt.smallest_normal)).sum()),
+    }
+
+
+def answers(one: Sketch, fmt: FloatFormat, scale: float) -> dict[str, Bounds]:
+    return {
+        "saturated": one.saturated(fmt, scale),
+        "flushed": one.flushed(fmt, scale),
+        "subnormal": one.subnormal(fmt, scale),
+    }
+
+
+@pytest.mark.parametrize("scale", POWERS)
+@pytest.mark.parametrize("fmt", EIGHT_BITS, ids=repr)
+def test_counts_under_a_power_of_two_are_those_of_the_cast(fmt: FloatFormat, scale: float) -> None:
+    tensor = around_edges(fmt, scale)
+    if fmt.max / scale < 3e38 and fmt.smallest_subnormal / scale > 1e-36:
+        found = answers(sketch(tensor), fmt, scale)
+        assert {name: (n, n) for name, n in counted(tensor, fmt, scale).items()} == found
+
+
+@pytest.mark.parametrize("scale", [*POWERS, 3.0, 448 / 17.3, 1e-30, 3e38])
+@pytest.mark.parametrize("fmt", ELEMENTS, ids=repr)
+def test_counts_under_any_scale_lie_between_the_bounds(fmt: FloatFormat, scale: float) -> None:
+    tensor = around_edges(fmt, scale)
+    found = answers(sketch(tensor), fmt, scale)
+    for name, number in counted(tensor, fmt, float(np.float32(scale))).items():
+        low, high = found[name]
+        assert 0 <= low <= number <= high, name
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    FLOATS,
+    st.sampled_from(ELEMENTS),
+    st.floats(2.0**-100, 2.0**100, width=32) | st.integers(-40, 40).map(lambda power: 2.0**power),
+)
+def test_counts_of_any_tensor_lie_between_the_bounds(
+    values: NDArray[np.float32], fmt: FloatFormat, scale: float
+) -> None:
+    tensor = torch.from_numpy(values)
+    found = answers(sketch(tensor), fmt, scale)
+    exact_here = fmt.bits <= 8 and math.frexp(scale)[0] == 0.5 and 2**-40 <= scale <= 2**40
+    for name, number in counted(tensor, fmt, scale).items():
+        low, high = found[name]
+        assert low <= number <= high, name
+        assert low == high or not exact_here, name
+
+
+def test_bounds_are_no_wider_than_the_bin_they_lie_in() -> None:
+    tensor = normal(100_000)
+    bounds = sketch(tensor).saturated(formats.E4M3, 448 / 1.1)
+    beyond = float((tensor.abs() > 1.1).sum())
+    assert not bounds.exact
+    assert bounds.low <= beyond <= bounds.high
+    assert bounds.low == int((tensor.abs() >= 1.125).sum())
+    assert bounds.high == int((tensor.abs() >= 1.0).sum())
+
+
+@pytest.mark.parametrize(
+    ("fmt", "dtype"),
+    [(formats.E4M3, ml_dtypes.float8_e4m3fn), (formats.E5M2, ml_dtypes.float8_e5m2)],
+)
+def test_flushed_is_what_ml_dtypes_flushes(fmt: FloatFormat, dtype: Any) -> None:
+    tensor = around_edges(fmt, 1.0)
+    values = tensor.numpy()
+    zeros = (values.astype(dtype).astype(np.float32) == 0) & (values != 0)
+    assert sketch(tensor).flushed(fmt) == (zeros.sum(), zeros.sum())
+
+
+def test_what_cannot_be_asked_is_refused() -> None:
+    one = sketch(TENSORS["random"])
+    for scale in (0.0, -1.0, math.inf, math.nan, 1e39):
+        with pytest.raises(ValueError, match="expected positive and finite"):
+            one.saturated(formats.E4M3, scale)
+    with pytest.raises(ValueError, match="E8M0 is a format of scales"):
+        one.flushed(formats.E8M0)
 
 
 def test_bin_edges_are_the_smallest_magnitudes_of_their_bins() -> None:

@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
+from fp8lab import segments
 from fp8lab.record import SCHEMA_VERSION, TABLES, Table
 from fp8lab.store import Run, RunError, RunWriter, find_runs, open_run
 
@@ -174,13 +175,16 @@ def test_create_keeps_what_it_was_told(tmp_path: Path) -> None:
     assert repr(run) == f"Run('{tmp_path}/a/b/run', running)"
 
 
-@pytest.mark.parametrize("kind", ["run", "folder", "file"])
+@pytest.mark.parametrize("kind", ["run", "damaged run", "folder with a file", "file"])
 def test_create_refuses_what_exists_and_touches_nothing(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "run"
     if kind == "run":
         write(path, range(3)).close()
-    elif kind == "folder":
+    elif kind == "damaged run":
+        (path / "segments" / "000000").mkdir(parents=True)
+    elif kind == "folder with a file":
         path.mkdir()
+        (path / "mine").write_text("mine")
     else:
         path.write_text("mine")
     before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
@@ -276,24 +280,24 @@ def test_a_run_that_is_closed_while_it_is_read_is_read_whole(
     writer = write(tmp_path / "run", range(4))
     run = open_run(tmp_path / "run")
     if moment == "listed":
-        listing = Run._files
+        listing = segments.files_of
 
-        def list_then_close(self: Run, table: Table) -> list[Path]:
-            files = listing(self, table)
-            monkeypatch.setattr(Run, "_files", listing)
+        def list_then_close(folder: Path, table: Table) -> list[Path]:
+            files = listing(folder, table)
+            monkeypatch.setattr(segments, "files_of", listing)
             writer.close()
             return files
 
-        monkeypatch.setattr(Run, "_files", list_then_close)
+        monkeypatch.setattr(segments, "files_of", list_then_close)
     else:
-        opening = pa.memory_map
+        opening = pa.OSFile
 
         def close_then_open(name: str) -> Any:
-            monkeypatch.setattr(pa, "memory_map", opening)
+            monkeypatch.setattr(pa, "OSFile", opening)
             writer.close()
             return opening(name)
 
-        monkeypatch.setattr(pa, "memory_map", close_then_open)
+        monkeypatch.setattr(pa, "OSFile", close_then_open)
     assert run.arrow("tensors")["step"].to_pylist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert run.arrow("tensors")["step"].to_pylist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
@@ -358,7 +362,7 @@ def test_flipped_bits_never_raise_anything_else(closed: bool, tmp_path: Path) ->
     if closed:
         writer.close()
     run = open_run(tmp_path / "run")
-    files = [file for table in TABLE_NAMES for file in run._files(table)]
+    files = [f for table in TABLE_NAMES for f in segments.files_of(run.path, table)]
     draw = random.Random(0)
     refused = 0
     for _ in range(100):
@@ -385,11 +389,18 @@ def test_flipped_bits_never_raise_anything_else(closed: bool, tmp_path: Path) ->
         (b"", "run.json: damaged: Expecting value"),
         (b'{"schema_version": 1', "run.json: damaged: Expecting"),
         (b"\xff\xfe", "run.json: damaged: 'utf-8' codec"),
-        (b"[1]", "run.json: schema_version: None, expected 1"),
-        (b"3", "run.json: schema_version: None, expected 1"),
-        (b"{}", "run.json: schema_version: None, expected 1"),
-        (b'{"schema_version": 2}', "run.json: schema_version: 2, expected 1"),
-        (b'{"schema_version": "1"}', "run.json: schema_version: '1', expected 1"),
+        (b"[1]", "run.json: schema_version: None, expected 1 to 2"),
+        (b"3", "run.json: schema_version: None, expected 1 to 2"),
+        (b"{}", "run.json: schema_version: None, expected 1 to 2"),
+        (b'{"schema_version": "1"}', "run.json: schema_version: '1', expected 1 to 2"),
+        (b'{"schema_version": true}', "run.json: schema_version: True, expected 1 to 2"),
+        (b'{"schema_version": 0}', "run.json: schema_version: 0, expected 1 to 2"),
+        (
+            b'{"schema_version": 3}',
+            "run.json: schema_version: 3, expected 1 to 2: a newer fp8lab wrote it",
+        ),
+        (b"[" * 100_000, "run.json: damaged: maximum recursion depth exceeded"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "run.json: damaged: Exceeds the limit"),
     ],
 )
 def test_a_run_json_that_is_none_is_an_error_of_one_line(

@@ -93,6 +93,10 @@ def install() -> None:
     extension.get_cudnn_version = lambda: 91900
     for kernel in KERNELS:
         setattr(extension, kernel.__name__, kernel)
+    for name in GATES | PLAIN:
+        setattr(extension, name, functools.partial(_gated, name))
+        backward_name = name.replace("swiglu", "dswiglu") if "_" in name else f"d{name}"
+        setattr(extension, backward_name, functools.partial(_gated_backward, name))
     sys.modules["transformer_engine_torch"] = extension
     sys.meta_path.insert(0, _NoTriton())  # type: ignore[arg-type]
     _pretend_cuda()
@@ -111,6 +115,9 @@ def install() -> None:
     for module in list(sys.modules.values()):
         if "_empty_tensor" in getattr(module, "__dict__", {}):
             module._empty_tensor = lambda: torch.Tensor()
+        if "_get_cuda_rng_state" in getattr(module, "__dict__", {}):  # checkpoints keep it
+            module._get_cuda_rng_state = lambda *_, **__: torch.zeros(16, dtype=torch.uint8)
+            module._set_cuda_rng_state = lambda *_, **__: None
 
 
 class _NoTriton:
@@ -213,29 +220,67 @@ def fp8_transpose(data: Tensor, dtype: Any, *, out: Tensor | None = None) -> Ten
     return data.reshape(-1, data.shape[-1]).t().contiguous()
 
 
-def _product(gate_and_up: Tensor) -> Tensor:
+# activation/*.cu, util/math.h: what is done to all of it, or to the first half, and the second half
+# is a factor.
+PLAIN: dict[str, Callable[..., Tensor]] = {
+    "relu": F.relu,
+    "srelu": lambda x: F.relu(x).square(),
+    "silu": F.silu,
+}
+GATES: dict[str, Callable[..., Tensor]] = {
+    "swiglu": F.silu,
+    "glu": torch.sigmoid,
+    "geglu": functools.partial(F.gelu, approximate="tanh"),
+    "qgeglu": lambda gate: gate * torch.sigmoid(1.702 * gate),
+    "reglu": F.relu,
+    "sreglu": lambda gate: F.relu(gate).square(),
+    "clamped_swiglu": lambda gate, limit=7.0, alpha=1.702: (
+        gate.clamp(max=limit) * torch.sigmoid(alpha * gate.clamp(max=limit))
+    ),
+}
+
+
+def _product(name: str, gate_and_up: Tensor, parameters: dict[str, float]) -> Tensor:
+    if name in PLAIN:
+        return PLAIN[name](gate_and_up.float())
     gate, up = gate_and_up.float().chunk(2, dim=-1)
-    return F.silu(gate.contiguous()) * up
+    if name == "clamped_swiglu":
+        limit = parameters.get("limit", 7.0)
+        up = up.clamp(-limit, limit) + parameters.get("glu_linear_offset", 1.0)
+        return GATES[name](gate, limit, parameters.get("alpha", 1.702)) * up
+    return GATES[name](gate.contiguous()) * up
 
 
-def swiglu(gate_and_up: Tensor, quantizer: Any = None) -> Any:
-    """activation.cpp: delayed scaling casts the FP32 product; current scaling takes its amax and
-    casts what is left of it in the model's dtype."""
-    dtype, product = gate_and_up.dtype, _product(gate_and_up)
+def _rounded_or_cast(values: Tensor, dtype: torch.dtype, quantizer: Any) -> Any:
+    """activation.cpp: delayed scaling casts the FP32 values; current scaling takes their amax and
+    casts what is left of them in the model's dtype."""
     if quantizer is None:
-        return product.to(dtype)
+        return values.to(dtype)
     if type(quantizer).__name__ == "Float8Quantizer":
-        return _cast(product, quantizer, dtype, _amax(product))
-    return _cast(product.to(dtype).float(), quantizer, dtype, _amax(product))
+        return _cast(values, quantizer, dtype, _amax(values))
+    return _cast(values.to(dtype).float(), quantizer, dtype, _amax(values))
 
 
-def dswiglu(gradient: Tensor, gate_and_up: Tensor, quantizer: Any = None) -> Tensor:
-    if quantizer is not None:
-        raise NotImplementedError("dswiglu with a quantizer: not in the stand-in")
+def _gated(
+    name: str, gate_and_up: Tensor, quantizer: Any = None, *given: float, **named: float
+) -> Any:
+    named |= dict(zip(("limit", "alpha", "glu_linear_offset"), given, strict=False))
+    return _rounded_or_cast(_product(name, gate_and_up, named), gate_and_up.dtype, quantizer)
+
+
+def _gated_backward(
+    name: str,
+    gradient: Tensor,
+    gate_and_up: Tensor,
+    quantizer: Any = None,
+    *given: float,
+    **named: float,
+) -> Any:
+    named |= dict(zip(("limit", "alpha", "glu_linear_offset"), given, strict=False))
     with torch.enable_grad():
         leaf = gate_and_up.detach().float().requires_grad_()
-        (both,) = torch.autograd.grad(_product(leaf), leaf, gradient.float())
-    return both.to(gradient.dtype)
+        (both,) = torch.autograd.grad(_product(name, leaf, named), leaf, gradient.float())
+    return _rounded_or_cast(both, gradient.dtype, quantizer)
 
 
 def _norm(tensor: Tensor, weight: Tensor) -> Tensor:
@@ -279,11 +324,14 @@ def rmsnorm_bwd(
 
 
 def _operand(operand: Any, transposed: bool) -> Tensor:
-    """What a GEMM reads: codes as they lie in memory, or their transposed copy, in FP32.
+    """What a GEMM reads: codes as they lie in memory, or their transposed copy, in FP32; of an
+    operand without codes its values.
 
     A Hopper's FP8 GEMM wants both operands with the summed axis last, so of an operand whose other
     axis is last it reads the transposed copy, and fails if there is none.
     """
+    if not hasattr(operand, "_fp8_dtype"):
+        return operand.float().reshape(-1, operand.shape[-1])
     code = TORCH_DTYPES[int(operand._fp8_dtype)]
     if transposed:
         assert not operand._transpose_invalid
@@ -372,8 +420,6 @@ KERNELS: list[Callable[..., Any]] = [
     quantize,
     bgrad_quantize,
     fp8_transpose,
-    swiglu,
-    dswiglu,
     rmsnorm_fwd,
     rmsnorm_bwd,
     generic_gemm,

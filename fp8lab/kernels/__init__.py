@@ -40,7 +40,7 @@ from fp8lab.formats import FloatFormat
 
 Tile = tuple[int, int]  # rows, columns of elements that share a scale
 
-_SOURCE = Path(__file__).with_name("cpu.c")
+_SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 # No fast-math, no fused multiply-add: every operation rounds once, as torch's do.
 _FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fopenmp-simd", "-pthread", "-fPIC", "-shared"]
 _BUILD_SECONDS = 120
@@ -59,6 +59,13 @@ _SIGNATURES = {
     "fp8lab_scales": [_POINTER, _INT64, _REAL, _REAL, _INT, _POINTER, _POINTER],
     "fp8lab_exponents": [_POINTER, _INT64, _REAL, _POINTER, _POINTER],
     "fp8lab_move_scale": [_POINTER, _INT64, _INT64, _REAL, _INT, _POINTER, _POINTER],
+    "fp8lab_summary": [_POINTER, _INT, *[_INT64] * 3, *[_POINTER] * 3],
+    "fp8lab_sentinel": [_POINTER, _INT, *[_INT64] * 3, *[_POINTER] * 2],
+    "fp8lab_gate": [*[_POINTER] * 3, *[_INT64] * 2, *[_POINTER] * 2],
+    "fp8lab_structure": [_POINTER, _INT64, _POINTER, _INT64, *[_POINTER] * 2],
+    "fp8lab_weights": [*[_POINTER] * 3, _INT, *[_INT64] * 4, *[_POINTER] * 4],
+    "fp8lab_samples": [*[_POINTER] * 2, _INT, *[_INT64] * 3, *[_POINTER] * 2, _INT64, _POINTER],
+    "fp8lab_operand": [_POINTER, _INT, *[_INT64] * 4, *[_POINTER] * 4, _INT64, *[_POINTER] * 3],
 }
 _FLOAT = torch.zeros((), dtype=torch.float32, device="cpu")
 _COUNT = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -127,7 +134,9 @@ def amax(tensor: Tensor) -> Tensor:
     """
     result = torch.empty_like(_FLOAT)
     count = tensor.numel()
-    _get().fp8lab_amax(tensor.data_ptr(), _half(tensor), count, result.data_ptr(), _threads(count))
+    library().fp8lab_amax(
+        tensor.data_ptr(), is_half(tensor), count, result.data_ptr(), threads_for(count)
+    )
     return result
 
 
@@ -138,14 +147,14 @@ def tile_amax(tensor: Tensor, tile: Tile) -> Tensor:
     """
     rows, columns = tensor.shape
     result = torch.empty(_tiles(rows, columns, tile), dtype=torch.float32, device="cpu")
-    _get().fp8lab_tile_amax(
+    library().fp8lab_tile_amax(
         tensor.data_ptr(),
-        _half(tensor),
+        is_half(tensor),
         rows,
         columns,
         *tile,
         result.data_ptr(),
-        _threads(rows * columns),
+        threads_for(rows * columns),
     )
     return result
 
@@ -175,17 +184,17 @@ def fake_quantize(
         down, across = _tiles(rows, columns, tile)
         tiles = down * across
     _check(tensor, out, scale, scale_inv, tiles)
-    _get().fp8lab_cast(
+    library().fp8lab_cast(
         tensor.data_ptr(),
-        _half(tensor),
+        is_half(tensor),
         rows,
         columns,
         *tile,
-        ctypes.addressof(_format(fmt)),
+        ctypes.addressof(format_of(fmt)),
         scale.data_ptr(),
         scale_inv.data_ptr(),
         out.data_ptr(),
-        _threads(rows * columns),
+        threads_for(rows * columns),
     )
     torch.autograd.graph.increment_version(out)
 
@@ -207,17 +216,17 @@ def fake_quantize_blocks(
         raise ValueError(
             f"fp8lab.kernels: {columns} columns in tiles of {size}, expected whole ones"
         )
-    _get().fp8lab_cast_blocks(
+    library().fp8lab_cast_blocks(
         tensor.data_ptr(),
-        _half(tensor),
+        is_half(tensor),
         rows,
         columns,
         size,
-        ctypes.addressof(_format(fmt)),
+        ctypes.addressof(format_of(fmt)),
         ("any", "power_of_two", "exponent").index(kind),
         largest_scale,
         out.data_ptr(),
-        _threads(rows * columns),
+        threads_for(rows * columns),
     )
     torch.autograd.graph.increment_version(out)
 
@@ -236,18 +245,18 @@ def fake_quantize_and_count(
     largest = torch.empty_like(_FLOAT)
     saturated, flushed = torch.empty_like(_COUNT), torch.empty_like(_COUNT)
     count = tensor.numel()
-    _get().fp8lab_cast_and_count(
+    library().fp8lab_cast_and_count(
         tensor.data_ptr(),
-        _half(tensor),
+        is_half(tensor),
         count,
-        ctypes.addressof(_format(fmt)),
+        ctypes.addressof(format_of(fmt)),
         scale.data_ptr(),
         scale_inv.data_ptr(),
         out.data_ptr(),
         largest.data_ptr(),
         saturated.data_ptr(),
         flushed.data_ptr(),
-        _threads(count),
+        threads_for(count),
     )
     torch.autograd.graph.increment_version(out)
     return largest, saturated, flushed
@@ -258,7 +267,7 @@ def scales(
 ) -> tuple[Tensor, Tensor]:
     """`scaling.scale_for` of a usable float32 amax without a previous scale, and its reciprocal."""
     scale, scale_inv = torch.empty_like(amax), torch.empty_like(amax)
-    _get().fp8lab_scales(
+    library().fp8lab_scales(
         amax.data_ptr(),
         amax.numel(),
         largest,
@@ -274,7 +283,7 @@ def exponents(amax: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     """MXFP8's scale and scale_inv of a usable float32 amax, the exponent rounded up."""
     scale, scale_inv = torch.empty_like(amax), torch.empty_like(amax)
     pointers = scale.data_ptr(), scale_inv.data_ptr()
-    _get().fp8lab_exponents(amax.data_ptr(), amax.numel(), 1.0 / largest, *pointers)
+    library().fp8lab_exponents(amax.data_ptr(), amax.numel(), 1.0 / largest, *pointers)
     return scale, scale_inv
 
 
@@ -295,7 +304,7 @@ def move_scale(
         if state.dtype is not torch.float32 or not usable(state):
             raise ValueError(f"fp8lab.kernels: {state.dtype} state, expected contiguous float32")
     offset = 4 * column
-    _get().fp8lab_move_scale(
+    library().fp8lab_move_scale(
         history.data_ptr() + offset,
         length,
         history.shape[1],
@@ -306,11 +315,13 @@ def move_scale(
     )
 
 
-def _half(tensor: Tensor) -> bool:
+def is_half(tensor: Tensor) -> bool:
+    """Whether elements are bfloat16: of what is usable, the rest is float32."""
     return tensor.dtype is torch.bfloat16
 
 
-def _threads(count: int) -> int:
+def threads_for(count: int) -> int:
+    """How many threads share the work on so many elements."""
     return torch.get_num_threads() if count >= _THREADS_FROM else 1
 
 
@@ -336,7 +347,8 @@ def _check(tensor: Tensor, out: Tensor, scale: Tensor, scale_inv: Tensor, tiles:
 
 
 @cache
-def _format(fmt: FloatFormat) -> _Format:
+def format_of(fmt: FloatFormat) -> _Format:
+    """`fmt` as C knows it. Raises ValueError as `fake_quantize` does."""
     shift = 23 - fmt.mantissa_bits
     if not (fmt.signed and fmt.has_zero and fmt.overflow == "saturate"):
         raise ValueError(f"{fmt.name}: expected a signed format of at most 8 bits, with a zero")
@@ -352,7 +364,8 @@ def _format(fmt: FloatFormat) -> _Format:
     )
 
 
-def _get() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """The built library, for a caller who has asked `usable`."""
     if _library is None:
         raise RuntimeError(f"fp8lab.kernels: {_reason}")
     return _library
@@ -367,7 +380,7 @@ def _load() -> ctypes.CDLL:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_ours(folder):
         raise OSError(f"{folder}: others may write to it, and what lies there is executed")
-    parts = (_SOURCE.read_text(), *_FLAGS, *compiler, _processor())
+    parts = (*(path.read_text() for path in _SOURCES), *_FLAGS, *compiler, _processor())
     prefix = f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}-"
     built = [
         path
@@ -419,7 +432,8 @@ def _build(compiler: list[str], folder: Path, prefix: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         output = Path(scratch) / "cpu.so"
         for flag in [[one] for one in native] + [[]]:
-            command = [*compiler, *_FLAGS, *flag, str(_SOURCE), "-o", str(output)]
+            sources = [str(path) for path in _SOURCES if path.suffix == ".c"]
+            command = [*compiler, *_FLAGS, *flag, *sources, "-o", str(output), "-lm"]
             result = subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,

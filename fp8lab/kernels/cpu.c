@@ -8,32 +8,16 @@ so the number of threads cannot change a result. Threads live for one call: noth
 Loops say `omp simd` (-fopenmp-simd, no runtime library) rather than `restrict`, because `out` may
 be the input itself: each element is read and written at the same index. */
 
-#include <float.h>
 #include <pthread.h>
-#include <stdint.h>
-#include <string.h>
 
-#if FLT_EVAL_METHOD != 0 && FLT_EVAL_METHOD != 16 /* 16: only _Float16 is wider than it says */
-#error "float arithmetic is done in a wider type: results would be rounded twice"
-#endif
+#include "floats.h"
 
-#define INLINE static inline __attribute__((always_inline))
 #define MAX_THREADS 64
 /* Columns and rows of a unit of work. Wide, because each jump to another row starts the processor's
    prefetching anew (1024 columns and 32 rows take twice as long). Four rows at once under scales of
    columns, because those scales no longer fit the nearest cache; eight would evict each other. */
 enum { WIDTH = 4096, DEPTH = 4 };
-enum { EXPONENT = 0x7f800000 };
 enum { ANY, POWERS_OF_TWO, EXPONENTS };
-
-/* A format, from FloatFormat (kernels/__init__.py). */
-typedef struct {
-    float largest;
-    float limit;                /* beyond it an element counts as saturated */
-    float zero;                 /* +0 where the format has no negative zero, else -0 */
-    int32_t smallest_exponent;  /* exponent field of its smallest normal number, as a float32 */
-    int32_t shift;              /* 23 - mantissa bits, in the exponent field */
-} Format;
 
 typedef struct {
     const void *x;
@@ -54,49 +38,8 @@ typedef struct {
 
 typedef void Piece(const Task *task, int64_t begin, int64_t end, Found *found);
 
-INLINE int32_t bits(float value) {
-    int32_t code;
-    memcpy(&code, &value, 4);
-    return code;
-}
-
-INLINE float from_bits(int32_t code) {
-    float value;
-    memcpy(&value, &code, 4);
-    return value;
-}
-
-INLINE float load(const void *x, int64_t i, int half) {
-    return half ? from_bits((int32_t)((uint32_t)((const uint16_t *)x)[i] << 16))
-                : ((const float *)x)[i];
-}
-
-/* |value| as an integer, which orders like the float; 0 for NaN. */
-INLINE int32_t magnitude(float value) {
-    int32_t code = bits(value) & INT32_MAX;
-    return code <= EXPONENT ? code : 0;
-}
-
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t units_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-/* |y| on the format's grid: nearest, ties to even, saturating; NaN stays NaN.
-
-`step` is the power of two whose last mantissa bit weighs as much as the format's last bit does at
-|y|'s exponent (or at the smallest normal's, where the subnormals are), so that adding it rounds |y|
-there, and subtracting it is exact. Ties fall to even: step is an even multiple of that bit. */
-INLINE float on_grid(float y, const Format f) {
-    float size = from_bits(bits(y) & INT32_MAX);
-    size = size > f.largest ? f.largest : size;
-    int32_t exponent = bits(size) & EXPONENT;
-    exponent = exponent > f.smallest_exponent ? exponent : f.smallest_exponent;
-    float step = from_bits((int32_t)((uint32_t)exponent + (uint32_t)f.shift));
-    return (size + step) - step;
-}
-
-INLINE float finish(float y, float rounded, float zero, float scale_inv) {
-    return (from_bits(bits(rounded) | (bits(y) & INT32_MIN)) + zero) * scale_inv;
-}
 
 INLINE void cast_one(const void *x, float *out, int64_t i, float scale, float scale_inv,
                      const Format f, int half) {

@@ -17,16 +17,19 @@ import hashlib
 import math
 import platform
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fp8lab.recipe import shown
 
 CORPUS_CAP = 8_000_000  # bytes; the library of CPython 3.11 has 7.8 million by the rule below
 HELD_OUT_DIVISOR = 10  # the last tenth of a corpus is held out
@@ -124,17 +127,24 @@ def read_text(path: str | Path, *, context: int = 1) -> Corpus:
     """A file's bytes, whatever they are; the whole file is read into memory.
 
     `context`, if given, is checked against the length now and not at the first batch. Raises
-    ValueError, in one line, for a file that is missing, a directory, unreadable, empty, or too
-    short for a held-out split with one window of context + 1 bytes.
+    ValueError, in one line, for a file that is missing, a directory, a pipe or device, unreadable,
+    empty, larger than memory, or too short for a held-out split with one window of context + 1
+    bytes.
     """
+    path = Path(path)
     try:
-        raw = Path(path).read_bytes()
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError(f"text {path}: not a file")  # a pipe, say: it would never end
+        raw = path.read_bytes()
     except OSError as error:
         raise ValueError(f"text {path}: {error.strerror}") from None
+    except MemoryError:
+        size = path.stat().st_size
+        raise ValueError(f"text {path}: {size} bytes, more than fit into memory") from None
     if not raw:
         raise ValueError(f"text {path}: the file is empty")
     _check_length(len(raw), context, str(path))
-    return _corpus(raw, Path(path).name)
+    return _corpus(raw, path.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,21 +176,17 @@ class RareToken:
     noise: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("dim", "hidden", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"RareToken.{name}: expected at least 1, got {getattr(self, name)}"
-                )
-        if not 0.0 <= self.event_probability <= 1.0:
-            raise ValueError(
-                f"RareToken.event_probability: expected 0 to 1, got {self.event_probability}"
-            )
-        for name in ("target_scale", "teacher_scale", "noise"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"RareToken.{name}: expected finite and at least 0, got {getattr(self, name)}"
-                )
+        self._require(_is_whole, "a whole number, at least 1", "dim", "hidden", "batch_size")
+        self._require(lambda p: 0.0 <= p <= 1.0, "0 to 1", "event_probability")
+        scales = ("target_scale", "teacher_scale", "noise")
+        self._require(lambda s: 0.0 <= s < 2.0**128, "finite and at least 0", *scales)
         _generator("rare_token_task", self.seed, 0)
+
+    def _require(self, good: Callable[[Any], bool], expected: str, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not good(value):
+                raise ValueError(f"RareToken.{name}: expected {expected}, got {shown(value)}")
 
     @cached_property
     def rare_input(self) -> Tensor:
@@ -228,9 +234,14 @@ class RareToken:
         return x, y, is_rare
 
 
+def _is_whole(value: object) -> bool:
+    return type(value) is int and 1 <= value < 2**32
+
+
 def _generator(stream: str, seed: int, step: int) -> np.random.Generator:
-    if not (0 <= seed < 2**32 and 0 <= step < 2**32):
-        raise ValueError(f"{stream}: expected seed and step in [0, 2^32), got {seed} and {step}")
+    if not all(isinstance(n, int | np.integer) and 0 <= n < 2**32 for n in (seed, step)):
+        got = f"{shown(seed)} and {shown(step)}"
+        raise ValueError(f"{stream}: expected seed and step in [0, 2^32), got {got}")
     return np.random.default_rng((_STREAMS[stream], seed, step))
 
 

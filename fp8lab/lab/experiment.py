@@ -26,14 +26,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import nn
 
 from fp8lab.conversion import convert
 from fp8lab.lab.workers import Workers, in_one_line
-from fp8lab.plan import Plan, recipe_to_dict
+from fp8lab.plan import Plan, named, recipe_to_dict
+from fp8lab.recipe import shown
 from fp8lab.store import RunError, open_run
 
 
@@ -41,6 +42,9 @@ class Mitigation(Protocol):
     """What can be put on a converted model."""
 
     def apply(self, model: nn.Module) -> nn.Module: ...
+
+
+Prediction = Literal["diverges", "survives", "open"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +58,21 @@ class Arm:
     title: str
     plan: Plan
     mitigations: tuple[Mitigation, ...] = ()
-    predicted: Literal["diverges", "survives", "open"] = "open"
+    predicted: Prediction = "open"
     options: Mapping[str, Any] | None = None  # what else the part's training changes for this arm
+
+    def __post_init__(self) -> None:
+        where = f"Arm {shown(self.name)}"
+        _require_types(where, self, name=str, title=str, plan=Plan, mitigations=tuple)
+        if self.predicted not in get_args(Prediction):
+            expected = ", ".join(get_args(Prediction))
+            got = shown(self.predicted)
+            raise ValueError(f"{where}: predicted={got}, expected one of {expected}")
+        try:
+            json.dumps(dict(self.options or {}), allow_nan=False)  # JSON has no infinity
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+            got = f"options={shown(self.options)}: {str(error)[:200]}"
+            raise ValueError(f"{where}: {got}, expected what JSON can hold") from None
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Convert `model` in place and put the mitigations on it."""
@@ -125,7 +142,13 @@ class Part:
     prepare: Callable[[int, Path, Settings, Progress], None] | None = None
 
     def __post_init__(self) -> None:
-        _require_folder_names(f"Part {self.name}: arms", [arm.name for arm in self.arms])
+        where = f"Part {shown(self.name)}"
+        _require_types(where, self, name=str, title=str, arms=tuple, seeds=tuple)
+        _require_folder_names(f"{where}: arms", _all(Arm, where, self.arms))
+        _require_seeds(where, self.seeds)
+        for name, function in (("run", self.run), ("prepare", self.prepare or print)):
+            if not callable(function):
+                raise ValueError(f"{where}: {name}={shown(function)}, expected a function")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +164,12 @@ class Experiment:
     parts: tuple[Part, ...]
 
     def __post_init__(self) -> None:
+        words = dict.fromkeys(("name", "question", "prediction", "refuted_if"), str)
+        _require_types("Experiment", self, **words, limits=tuple, parts=tuple)
         _require_folder_names("Experiment: name", [self.name])
-        _require_folder_names("Experiment: parts", [part.name for part in self.parts])
+        _require_folder_names("Experiment: parts", _all(Part, "Experiment", self.parts))
+        if not all(isinstance(one, str) for one in self.limits):
+            raise ValueError(f"Experiment: limits={shown(self.limits)}, expected sentences")
 
     def describe(self) -> dict[str, Any]:
         """JSON-able: everything but the code."""
@@ -164,11 +191,33 @@ class Experiment:
         }
 
 
+def _require_types(where: str, value: object, **types: type) -> None:
+    for name, kind in types.items():
+        found = getattr(value, name)
+        if not isinstance(found, kind):
+            raise ValueError(f"{where}: {name}={shown(found)}, expected a {kind.__name__}")
+
+
+def _all(kind: type[Arm] | type[Part], where: str, values: tuple[Any, ...]) -> list[str]:
+    for value in values:
+        if not isinstance(value, kind):
+            raise ValueError(f"{where}: {shown(value)}, expected a value of type {kind.__name__}")
+    return [value.name for value in values]
+
+
 def _require_folder_names(where: str, names: list[str]) -> None:
     for name in names:
-        if not re.fullmatch(r"\w[\w.-]*", name) or names.count(name) > 1:
+        if not re.fullmatch(r"\w[\w.-]{0,99}", name) or names.count(name) > 1:
             expected = "distinct names of letters, digits, dots, underscores and hyphens"
-            raise ValueError(f"{where}: {name!r}, expected {expected}")
+            raise ValueError(f"{where}: {shown(name)}, expected {expected}")
+
+
+def _require_seeds(where: str, seeds: Iterable[Any]) -> None:
+    seeds = list(seeds)
+    for seed in seeds:
+        if type(seed) is not int or not 0 <= seed < 2**32 or seeds.count(seed) > 1:
+            expected = "distinct whole numbers in [0, 2^32)"
+            raise ValueError(f"{where}: seed {shown(seed)}, expected {expected}")
 
 
 def load_experiment(name_or_path: str) -> tuple[Path, Experiment]:
@@ -178,17 +227,19 @@ def load_experiment(name_or_path: str) -> tuple[Path, Experiment]:
     `EXPERIMENT`.
     """
     path = Path(name_or_path)
+    called = named(name_or_path)
     if path.suffix != ".py":
         known = {file.stem: file for file in _own_experiments()}
         if name_or_path not in known:
             names = ", ".join(sorted(known)) or "none here"
-            raise ValueError(f"experiment {name_or_path!r}: expected a .py file or one of: {names}")
+            called = shown(name_or_path)
+            raise ValueError(f"experiment {called}: expected a .py file or one of: {names}")
         path = known[name_or_path]
     if not path.is_file():
-        raise ValueError(f"experiment {path}: no such file")
+        raise ValueError(f"experiment {called}: no such file")
     experiment = getattr(_load_module(path), "EXPERIMENT", None)
     if not isinstance(experiment, Experiment):
-        raise ValueError(f"experiment {path}: expected a value EXPERIMENT of type Experiment")
+        raise ValueError(f"experiment {called}: expected a value EXPERIMENT of type Experiment")
     return path, experiment
 
 
@@ -208,7 +259,9 @@ def _load_module(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit() in an experiment's file is no end that goes well
         places = [
             (frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)
         ]
@@ -295,11 +348,13 @@ def run_experiment(
     worker, and RunError if `out` holds something else, runs with other settings among it.
     """
     settings = settings or Settings()
+    seeds = None if seeds is None else list(dict.fromkeys(seeds))
+    _require_seeds("run_experiment", seeds or ())
     wanted = set(arms) if arms is not None else None
     known = {arm.name for part in experiment.parts for arm in part.arms}
     if wanted is not None and not wanted <= known:
         unknown = ", ".join(sorted(wanted - known))
-        raise ValueError(f"arm {unknown}: expected some of {', '.join(sorted(known))}")
+        raise ValueError(f"arm {named(unknown)}: expected some of {', '.join(sorted(known))}")
     begun: list[_Work] = []
     failures: dict[int, str] = {}
 
@@ -319,8 +374,13 @@ def run_experiment(
         pool.do(jobs, on_report, ended)
 
     with Workers(workers) as pool:
-        _claim(out, experiment, settings)
+        description = _description(out, experiment, settings)
         preparations, runs = _stages(experiment, out, wanted, seeds)
+        if description is not None:  # all that could be refused has been: now something is written
+            _write_description(out, description)
+        for work in runs:
+            if work.path.exists():
+                shutil.rmtree(work.path)
         do(preparations)
         unprepared = {(begun[index].part.name, begun[index].seed) for index in failures}
         do([work for work in runs if (work.part.name, work.seed) not in unprepared])
@@ -347,10 +407,18 @@ def _stages(
     return preparations, runs
 
 
+_OF_A_RUN = ("run.json", "segments", "ranks")  # and its tables: what is removed with it
+
+
 def _finished(path: Path) -> bool:
-    """Whether a run is complete; what was left unfinished is removed, to be done again."""
-    if not path.exists():
+    """Whether a run is complete. What was left unfinished will be removed, to be done again.
+
+    Raises RunError if it must not be: somebody is writing it, or it holds what no run writes.
+    """
+    if not path.exists() and not path.is_symlink():
         return False
+    if not path.is_dir():
+        raise RunError(f"{path}: is no folder, expected a run directory or nothing")
     # Without a run.json: its process was killed between two lines of `RunWriter.create`.
     if {child.name for child in path.iterdir()} - {"segments", ".run.json"}:
         run = open_run(path)
@@ -358,12 +426,18 @@ def _finished(path: Path) -> bool:
             return True
         if run.state == "running":
             raise RunError(f"{path}: is being written by process {run.info.get('pid')}")
-    shutil.rmtree(path)
+    for child in sorted(path.iterdir()):
+        name = child.name
+        if name not in _OF_A_RUN and not name.startswith(".") and child.suffix != ".parquet":
+            expected = "expected nothing but the run, which is to be done again"
+            raise RunError(f"{path}: holds {shown(name)}, {expected}")
+    if path.is_symlink():
+        raise RunError(f"{path}: is a link to a run that has to be done again, expected the run")
     return False
 
 
-def _claim(out: Path, experiment: Experiment, settings: Settings) -> None:
-    """Make `out` this experiment's folder, or check that it is."""
+def _description(out: Path, experiment: Experiment, settings: Settings) -> dict[str, Any] | None:
+    """What makes `out` this experiment's folder, None if it says so already."""
     file = out / "experiment.json"
     wanted = asdict(settings)
     if settings.text is not None:  # where it lies on this machine is nobody's business
@@ -371,19 +445,24 @@ def _claim(out: Path, experiment: Experiment, settings: Settings) -> None:
     description = experiment.describe() | {"settings": wanted}
     if out.exists() and any(out.iterdir()):
         try:
-            known = json.loads(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8") if file.is_file() else ""
+            known = json.loads(text)
             name, earlier = known["name"], known["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError):
             raise RunError(
                 f"{out}: exists and holds no experiment, expected a new folder"
             ) from None
         if name != experiment.name:
-            raise RunError(f"{out}: holds experiment {name!r}, expected {experiment.name!r}")
+            raise RunError(f"{out}: holds experiment {shown(name)}, expected {experiment.name!r}")
         if earlier != wanted:
-            raise RunError(f"{out}: holds runs with {earlier}, expected {wanted}")
+            raise RunError(f"{out}: holds runs with {shown(earlier)}, expected {wanted}")
         if known == description:
-            return
+            return None
+    return description
+
+
+def _write_description(out: Path, description: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / ".experiment.json"
     temporary.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    temporary.replace(out / "experiment.json")

@@ -11,6 +11,7 @@ resumed from it gives the same losses to the bit.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from fp8lab.lab.data import read_text, stdlib_text
 from fp8lab.lab.model import LanguageModel
 from fp8lab.monitor import Watch
+from fp8lab.plan import named
+from fp8lab.recipe import shown
 
 
 class Task(Protocol):
@@ -82,8 +85,17 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("steps", "checkpoint_every"):
             value = getattr(self, name)
+            if type(value) is not int and (name == "steps" or value is not None):
+                raise ValueError(f"Schedule: {name}={shown(value)}, expected a whole number")
             if value is not None and value < 1:
-                raise ValueError(f"Schedule: {name}={value}, expected at least 1")
+                raise ValueError(f"Schedule: {name}={shown(value)}, expected at least 1")
+        for name in ("clip_norm", "diverged_above"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not math.isnan(value)
+            if not number and not (name == "clip_norm" and value is None):
+                raise ValueError(f"Schedule: {name}={shown(value)}, expected a number")
+        if not isinstance(self.judged_by, str):
+            raise ValueError(f"Schedule: judged_by={shown(self.judged_by)}, expected a name")
 
 
 def train(
@@ -166,27 +178,35 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
     tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "random": {}}
     try:
+        if path.exists() and not path.is_file():  # the open of a pipe cannot be interrupted
+            raise ValueError("not a file")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             for name in file.keys():
                 kind, _, rest = name.partition(".")
                 tensors[kind][rest] = file.get_tensor(name)
         step, kind = int(metadata["step"]), metadata["optimizer"]
+        if step < 0:
+            raise ValueError(f"step {step}, expected at least 0")
         states = {int(i): dict(of) for i, of in json.loads(metadata["optimizer_state"]).items()}
         for name, value in tensors["optimizer"].items():
             index, _, key = name.partition(".")
             states.setdefault(int(index), {})[key] = value
         random = tensors["random"][""]
-    except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+    except (
+        *(SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError),
+        *(RuntimeError, MemoryError),  # RecursionError, for JSON that is nested, is of the former
+    ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"checkpoint {path}: cannot be loaded: {reason}") from None
+        raise ValueError(f"checkpoint {path}: cannot be loaded: {reason[:200]}") from None
     if kind != _kind(optimizer):
-        raise ValueError(f"checkpoint {path}: optimizer {kind}, expected {_kind(optimizer)}")
-    found, expected = _shapes(tensors["model"]), _shapes(model.state_dict())
-    for name in sorted(found.keys() | expected.keys()):
-        got, wanted = found.get(name, "nothing"), expected.get(name, "nothing")
-        if got != wanted:
-            raise ValueError(f"checkpoint {path}: {name}: {got}, expected {wanted}")
+        wanted = _kind(optimizer)
+        raise ValueError(f"checkpoint {path}: optimizer {named(kind)}, expected {wanted}")
+    _compare(path, "", _shapes(tensors["model"]), _shapes(model.state_dict()))
+    after_a_step = _states_after_a_step(optimizer)
+    for number, state in states.items():
+        where = f"optimizer state {number}: "
+        _compare(path, where, _shapes(state), _shapes(after_a_step.get(number, {})))
     try:
         torch.set_rng_state(random)
     except (RuntimeError, TypeError):
@@ -197,11 +217,39 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     return step
 
 
+def _compare(path: Path, where: str, found: dict[str, str], expected: dict[str, str]) -> None:
+    for name in sorted(found.keys() | expected.keys()):
+        got, wanted = found.get(name, "nothing"), expected.get(name, "nothing")
+        if got != wanted:
+            raise ValueError(f"checkpoint {path}: {where}{named(name)}: {got}, expected {wanted}")
+
+
+def _states_after_a_step(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """What an optimizer would keep of every parameter: a copy of it has made a step of zeros.
+
+    Only it knows; torch loads any state and fails at the next step. Costs a copy of parameters and
+    state for as long as this takes.
+    """
+    twin = copy.deepcopy(optimizer)
+    for group in twin.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    with torch.random.fork_rng(devices=[]):
+        twin.step()
+    states: dict[int, dict[str, Any]] = twin.state_dict()["state"]
+    return states
+
+
 def _kind(optimizer: torch.optim.Optimizer) -> str:
     """Its class, and how many parameters each of its groups has."""
     groups = [len(group["params"]) for group in optimizer.param_groups]
     return f"{type(optimizer).__name__} of {groups} parameters"
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: f"{value.dtype} {list(value.shape)}" for name, value in tensors.items()}
+def _shapes(values: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        name: f"{value.dtype} {list(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"a {type(value).__name__}"
+        for name, value in values.items()
+    }

@@ -1,0 +1,159 @@
+"""What `measure` asks of tensors on a CPU, compiled: one pass each, by `measure.c`.
+
+Every function is for usable tensors (see `kernels.usable`): its caller has asked, and has the same
+in plain torch for the others. Counts and amaxes are equal to that, float64 sums to their rounding;
+they do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from fp8lab import kernels
+from fp8lab.formats import FloatFormat
+
+_F64 = torch.float64
+
+
+def sentinel(matrix: Tensor, found: Tensor) -> None:
+    """Of a [rows, channels] with elements: the largest magnitude (NaN if it has one) and its first
+    channel, into the first two numbers of `found`, contiguous float64 on the CPU."""
+    rows, columns = matrix.shape
+    shares = _shares(matrix.numel(), rows)
+    peaks = torch.empty(shares * columns, dtype=torch.int32, device="cpu")
+    kernels.library().fp8lab_sentinel(
+        matrix.data_ptr(),
+        kernels.is_half(matrix),
+        rows,
+        columns,
+        shares,
+        peaks.data_ptr(),
+        found.data_ptr(),
+    )
+
+
+def gate(
+    product: Tensor, activated_gate: Tensor, activated_up: Tensor, shape: tuple[int, int]
+) -> Tensor:
+    """float64 [2]: amplification and coincidence of tensors of that shape. Each is such a tensor,
+    or the packed int64 of its summary."""
+    count = shape[0] * shape[1]
+    seen = product, activated_gate, activated_up
+    packed = [each.data_ptr() if each.dtype is torch.int64 else None for each in seen]
+    sums = torch.empty(-(-count // 4096), dtype=_F64, device="cpu")
+    columns = torch.empty(2, dtype=_F64, device="cpu")
+    kernels.library().fp8lab_gate(
+        (ctypes.c_void_p * 3)(*packed),
+        (ctypes.c_void_p * 3)(*(each.data_ptr() for each in seen)),
+        (ctypes.c_int * 3)(*(kernels.is_half(each) for each in seen)),
+        count,
+        _shares(count, len(sums)),
+        sums.data_ptr(),
+        columns.data_ptr(),
+    )
+    return columns
+
+
+def structure(tokens: Tensor, channels: Tensor) -> Tensor:
+    """float64 [2]: 99.9th percentile / median of `tokens`, largest / median of `channels`; both
+    float32, not empty, without NaN or sign."""
+    rows, columns = len(tokens), len(channels)
+    memory = torch.empty(max(rows, columns), dtype=torch.int32, device="cpu")
+    found = torch.empty(2, dtype=_F64, device="cpu")
+    kernels.library().fp8lab_structure(
+        tokens.data_ptr(), rows, channels.data_ptr(), columns, memory.data_ptr(), found.data_ptr()
+    )
+    return found
+
+
+def channel_matrix(
+    amaxes: tuple[Tensor, Tensor, Tensor], weights: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
+    """float64 [8, channels]: amaxes of product, gate and up, alignment, permuted alignment and
+    three norms; of float32 [channels] thrice, and of weights [channels, dim] twice and [outputs,
+    channels]."""
+    gate_rows, _, down = weights
+    channels, dim = gate_rows.shape
+    matrix = torch.empty(8, channels, dtype=_F64, device="cpu")
+    kernels.library().fp8lab_weights(
+        *(weight.data_ptr() for weight in weights),
+        _halves(*weights),
+        channels,
+        dim,
+        down.shape[0],
+        _shares(gate_rows.numel(), channels),
+        *(amax.data_ptr() for amax in amaxes),
+        matrix.data_ptr(),
+    )
+    return matrix
+
+
+def sampled_rows(
+    amax: Tensor, gate_rows: Tensor, up_rows: Tensor, followed: list[int], stride: int
+) -> Tensor:
+    """float64 [1 + followed, 1 + 2n]: a channel and every `stride`-th weight of its two rows; first
+    of the channel with the largest of `amax`, float32 [channels]."""
+    channels, dim = gate_rows.shape
+    rows = torch.empty(1 + len(followed), 1 + 2 * -(-dim // stride), dtype=_F64, device="cpu")
+    kernels.library().fp8lab_samples(
+        gate_rows.data_ptr(),
+        up_rows.data_ptr(),
+        _halves(gate_rows, up_rows),
+        channels,
+        dim,
+        stride,
+        amax.data_ptr(),
+        (ctypes.c_int64 * len(followed))(*followed),
+        len(followed),
+        rows.data_ptr(),
+    )
+    return rows
+
+
+def operand(
+    matrix: Tensor,
+    fmt: FloatFormat,
+    scale: Tensor,
+    scale_inv: Tensor,
+    tile: tuple[int, int],
+    balance: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a cast to the nearest of `fmt` does to a [rows, columns] that `balance` [columns] has
+    multiplied: counts int64 [4] (non-zero, saturated, flushed, subnormal), sums float64 [4,
+    columns] (error, power, power of the cast, product with it; balance undone), and channels'
+    amaxes float32 [columns] (NaN if there is one, balance not undone).
+
+    Scales are contiguous float32, one a tile. Raises ValueError for a format without a kernel, as
+    `kernels.fake_quantize` does.
+    """
+    rows, columns = matrix.shape
+    counts = torch.empty(4, dtype=torch.int64, device="cpu")
+    sums = torch.empty(4, columns, dtype=_F64, device="cpu")
+    peaks = torch.empty(columns, dtype=torch.float32, device="cpu")
+    kernels.library().fp8lab_operand(
+        matrix.data_ptr(),
+        kernels.is_half(matrix),
+        rows,
+        columns,
+        *tile,
+        ctypes.addressof(kernels.format_of(fmt)),
+        scale.data_ptr(),
+        scale_inv.data_ptr(),
+        None if balance is None else balance.data_ptr(),
+        _shares(matrix.numel(), columns),
+        counts.data_ptr(),
+        sums.data_ptr(),
+        peaks.data_ptr(),
+    )
+    return counts, sums, peaks
+
+
+def _halves(*tensors: Tensor) -> int:
+    return sum(kernels.is_half(tensor) << place for place, tensor in enumerate(tensors))
+
+
+def _shares(elements: int, units: int) -> int:
+    return max(1, min(kernels.threads_for(elements), units, 64))

@@ -1,0 +1,152 @@
+"""A model among wrappers and processes: its own names, and the rows of all processes together.
+
+Each process records what passes through its part of the model. That adds up: the elements of a
+batch that is split over processes, or of a product that tensor parallelism splits by channels, are
+those of the whole, and a sketch is made of integers and extremes. So one all-reduce of one vector
+of int64 merges a step. Counts and power sums are added by it. What does not add up (extremes,
+float64 sums, whose order matters) has a place of its own for each process, where the others hold
+zero; it arrives as it was sent and is merged in the order of the processes, so the result is the
+same on every one, and does not depend on how the all-reduce adds.
+
+Not reduced: channels and tokens, which are long, and weights. Their columns are in the rows of the
+processes. A tensor that every process holds whole (after tensor parallelism's own all-reduce)
+counts once a process; the output of a down projection, where that is so, is left to the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fp8lab.recorder import Kinds, Recorder, Vector, merged_kind
+from fp8lab.sketch import NUM_EXTREMES, NUM_SUMS
+
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
+_Key = tuple[str, str]  # site, kind
+# Long, or of this process alone.
+_NOT_REDUCED = ("channels", "tokens", "weights", "sampled", "loss")
+
+
+def rank_of() -> int:
+    """This process's number in torch.distributed, 0 without."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        else:
+            return model
+
+
+def plain_name(name: str) -> str:
+    """A module's name as it is without what wraps modules inside the model."""
+    for wrapper in _WRAPPERS:
+        name = f"{name}.".replace(wrapper, "").removesuffix(".") or "."
+    return name
+
+
+def watched_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules and their plain names, without the wrappers themselves."""
+    for name, module in model.named_modules():
+        if not any(wrapper.rstrip(".") in module._modules for wrapper in _WRAPPERS):
+            yield plain_name(name) if name else "", module
+
+
+class Reduction:
+    """Adds up what the processes of a `group` measured in a step, in one all-reduce."""
+
+    def __init__(self, group: Any) -> None:
+        self.size = dist.get_world_size(group)
+        self._group = group
+        self._rank = dist.get_rank(group)
+        self._layout: dict[_Key, int] | None = None  # length of the vector
+        self._owner: dict[str, int] = {}  # the one process that sends a whole tensor
+        on_gpu = "nccl" in str(dist.get_backend(group))
+        self._device = torch.device("cuda" if on_gpu else "cpu")
+
+    def reduce(self, collected: dict[str, Kinds], recorder: Recorder) -> dict[str, Kinds]:
+        """The same for all processes together: as if their parts were micro-batches of one."""
+        mine = {
+            (site, kind): merged_kind(kind, vectors, recorder.names_of(site))
+            for site, kinds in collected.items()
+            if site not in recorder.copies
+            for kind, vectors in kinds.items()
+            if kind not in _NOT_REDUCED
+        }
+        reduced = None if self._layout is None else self._all_reduce(mine)
+        if reduced is None:  # some process met a tensor for the first time: all agree anew
+            self._agree(mine, recorder.wholes)
+            reduced = self._all_reduce(mine)
+        assert reduced is not None
+        return reduced
+
+    def _agree(self, mine: dict[_Key, Vector], wholes: set[str]) -> None:
+        everyone: list[Any] = [None] * self.size
+        lengths = (self._layout or {}) | {key: len(vector) for key, vector in mine.items()}
+        whole_here = {site for site, _ in mine if site in wholes}
+        dist.all_gather_object(everyone, (lengths, whole_here), group=self._group)
+        union = {key: length for lengths, _ in everyone for key, length in lengths.items()}
+        self._layout = dict(sorted(union.items()))
+        for rank, (_, sites) in reversed(list(enumerate(everyone))):
+            self._owner |= dict.fromkeys(sites, rank)
+
+    def _all_reduce(self, mine: dict[_Key, Vector]) -> dict[str, Kinds] | None:
+        """None, on every process alike, if one of them holds something that is not agreed."""
+        assert self._layout is not None
+        known = self._layout
+        is_new = any(known.get(key) != len(vector) for key, vector in mine.items())
+        sent = {k: v for k, v in mine.items() if self._owner.get(k[0], self._rank) == self._rank}
+        added = [key for key in self._layout if key[1] == "summary"]
+        length = 1 + len(added) * NUM_SUMS
+        apart = sum(1 + self._apart(key) for key in self._layout)
+        packed = np.zeros(length + self.size * apart, dtype=np.int64)
+        packed[0] = is_new
+        for number, key in enumerate(added):
+            if key in sent and not is_new:
+                packed[1 + number * NUM_SUMS :][:NUM_SUMS] = sent[key][:NUM_SUMS]
+        at = length + self._rank * apart
+        for key in self._layout:
+            if key in sent and not is_new:
+                vector = sent[key][NUM_SUMS:] if key[1] == "summary" else sent[key]
+                packed[at] = 1
+                packed[at + 1 : at + 1 + self._apart(key)] = vector.view(np.int64)
+            at += 1 + self._apart(key)
+        tensor = torch.from_numpy(packed).to(self._device)
+        dist.all_reduce(tensor, group=self._group)
+        packed = tensor.cpu().numpy()
+        return None if packed[0] else self._taken_apart(packed, added, length, apart)
+
+    def _apart(self, key: _Key) -> int:
+        assert self._layout is not None
+        return NUM_EXTREMES if key[1] == "summary" else self._layout[key]
+
+    def _taken_apart(
+        self, packed: Vector, added: list[_Key], length: int, apart: int
+    ) -> dict[str, Kinds]:
+        assert self._layout is not None
+        merged: dict[str, Kinds] = {}
+        at = length
+        for site, kind in self._layout:
+            width = self._apart((site, kind))
+            parts = [packed[at + rank * apart :][: 1 + width] for rank in range(self.size)]
+            present = [part[1:] for part in parts if part[0]]
+            at += 1 + width
+            if kind == "summary":
+                number = added.index((site, kind))
+                sums = packed[1 + number * NUM_SUMS :][:NUM_SUMS]
+                vectors = [np.concatenate([sums, np.max(present, axis=0)])] if present else []
+            else:
+                vectors = [part.view(np.float64) for part in present]
+            if vectors:
+                merged.setdefault(site, {})[kind] = vectors
+        return merged

@@ -1,0 +1,256 @@
+"""What the hooks of a step have measured, and the one transfer that brings it to the host.
+
+A hook asks whether a tensor is due in this step, reduces it on its device to short vectors
+(`measure`, `statistics`) and leaves these here. At the end of the step all of them travel together:
+float64 as the bits of int64, one copy a device and no other wait. On the host `tensor_row` turns
+what belongs to one row into its columns; micro-batches and ranks merge there, counts and power
+sums exactly, extremes as extremes.
+
+Rejected: `.item()` in hooks, a wait each; and a vector a statistic, a kernel launch each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fp8lab import measure, statistics
+from fp8lab.casting import Cast
+from fp8lab.selection import Selection
+from fp8lab.sketch import Sketch
+
+Vector = NDArray[Any]
+Kinds = dict[str, list[Vector]]  # what was measured of one tensor: kind -> a vector a micro-batch
+
+
+class Recorder:
+    """Knows what is due, and keeps what was measured since the last `collect`."""
+
+    def __init__(
+        self, every: int, selections: Sequence[Selection], first_step: int, always: bool
+    ) -> None:
+        for selection in selections:
+            statistics.check(selection.statistics)
+        self.step = first_step  # counted by `advance`: the caller may number steps otherwise
+        self.full_until = -1  # steps up to this one are recorded whatever `every` says
+        self._every = every
+        self._always = always
+        self.selections = selections
+        self._due: dict[tuple[str, str], tuple[str, ...] | None] = {}
+        self._vectors: list[tuple[str, str, Tensor]] = []
+        self._named: dict[str, tuple[str, ...]] = {}
+        # For adding processes up: sites of which another process sends this part, and sites of
+        # which every process holds the same whole.
+        self.copies: set[str] = set()
+        self.wholes: set[str] = set()
+        self.failures: list[tuple[str, str]] = []  # (layer, why) since they were last looked at
+        self.casts: dict[str, dict[str, str]] = {}  # site -> recipe and format of its last cast
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the gates are recorded in full in this step."""
+        return self._always or self.is_regular
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether the step is a multiple of `every`: so on all processes alike."""
+        return self.step % self._every == 0
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether this step's rows are kept in full even if nothing happens."""
+        return self.is_scheduled or self.step <= self.full_until
+
+    def due(self, layer: str, tensor: str) -> tuple[str, ...] | None:
+        """Names of the statistics that selections ask for in this step, None if none selects it."""
+        key = layer, tensor
+        if key not in self._due:
+            asked = [
+                selection.statistics
+                for selection in self.selections
+                if selection.names(layer, tensor) and selection.covers(self.step, self._every)
+            ]
+            names = tuple(dict.fromkeys(name for group in asked for name in group))
+            self._due[key] = names if asked else None
+        return self._due[key]
+
+    def selects(self, layer: str, tensor: str) -> bool:
+        """Whether any selection is about it, at whatever step."""
+        return any(selection.names(layer, tensor) for selection in self.selections)
+
+    def advance(self) -> None:
+        """The step is over."""
+        self.step += 1
+        self._due.clear()
+
+    def add(self, site: str, kind: str, vector: Tensor) -> None:
+        """Keep a vector, int64 or floating, of the row of `site` until the step ends."""
+        vector = vector if vector.dtype == torch.int64 else vector.double()
+        self._vectors.append((site, kind, vector))
+
+    @torch.no_grad()
+    def record(
+        self,
+        site: str,
+        tensor: Tensor,
+        names: tuple[str, ...] = (),
+        how: Cast | None = None,
+        whole: bool = False,
+    ) -> measure.Summary:
+        """Summarise `tensor`, any shape and floating dtype, for the row of `site`.
+
+        `whole` says that, unless it is a DTensor, every process has the same one.
+        """
+        if is_copy(tensor):
+            self.copies.add(site)
+        elif whole and not hasattr(tensor, "placements"):
+            self.wholes.add(site)
+        tensor = local(tensor.detach())
+        summary = measure.summary(tensor)
+        self.add(site, "summary", summary.packed)
+        if names:
+            self._named[site] = names
+            self.add(site, "statistics", statistics.measure(names, tensor, how))
+        if how is not None:
+            self.note_cast(site, how)
+        return summary
+
+    def fail(self, layer: str, reason: str) -> None:
+        """Something of `layer` cannot be recorded, for a reason; `watch` says so."""
+        self.failures.append((layer, " ".join(reason.split())))
+
+    def note_cast(self, site: str, how: Cast) -> None:
+        """Remember which recipe and format the rows of `site` are about."""
+        self.casts[site] = {"recipe": type(how.recipe).__name__, "format": how.format.name}
+
+    def names_of(self, site: str) -> tuple[str, ...]:
+        """The statistics that were measured of `site` by name."""
+        return self._named.get(site, ())
+
+    def collect(self) -> dict[str, Kinds]:
+        """Everything measured since the last call, on the host, by site and kind."""
+        collected: dict[str, Kinds] = {}
+        hosted = to_host([vector for _, _, vector in self._vectors])
+        for (site, kind, _), vector in zip(self._vectors, hosted, strict=True):
+            collected.setdefault(site, {}).setdefault(kind, []).append(vector)
+        self._vectors.clear()
+        return collected
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that this process holds; any other tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def is_copy(tensor: Tensor) -> bool:
+    """Whether a DTensor's part is held by a process before this one as well."""
+    placements = getattr(tensor, "placements", None)
+    if placements is None:
+        return False
+    coordinate = tensor.device_mesh.get_coordinate() or ()  # type: ignore[attr-defined]
+    places = zip(coordinate, placements, strict=False)
+    return any(index > 0 and not placement.is_shard() for index, placement in places)
+
+
+def to_host(vectors: list[Tensor]) -> list[Vector]:
+    """int64 and float64 vectors in one transfer (one a device, if the model is spread out)."""
+    hosted: list[Vector] = [vector.numpy() if vector.is_cpu else np.empty(0) for vector in vectors]
+    by_device: dict[torch.device, list[int]] = {}
+    for position, vector in enumerate(vectors):
+        if not vector.is_cpu:
+            by_device.setdefault(vector.device, []).append(position)
+    for positions in by_device.values():
+        packed = torch.cat([vectors[p].view(torch.int64) for p in positions]).cpu().numpy()
+        ends = np.cumsum([vectors[p].numel() for p in positions])
+        for position, part in zip(positions, np.split(packed, ends[:-1]), strict=True):
+            is_float = vectors[position].dtype == torch.float64
+            hosted[position] = part.view(np.float64) if is_float else part
+    return hosted
+
+
+def tensor_row(site: str, kinds: Kinds, names: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The columns of one tensor row; what was not measured is left out."""
+    row: dict[str, Any] = {"site": site}
+    found = {kind: merged_kind(kind, vectors, names) for kind, vectors in kinds.items()}
+    if "sentinel" in found:
+        row |= _sentinel_columns(found["sentinel"])
+    if "summary" in found:
+        sketch = Sketch.from_packed(found["summary"])
+        row |= sketch.statistics()
+        if "activated_gate" in found and "activated_up" in found:
+            row |= _gate_columns(sketch, found["activated_gate"], found["activated_up"])
+    if "channels" in found:
+        row |= finite_columns(("channel_ratio",), _peak_ratio(found["channels"], 1.0))
+    if "tokens" in found:
+        row |= finite_columns(("token_ratio",), _peak_ratio(found["tokens"], 0.999))
+    if "operand" in found:
+        row |= measure.operand_statistics(found["operand"])
+    if "extremes" in found:
+        row |= finite_columns(("cur_amax", "max"), found["extremes"])
+    if "statistics" in found:
+        row["statistics"] = list(statistics.finish(names, found["statistics"]).items())
+    return row
+
+
+def merged_kind(kind: str, vectors: list[Vector], names: tuple[str, ...] = ()) -> Vector:
+    """One vector for all micro-batches, or all processes, of a row; `names` are its statistics."""
+    if len(vectors) == 1:
+        return vectors[0]
+    if kind == "summary":
+        return reduce(Sketch.merge, map(Sketch.from_packed, vectors)).to_packed()
+    if kind == "statistics":
+        return reduce(lambda one, other: statistics.merge(names, one, other), vectors)
+    if kind == "tokens":
+        return np.concatenate(vectors)
+    stacked = np.stack(vectors)
+    if kind in ("channels", "extremes", "logit_max"):
+        return np.asarray(np.max(stacked, axis=0))
+    if kind == "sentinel":
+        amax, channel, scale, staleness = stacked.T
+        hottest = int(np.argmax(amax))  # the first NaN, if there is one
+        merged = amax[hottest], channel[hottest], scale[-1], staleness.max()
+        return np.array(merged)
+    if kind.startswith("activated"):
+        return np.array([stacked[:, 0].max(), *stacked[:, 1:].sum(axis=0)])
+    if kind in ("operand", "grad_squares", "update", "rms_t"):
+        return np.asarray(np.sum(stacked, axis=0))
+    return vectors[-1]  # of weights, the loss: the last
+
+
+def _sentinel_columns(sentinel: Vector) -> dict[str, Any]:
+    amax, channel, scale, staleness = sentinel
+    row: dict[str, Any] = {}
+    if np.isfinite(amax):
+        row |= {"cur_amax": float(amax), "hot_channel": int(channel)}
+    return row | finite_columns(("scale", "staleness"), np.array([scale, staleness]))
+
+
+def _gate_columns(sketch: Sketch, gate: Vector, up: Vector) -> dict[str, float]:
+    """From the product's sketch and [amax, sum of squares] of either factor; all three have the
+    same number of elements, which cancels."""
+    if sketch.finite < sketch.count:
+        return {}
+    peaks, powers = np.array([[sketch.amax, sketch.sum_squares], gate, up]).T
+    with np.errstate(all="ignore"):
+        crests = peaks / np.sqrt(powers)
+        values = np.array([crests[0] / crests[1:].max(), peaks[0] / (peaks[1] * peaks[2])])
+    return finite_columns(("amplification", "coincidence"), values)
+
+
+def _peak_ratio(amaxes: Vector, quantile: float) -> Vector:
+    with np.errstate(all="ignore"):
+        low, high = np.quantile(amaxes, [0.5, quantile])
+        return np.array([high / low])
+
+
+def finite_columns(names: Sequence[str], values: Vector) -> dict[str, float]:
+    """Names with their values, those left out that are not finite."""
+    pairs = zip(names, values, strict=True)
+    return {name: float(value) for name, value in pairs if np.isfinite(value)}

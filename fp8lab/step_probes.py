@@ -1,0 +1,188 @@
+"""What is measured once a step: the model's output and what the optimizer does.
+
+Both leave sums and maxima with the recorder, of which `step_columns` makes numbers on the host. A
+parameter that is spread over ranks (a DTensor) counts with what this process holds of it, divided
+by how often that is held, so that adding the ranks up gives the whole; without such a sum its
+columns stay empty, for a part is not the norm. Source of RMS_t: StableAdamW (2304.13013).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fp8lab.probes import counts_as_training
+from fp8lab.recorder import Kinds, Recorder, local, merged_kind
+
+STEP = ""  # the site of what belongs to the whole step
+# Of the parameters before an update at most so many elements are kept, evenly spread: a copy of
+# all would be what a large model has no room for.
+SAMPLED_PARAMETERS = 1 << 24
+
+
+class OutputProbe:
+    """The largest magnitude of what the model returns: of its logits, in a language model.
+
+    Looks at a tensor, or at the `logits` of an output that has them; anything else is passed over.
+    """
+
+    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
+        self._model = model
+        self._recorder = recorder
+
+    def attach(self) -> list[Any]:
+        return [self._model.register_forward_hook(torch.compiler.disable(self._returned))]
+
+    def _returned(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._recorder.is_due and counts_as_training(module):
+            logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+            if isinstance(logits, Tensor) and logits.is_floating_point() and logits.numel():
+                peak = local(logits.detach()).aminmax()
+                largest = torch.maximum(peak.max, -peak.min).double()
+                self._recorder.add(STEP, "logit_max", largest.reshape(1))
+
+
+class OptimizerProbe:
+    """Reads the optimizer around its step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, recorder: Recorder, ranks: int) -> None:
+        self._optimizer = optimizer
+        self._recorder = recorder
+        self._ranks = ranks
+        self._before: list[tuple[nn.Parameter, Tensor]] = []
+        self._rms: list[Tensor | None] = []
+        self.learning_rate: float | None = None
+        self.is_sharded = False
+
+    def attach(self) -> list[Any]:
+        return [
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        groups = self._optimizer.param_groups
+        return [p for group in groups for p in group["params"] if p.grad is not None]
+
+    @torch.no_grad()
+    def _before_step(self, *_: Any) -> None:
+        parameters = self._parameters()
+        self.learning_rate = float(self._optimizer.param_groups[0]["lr"])
+        self.is_sharded = any(_is_sharded(p) for p in parameters)
+        if parameters:
+            squares = _squares((p, p.grad) for p in parameters)
+            self._recorder.add(
+                STEP, "grad_squares", self._weighted(parameters, squares).sum()[None]
+            )
+        if self._recorder.is_due:
+            stride = -(-sum(local(p).numel() for p in parameters) // SAMPLED_PARAMETERS)
+            self._before = [(p, _sample(p, stride).clone()) for p in parameters]
+            groups = self._optimizer.param_groups
+            self._rms = [self._rms_of_stored(p, g) for g in groups for p in g["params"]]
+
+    @torch.no_grad()
+    def _after_step(self, *_: Any) -> None:
+        if not self._before:
+            return
+        parameters = [p for p, _ in self._before]
+        stride = -(-sum(local(p).numel() for p in parameters) // SAMPLED_PARAMETERS)
+        changes = _squares((p, _sample(p, stride).double() - b) for p, b in self._before)
+        sums = torch.stack([changes, _squares(self._before)])
+        self._recorder.add(STEP, "update", self._weighted(parameters, sums).sum(dim=1))
+        self._before = []
+        groups = self._optimizer.param_groups
+        rms = [_rms_t(p, self._optimizer.state.get(p, {}), g) for g in groups for p in g["params"]]
+        known = [value for value in self._rms + rms if value is not None]
+        if known:
+            self._recorder.add(STEP, "rms_t", _on_one_device(known).flatten())
+
+    def _weighted(self, parameters: list[nn.Parameter], squares: Tensor) -> Tensor:
+        """A tensor's squares, divided by the number of processes that have the same ones."""
+        if not self.is_sharded:
+            return squares
+        copies = [_copies(p, self._ranks) for p in parameters]
+        return squares / torch.tensor(copies, dtype=torch.float64, device=squares.device)
+
+    def _rms_of_stored(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor | None:
+        """RMS_t of a second moment that is stored in FP8: what the step is about to use, and not
+        what will be left of it, where a small one is zero and RMS_t would be a million."""
+        state = self._optimizer.state.get(parameter, {})
+        read = getattr(self._optimizer, "moments", None)
+        if read is None or "exp_avg_sq" in state or parameter.grad is None:
+            return None
+        beta, squares = group["betas"][1], parameter.grad.double().square()
+        before = read(parameter)[1].double() if state else torch.zeros_like(squares)
+        moment = beta * before + (1.0 - beta) * squares
+        return _rms_t(
+            parameter, {"exp_avg_sq": moment, "step": state["step"] + 1 if state else 1}, group
+        )
+
+
+def step_columns(kinds: Kinds, is_whole: bool) -> dict[str, float]:
+    """Columns of a step row, from one vector a process; those that need every part of the
+    parameters only if `is_whole`."""
+    row: dict[str, float] = {}
+    found = {kind: merged_kind(kind, vectors) for kind, vectors in kinds.items()}
+    if "logit_max" in found:
+        row["logit_max"] = float(found["logit_max"][0])
+    if not is_whole:
+        return row
+    if "grad_squares" in found:
+        row["grad_norm"] = float(np.sqrt(found["grad_squares"][0]))
+    with np.errstate(all="ignore"):
+        if "update" in found:
+            changes, before = np.sqrt(found["update"])
+            row["update_ratio"] = float(changes / before)
+        if "rms_t" in found:
+            squares, counts = found["rms_t"].reshape(-1, 2).T
+            row["rms_t"] = float(np.sqrt(squares / counts).max())
+    return row
+
+
+def _rms_t(parameter: nn.Parameter, state: Any, group: dict[str, Any]) -> Tensor | None:
+    """float64 [2]: the sum of g^2 / max(v, eps^2) and how many they are."""
+    # Adafactor, too, has an exp_avg_sq, but no beta to correct it with.
+    if "exp_avg_sq" not in state or "betas" not in group or parameter.grad is None:
+        return None
+    # A fused optimizer counts its steps on the device: converting to a float would wait for it.
+    steps = torch.as_tensor(state["step"], dtype=torch.float64)
+    second_moment = local(state["exp_avg_sq"]).double() / (1.0 - group["betas"][1] ** steps)
+    ratio = local(parameter.grad).double().square() / second_moment.clamp(min=group["eps"] ** 2)
+    return torch.stack([ratio.sum(), torch.full_like(ratio.sum(), ratio.numel())])
+
+
+def _squares(tensors: Iterable[tuple[nn.Parameter, Tensor | None]]) -> Tensor:
+    """float64 [tensors]: of each the sum of squares; a norm in BF16 would have two digits."""
+    norms = [
+        torch.linalg.vector_norm(local(tensor), dtype=torch.float64)
+        for _, tensor in tensors
+        if tensor is not None
+    ]
+    return _on_one_device(norms).square()
+
+
+def _sample(parameter: nn.Parameter, stride: int) -> Tensor:
+    return local(parameter.detach()).reshape(-1)[::stride]
+
+
+def _on_one_device(vectors: list[Tensor]) -> Tensor:
+    return torch.stack([vector.to(vectors[0].device) for vector in vectors])
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    return any(placement.is_shard() for placement in getattr(parameter, "placements", ()))
+
+
+def _copies(parameter: Tensor, ranks: int) -> float:
+    """How many of `ranks` processes hold the same part of a parameter."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return float(ranks)
+    parts = 1
+    for size, placement in zip(mesh.shape, parameter.placements, strict=True):  # type: ignore[attr-defined]
+        parts *= size if placement.is_shard() else 1
+    return ranks / parts

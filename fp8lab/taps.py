@@ -1,0 +1,296 @@
+"""What a `Selection` asks for beyond the feed-forwards: operands and gradients of linear layers,
+the residual stream, attention logits, weights, weight gradients and the optimizer's moments.
+
+Nothing here stands in the graph. Gradients are seen by hooks on tensors and, where a tensor's own
+gradient would be the sum over all who read it, by a hook on the node that computes the layer's
+share. (Rejected: `register_full_backward_hook`, which puts a function of its own around the layer
+and may so change the order in which three gradients are added up.) Weights, their gradients and
+the moments are read at the optimizer's step: the weights and gradients before it, moments after.
+
+Attention logits are the arguments of the softmax: recomputed as q k^T · scale where a block calls
+`scaled_dot_product_attention`, seen where it calls `softmax` itself. A fused kernel of another
+library hides them, and then their row is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from fp8lab.probes import counts_as_training
+from fp8lab.recorder import Recorder, local
+from fp8lab.selection import BLOCK_TENSORS, LINEAR_TENSORS, PARAMETER_TENSORS
+
+# So many nodes behind a layer's output are searched for the one that reads its input.
+_NODES_SEARCHED = 16
+
+
+class TensorTaps:
+    """The hooks for everything that selections name outside of feed-forwards."""
+
+    def __init__(
+        self,
+        modules: Iterable[tuple[str, nn.Module]],
+        recorder: Recorder,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> None:
+        self._recorder = recorder
+        self._optimizer = optimizer
+        modules = list(modules)
+        self._failed: set[str] = set()
+        self.sites: set[str] = set()  # rows that may come
+        self._linears = [
+            (name, module) for name, module in modules if self._any(name, module, LINEAR_TENSORS)
+        ]
+        self._blocks = [
+            (f"{name}.{child_name}".lstrip("."), child)
+            for name, module in modules
+            if isinstance(module, nn.ModuleList)
+            for child_name, child in module.named_children()
+        ]
+        self._blocks = [pair for pair in self._blocks if self._selected(pair[0], BLOCK_TENSORS)]
+        self._parameters = [
+            (owner, parameter)
+            for name, module in modules
+            for owner, parameter in _matrices(name, module)
+            if self._selected(owner, PARAMETER_TENSORS)
+        ]
+        if self._parameters and optimizer is None:
+            raise ValueError(
+                f"watch: {', '.join(PARAMETER_TENSORS)} are read at the optimizer's step, "
+                "expected optimizer="
+            )
+
+    def _any(self, name: str, module: nn.Module, tensors: tuple[str, ...]) -> bool:
+        weight = getattr(module, "weight", None)
+        is_linear = (
+            isinstance(weight, Tensor) and weight.dim() == 2 and hasattr(module, "in_features")
+        )
+        return is_linear and self._selected(name, tensors)
+
+    def _selected(self, layer: str, tensors: tuple[str, ...]) -> bool:
+        selected = [tensor for tensor in tensors if self._recorder.selects(layer, tensor)]
+        self.sites.update(f"{layer}:{tensor}" for tensor in selected)
+        return bool(selected)
+
+    def attach(self) -> list[Any]:
+        handles: list[Any] = []
+        for name, module in self._linears:
+            hook = torch.compiler.disable(self._linear_ran(name))
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        for name, block in self._blocks:
+            handles.append(
+                block.register_forward_hook(torch.compiler.disable(self._block_ran(name)))
+            )
+            if self._recorder.selects(name, "attention_logits"):
+                handles += _LogitsTap(name, block, self._recorder).attach()
+        if self._parameters and self._optimizer is not None:
+            handles.append(self._optimizer.register_step_pre_hook(self._before_step))
+            handles.append(self._optimizer.register_step_post_hook(self._after_step))
+        return handles
+
+    def _record(self, layer: str, name: str, tensor: Tensor | None) -> None:
+        names = self._recorder.due(layer, name)
+        if names is None or tensor is None or not tensor.numel() or layer in self._failed:
+            return
+        try:
+            whole = name in PARAMETER_TENSORS
+            self._recorder.record(f"{layer}:{name}", tensor, names, whole=whole)
+        except Exception as error:  # what cannot be measured must not end the training
+            self._failed.add(layer)
+            self._recorder.fail(layer, f"{name}: {type(error).__name__}: {error}")
+
+    def _record_gradient(self, layer: str, name: str) -> Callable[[Tensor], None]:
+        return lambda gradient: self._record(layer, name, gradient)
+
+    def _linear_ran(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            input, result = _first_tensor((*args, *kwargs.values())), _first_tensor(output)
+            if counts_as_training(module):
+                self._record(name, "input", input)
+                self._record(name, "output", result)
+            if result is None or not result.requires_grad:
+                return
+            if self._recorder.due(name, "grad_output") is not None:
+                result.register_hook(self._record_gradient(name, "grad_output"))
+            if input is not None and self._recorder.due(name, "grad_input") is not None:
+                _hook_share_of(input, result, self._record_gradient(name, "grad_input"))
+
+        return hook
+
+    def _block_ran(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            stream = _first_tensor(output)
+            if stream is None:
+                return
+            if counts_as_training(module):
+                self._record(name, "residual", stream)
+            if stream.requires_grad and self._recorder.due(name, "grad_residual") is not None:
+                stream.register_hook(self._record_gradient(name, "grad_residual"))
+
+        return hook
+
+    @torch.no_grad()
+    def _before_step(self, *_: Any) -> None:
+        for owner, parameter in self._parameters:
+            self._record(owner, "weight", parameter)
+            self._record(owner, "grad_weight", parameter.grad)
+
+    @torch.no_grad()
+    def _after_step(self, *_: Any) -> None:
+        for owner, parameter in self._parameters:
+            asked = [
+                n for n in ("exp_avg", "exp_avg_sq") if self._recorder.due(owner, n) is not None
+            ]
+            if asked:
+                moments = _moments(self._optimizer, parameter)
+                for name in asked:
+                    self._record(owner, name, moments.get(name))
+
+
+def _moments(optimizer: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Adam's moments, also where they are stored in FP8 (`optim`)."""
+    state = optimizer.state.get(parameter, {})
+    if state and "exp_avg" not in state and hasattr(optimizer, "moments"):
+        return dict(zip(("exp_avg", "exp_avg_sq"), optimizer.moments(parameter), strict=True))
+    return {name: state[name] for name in ("exp_avg", "exp_avg_sq") if name in state}
+
+
+def _matrices(name: str, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters that `module` owns itself, with two dimensions or more, by the row's layer."""
+    return [
+        (name if own == "weight" else f"{name}.{own}".lstrip("."), parameter)
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() >= 2
+    ]
+
+
+def _first_tensor(values: Any) -> Tensor | None:
+    if isinstance(values, Tensor):
+        return values if values.is_floating_point() else None
+    if isinstance(values, tuple | list):
+        return next((t for t in map(_first_tensor, values[:1]) if t is not None), None)
+    return None
+
+
+def _hook_share_of(input: Tensor, output: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """Call `hook` with the gradient that flows from `output` into `input` alone."""
+    if not input.requires_grad or output.grad_fn is None:
+        return
+    wanted = get_gradient_edge(input)
+    waiting: list[Node] = [output.grad_fn]
+    for _ in range(_NODES_SEARCHED):
+        if not waiting:
+            return
+        node = waiting.pop(0)
+        for position, (behind, number) in enumerate(node.next_functions):
+            if behind is not None and _is(wanted, behind, number):
+                node.register_hook(_at(position, hook))
+                return
+            if behind is not None:
+                waiting.append(behind)
+
+
+def _is(edge: GradientEdge, node: Node, number: int) -> bool:
+    return edge.node == node and edge.output_nr == number
+
+
+def _at(position: int, hook: Callable[[Tensor], None]) -> Callable[[Any, Any], None]:
+    def of_node(grad_inputs: Any, grad_outputs: Any) -> None:
+        if grad_inputs[position] is not None:
+            hook(grad_inputs[position])
+
+    return of_node
+
+
+class _LogitsTap(TorchFunctionMode):
+    """Sees the attention of one block: [largest magnitude, largest value] of its logits."""
+
+    def __init__(self, name: str, block: nn.Module, recorder: Recorder) -> None:
+        super().__init__()
+        self._name, self._block, self._recorder = name, block, recorder
+        self._entered = 0
+
+    def attach(self) -> list[Any]:
+        enter, leave = torch.compiler.disable(self._enter), torch.compiler.disable(self._leave)
+        return [
+            self._block.register_forward_pre_hook(enter),
+            self._block.register_forward_hook(leave, always_call=True),
+        ]
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        due = self._recorder.due(self._name, "attention_logits") is not None
+        if due and counts_as_training(module) and not torch.compiler.is_compiling():
+            self._entered += 1
+            self.__enter__()
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._entered:
+            self._entered -= 1
+            self.__exit__(None, None, None)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            self._add(_logits_extremes(*args, **kwargs))
+        elif func in (functional.softmax, torch.softmax, Tensor.softmax) and args[0].dim() >= 3:
+            self._add(_extremes(args[0], args[0] > torch.finfo(args[0].dtype).min / 2))
+        return func(*args, **kwargs)
+
+    def _add(self, extremes: Tensor) -> None:
+        self._recorder.add(f"{self._name}:attention_logits", "extremes", extremes)
+
+
+def _extremes(logits: Tensor, allowed: Tensor) -> Tensor:
+    """float64 [2]: largest magnitude and largest value of the logits that are not masked."""
+    logits = logits.detach().double()
+    return torch.stack(
+        [
+            torch.where(allowed, logits.abs(), 0.0).amax(),
+            torch.where(allowed, logits, -torch.inf).amax(),
+        ]
+    )
+
+
+@torch.no_grad()
+def _logits_extremes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Of q [..., T, d] and k [..., S, d] as `scaled_dot_product_attention` takes them, one
+    sequence at a time: all logits at once would be the memory that it exists to save."""
+    query, key = local(query.detach()), local(key.detach())
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+    queries, keys = (t.reshape(-1, *t.shape[-2:]) for t in (query, key))
+    size = queries.shape[1], keys.shape[1]
+    masks = attn_mask
+    if masks is not None:
+        masks = masks.detach().expand(*query.shape[:-2], *size).reshape(-1, *size)
+    causal = torch.ones(size, dtype=torch.bool, device=query.device).tril()
+    found = []
+    for index in range(len(queries)):
+        logits = (queries[index].float() @ keys[index].float().t()) * factor
+        allowed = causal if is_causal else torch.ones_like(causal)
+        if masks is not None and masks.dtype == torch.bool:
+            allowed = masks[index]
+        elif masks is not None:
+            logits = logits + masks[index]
+            allowed = logits > torch.finfo(masks.dtype).min / 2
+        found.append(_extremes(logits, allowed))
+    return torch.stack(found).amax(dim=0)

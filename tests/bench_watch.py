@@ -1,0 +1,219 @@
+"""What watching costs: tables for `make bench`, beside what others cost in the same run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_ratio import Row, Work, decided, ratio
+from torch import nn
+
+import fp8lab
+from fp8lab import GatedFeedForward, Selection
+
+WIDTH, HIDDEN, LAYERS, TOKENS = 256, 688, 6, 1024
+
+GRADIENTS = Selection(tensors=("grad_gate", "grad_up", "grad_product", "grad_output"), freq=1)
+WEIGHTS = Selection(layers=("*.gate", "*.up", "*.down"), tensors=("weight", "grad_weight"), freq=1)
+MOMENTS = Selection(layers=WEIGHTS.layers, tensors=("exp_avg", "exp_avg_sq"), freq=1)
+WHAT_IFS = Selection(
+    tensors=("product",),
+    statistics=("fp8_current_scaling_underflows%", "mxfp8_underflows%", "mxfp8_mse"),
+    freq=1,
+)
+
+
+class Training:
+    """Steps of a stack of SwiGLU feed-forwards, with or without an optimizer."""
+
+    def __init__(
+        self, width: int = WIDTH, layers: int = LAYERS, tokens: int = TOKENS, adam: bool = False
+    ) -> None:
+        torch.manual_seed(0)
+        hidden = width * HIDDEN // WIDTH
+        self.model = nn.Sequential(*(GatedFeedForward(width, hidden) for _ in range(layers)))
+        self.x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0) if adam else None
+
+    def step(self) -> torch.Tensor:
+        self.model.zero_grad(set_to_none=True)
+        loss = self.model(self.x).square().mean()
+        loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+        return loss
+
+
+@contextlib.contextmanager
+def watched(training: Training, steps: int = 1, **options: Any) -> Iterator[Work]:
+    """So many steps of a training that is watched."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, number = Path(folder) / "run", iter(range(1_000_000))
+        with fp8lab.watch(
+            training.model, path, optimizer=training.optimizer, **options
+        ) as watching:
+
+            def work() -> None:
+                for _ in range(steps):
+                    loss = training.step()
+                    watching.step(next(number), loss=loss)
+
+            yield work
+
+
+def steps_of(training: Training, steps: int = 1) -> Work:
+    def work() -> None:
+        for _ in range(steps):
+            training.step()
+
+    return work
+
+
+def watching_rows() -> Iterator[Row]:
+    """Six SwiGLU feed-forwards 256/688, 1024 tokens, forward and backward: watched / unwatched; \
+95 % confidence"""
+    plain, adam = Training(), Training(adam=True)
+    yield Row("nothing (noise)", decided(steps_of(Training()), steps_of(plain), 1.0, 31, 31))
+    with watched(Training(), every=1) as work:
+        yield Row(
+            "all statistics of gate, up and product, every step",
+            decided(work, steps_of(plain), 1.08),
+            "≤ 1.08",
+        )
+    with watched(Training(), steps=10) as work:
+        found = decided(work, steps_of(plain, 10), 1.03, at_most=41)
+        yield Row("default: sentinel every step, all every 10", found, "≤ 1.03")
+    with watched(Training(adam=True), steps=10) as work:
+        found = decided(work, steps_of(adam, 10), 1.03, at_least=9, at_most=21)
+        yield Row("default, with AdamW and what it does", found)
+    groups = {
+        "gradients": (GRADIENTS, False),
+        "weights and their gradients": (WEIGHTS, True),
+        "AdamW's moments": (MOMENTS, True),
+        "what-if statistics of three recipes": (WHAT_IFS, False),
+    }
+    for name, (selection, needs_adam) in groups.items():
+        baseline = adam if needs_adam else plain
+        with watched(Training(adam=needs_adam), every=1, select=selection) as work:
+            yield Row(f"every step, with {name}", ratio(work, steps_of(baseline), turns=15))
+
+
+def other_watching_rows() -> Iterator[Row]:
+    """The same training watched by others / unwatched"""
+    plain = steps_of(Training())
+    for name, attach in OTHERS.items():
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings(action="ignore"))
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            training = Training()
+            try:
+                after = attach(training.model, stack)
+            except ImportError:
+                continue
+
+            def work() -> None:
+                training.step()  # noqa: B023
+                after()  # noqa: B023
+
+            found = ratio(work, plain, turns=15)
+        yield Row(name, found)
+
+
+def nvdlfw(model: nn.Module, stack: ExitStack) -> Callable[[], object]:
+    """Six of its statistics of the down projections' inputs."""
+    import nvdlfw_inspect.api as api
+
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    config = folder / "config.yaml"
+    config.write_text(
+        "log:\n  enabled: True\n  layers: {layer_name_regex_pattern: .*}\n  LogTensorStats:\n"
+        "    enabled: True\n    tensors: [activation]\n    freq: 1\n"
+        "    stats: [min, max, mean, std, l1_norm, l2_norm]\n"
+    )
+    api.initialize(config_file=str(config), log_dir=str(folder), default_logging_enabled=True)
+    stack.callback(api.end_debug)
+
+    def of(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            api.log_tensor_stats(
+                layer_name=name,
+                tensor_name="activation",
+                tensor=args[0].detach(),
+                skip_reduction=True,
+            )
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name.endswith("down"):
+            module.register_forward_pre_hook(of(name))
+    return api.step
+
+
+def transformers(model: nn.Module, stack: ExitStack) -> Callable[[], object]:
+    from transformers.debug_utils import DebugUnderflowOverflow
+
+    DebugUnderflowOverflow(model)
+    return lambda: None
+
+
+def torchao(model: nn.Module, stack: ExitStack) -> Callable[[], object]:
+    from torchao.prototype.quant_logger.quant_logger import add_activation_loggers
+
+    add_activation_loggers(model)
+    return lambda: None
+
+
+def wandb(model: nn.Module, stack: ExitStack) -> Callable[[], object]:
+    import wandb
+
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    settings = wandb.Settings(silent=True, console="off")
+    os.environ["WANDB_ERROR_REPORTING"] = "false"
+    run = wandb.init(mode="offline", dir=folder, settings=settings)
+    stack.callback(run.finish)
+    run.watch(model, log="all", log_freq=1)
+    return lambda: run.log({})
+
+
+OTHERS: dict[str, Callable[[nn.Module, ExitStack], Callable[[], object]]] = {
+    "nvdlfw-inspect, six statistics of the product": nvdlfw,
+    "transformers' DebugUnderflowOverflow": transformers,
+    "torchao's quant logger, its three statistics of linear inputs": torchao,
+    "wandb.watch(log='all', log_freq=1), offline": wandb,
+}
+
+
+def scaling_rows() -> Iterator[Row]:
+    """All statistics at every step, by size: watched / unwatched, 256 tokens"""
+    sizes = [(width, 2) for width in (256, 512, 1024, 2048)]
+    sizes += [(256, layers) for layers in (6, 12, 24)]
+    for width, layers in sizes:
+        plain = steps_of(Training(width, layers, tokens=256))
+        with watched(Training(width, layers, tokens=256), every=1) as work:
+            turns = 9 if width > 1000 else 21
+            yield Row(f"width {width}, {layers} layers", ratio(work, plain, turns=turns))
+
+
+def size_lines() -> Iterator[str]:
+    """Of a run that is recorded in full at every step."""
+    steps, training = 300, Training(width=64, tokens=64)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run"
+        with fp8lab.watch(training.model, path, every=1) as watching:
+            for step in range(steps):
+                loss = training.step()
+                watching.step(step, loss=loss)
+        run = fp8lab.open_run(path)
+        rows, channels = len(run.tensors()), len(run.channels())
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    yield f"- {rows} tensor rows and {channels} channel rows, finished: {size / rows:.0f} bytes a "
+    yield f"  tensor row, all included; {rows / size * 1e9 / 1e6:.1f} million tensor rows a GB."

@@ -1,0 +1,213 @@
+"""What `watch` offers beside its rows: bursts, listeners, tensors given by hand, refusals."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fp8lab
+from fp8lab import GatedFeedForward
+from fp8lab.lab.model import LanguageModel, ModelConfig
+
+CONFIG = ModelConfig(dim=16, layers=1, heads=2, context=8)
+
+
+def train(model: nn.Module, watching: Any, steps: range, bad: tuple[int, ...] = ()) -> None:
+    for step in steps:
+        loss = model(torch.randn(4, 16, generator=torch.Generator().manual_seed(step))).sum()
+        loss.backward()
+        watching.step(step, loss=math.inf if step in bad else loss)
+
+
+# --- bursts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("burst", "full"),
+    [(0, [0, 10]), (1, [0, 6, 7, 8, 10]), (3, [0, 4, 5, 6, 7, 8, 9, 10]), (40, list(range(13)))],
+)
+def test_a_burst_keeps_the_steps_around_an_alarm(
+    burst: int, full: list[int], tmp_path: Path
+) -> None:
+    model = GatedFeedForward(16, 24)
+    with fp8lab.watch(model, tmp_path / "run", burst=burst) as watching:
+        train(model, watching, range(13), bad=(7,))
+    rows = fp8lab.open_run(tmp_path / "run").tensors()
+    product = rows[rows["site"] == ".:product"].set_index("step")
+    assert product.index.tolist() == list(range(13))  # the sentinel
+    assert product.index[product["kurtosis"].notna()].tolist() == full
+    gate = rows[rows["site"] == ".:gate"]
+    assert gate["step"].tolist() == full
+    steps = fp8lab.open_run(tmp_path / "run").steps()
+    assert steps["step"].tolist() == list(range(13))
+
+
+def test_what_led_to_an_error_is_kept_in_full(tmp_path: Path) -> None:
+    model = GatedFeedForward(16, 24)
+    with (
+        pytest.raises(KeyError),
+        fp8lab.watch(model, tmp_path / "run", every=100, burst=3) as watching,
+    ):
+        train(model, watching, range(8))
+        raise KeyError("user")
+    rows = fp8lab.open_run(tmp_path / "run").tensors()
+    assert rows[rows["site"] == ".:up"]["step"].tolist() == [0, 5, 6, 7]
+
+
+def test_a_step_of_a_burst_has_the_rows_of_a_recorded_step(tmp_path: Path) -> None:
+    frames = []
+    for name, options in {"all": {"every": 1}, "burst": {"every": 100, "burst": 99}}.items():
+        torch.manual_seed(0)
+        model = GatedFeedForward(16, 24)
+        with fp8lab.watch(model, tmp_path / name, **options) as watching:
+            train(model, watching, range(5), bad=(4,))
+        frames.append(fp8lab.open_run(tmp_path / name).tensors())
+    assert frames[0].equals(frames[1])
+
+
+# --- listeners --------------------------------------------------------------------------------
+
+
+def test_listeners_get_the_numbers_of_every_recorded_step(tmp_path: Path) -> None:
+    model, met = GatedFeedForward(16, 24), {}
+    with fp8lab.watch(
+        model, tmp_path / "run", every=2, listeners=[lambda s, scalars: met.update({s: scalars})]
+    ) as watching:
+        train(model, watching, range(5))
+    run = fp8lab.open_run(tmp_path / "run")
+    rows = run.tensors().set_index(["step", "site"])
+    assert sorted(met) == [0, 2, 4]
+    for step, scalars in met.items():
+        assert scalars["fp8lab/./product/cur_amax"] == rows.loc[step, ".:product"]["cur_amax"]
+        assert scalars["fp8lab/./up/std"] == rows.loc[step, ".:up"]["std"]
+        assert scalars["fp8lab/loss"] == run.steps()["loss"][step]
+        channels = run.channels()
+        hottest = channels[channels["step"] == step].nlargest(1, "product_amax").iloc[0]
+        assert scalars["fp8lab/./alignment"] == hottest["alignment"]
+
+
+def test_a_listener_that_fails_is_dropped_and_the_training_goes_on(tmp_path: Path) -> None:
+    def failing(step: int, scalars: dict[str, float]) -> None:
+        raise OSError("no route to the dashboard")
+
+    model, met = GatedFeedForward(16, 24), []
+    listeners = [failing, lambda step, scalars: met.append(step)]
+    with fp8lab.watch(model, tmp_path / "run", every=1, listeners=listeners) as watching:
+        with pytest.warns(UserWarning, match="a listener failed .*no route to the dashboard"):
+            train(model, watching, range(1))
+        train(model, watching, range(1, 4))
+    assert met == [0, 1, 2, 3]
+
+
+# --- by hand, and what goes wrong ---------------------------------------------------------------
+
+
+def test_a_tensor_given_by_hand_is_a_row(tmp_path: Path) -> None:
+    model = GatedFeedForward(16, 24)
+    with fp8lab.watch(model, tmp_path / "run", every=2) as watching:
+        for step in range(3):
+            tensor = torch.full((3, 5), float(step + 1))
+            if watching.is_due:
+                watching.see("router:logits", tensor)
+            train(model, watching, range(step, step + 1))
+    rows = fp8lab.open_run(tmp_path / "run").tensors()
+    rows = rows[rows["site"] == "router:logits"]
+    assert rows[["step", "count", "cur_amax"]].values.tolist() == [[0, 15, 1.0], [2, 15, 3.0]]
+
+
+class Changed(GatedFeedForward):
+    """Computes something else while it trains than what the probe saw."""
+
+    def product(self, x: Tensor) -> Tensor:
+        product = super().product(x)
+        return product * 2.0 if self.training else product
+
+
+def test_a_wrong_site_is_refused_and_the_others_are_recorded(tmp_path: Path) -> None:
+    model = nn.Sequential(GatedFeedForward(16, 24), Changed(16, 24))
+    with fp8lab.watch(model, tmp_path / "run", every=1) as watching:
+        with pytest.warns(UserWarning, match=r"1: not recorded any more: .*product"):
+            train(model, watching, range(1))
+        train(model, watching, range(1, 3))
+    run = fp8lab.open_run(tmp_path / "run")
+    assert run.events()[["kind", "site", "step"]].values.tolist() == [["not_recorded", "1", 0]]
+    assert set(run.tensors()["site"].str.partition(":")[0]) == {"0"}
+    assert len(run.tensors()) == 3 * 4
+
+
+def test_what_cannot_be_measured_ends_no_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def out_of_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    model = GatedFeedForward(16, 24)
+    with fp8lab.watch(model, tmp_path / "run", every=1) as watching:
+        train(model, watching, range(1))
+        with monkeypatch.context() as patch, pytest.warns(UserWarning, match="no room") as seen:
+            patch.setattr("fp8lab.measure.summary", out_of_memory)
+            train(model, watching, range(1, 4))
+    assert len(seen) == 1
+    run = fp8lab.open_run(tmp_path / "run")
+    assert run.steps()["step"].tolist() == [0, 1, 2, 3]
+    assert run.events()["kind"].tolist() == ["not_recorded"]
+
+
+def test_a_plain_feed_forward_is_watched_and_said_to_be_ungated(tmp_path: Path) -> None:
+    model = fp8lab.FeedForward(16, 24, activation="relu_squared")
+    with fp8lab.watch(model, tmp_path / "run", every=1) as watching:
+        train(model, watching, range(2))
+    run = fp8lab.open_run(tmp_path / "run")
+    (site,) = run.info["sites"]
+    assert (site["site"], site["gated"], site["activation"]) == (".", False, "relu_squared")
+    assert sorted(run.tensors()["site"].unique()) == [".:output", ".:product", ".:up"]
+    assert run.tensors()["amplification"].isna().all()
+
+
+def test_a_feed_forward_that_no_hook_sees_is_said(tmp_path: Path) -> None:
+    model = nn.ModuleList([GatedFeedForward(16, 24), GatedFeedForward(16, 24)])
+    with fp8lab.watch(model, tmp_path / "run", every=1) as watching:
+        train(model[0], watching, range(3))
+    events = fp8lab.open_run(tmp_path / "run").events()
+    assert events[["kind", "site", "step"]].values.tolist() == [["not_seen", "1", 0]]
+
+
+# --- torch.compile ------------------------------------------------------------------------------
+
+
+# Dynamo looks at .grad of whatever it resumes with after a break of the graph.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("way", ["compiled before", "compiled after", "module.compile()"])
+def test_a_compiled_model_is_watched(way: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = LanguageModel(CONFIG, seed=0)
+    tokens = torch.randint(0, 256, (2, 8))
+
+    def rows(model: nn.Module, path: Path, called: nn.Module) -> Any:
+        with fp8lab.watch(model, path, every=1) as watching:
+            for step in range(3):
+                called(tokens).square().mean().backward()
+                watching.step(step)
+        return fp8lab.open_run(path).tensors().set_index(["step", "site"])
+
+    expected = rows(plain, tmp_path / "eager", plain)
+    model = LanguageModel(CONFIG, seed=0)
+    called: Any = torch.compile(model, backend="aot_eager")
+    if way == "module.compile()":
+        model.compile(backend="aot_eager")
+        called = model
+    if way != "compiled after":
+        called(tokens)
+    found = rows(called, tmp_path / "compiled", called)
+    assert found.index.tolist() == expected.index.tolist()
+    for column in ("count", "zeros"):
+        assert found[column].tolist() == expected[column].tolist()
+    for column in ("cur_amax", "l2_norm", "crest"):
+        assert found[column].tolist() == pytest.approx(expected[column].tolist(), rel=1e-5)
+    assert torch.isfinite(called(tokens)).all()  # compiles anew, without hooks
+    assert not any(module._forward_hooks for module in model.modules())
