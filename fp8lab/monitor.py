@@ -12,8 +12,8 @@ warning and an event, and left out. A forward that an activation checkpoint repe
 backward is not counted again, nor is an evaluation: a forward without gradients.
 
 Code that `torch.compile` made before does not know the hooks. It is dropped when watching starts
-and when it ends, so that the model compiles anew; each hook then is a break in its graph, which
-may change what is fused and so the last bits of a result.
+and when it ends (`observe`), so that the model compiles anew; each hook then is a break in its
+graph, which may change what is fused and so the last bits of a result.
 
 Rejected: keeping tensors until the step ends (memory), and `.item()` in hooks (a host sync each).
 """
@@ -38,7 +38,15 @@ from torch import Tensor, nn
 
 from fp8lab.casting import Cast
 from fp8lab.probes import FeedForwardProbe, how_seen
-from fp8lab.ranks import Reduction, plain_name, rank_of, unwrapped, watched_modules
+from fp8lab.ranks import (
+    Reduction,
+    job_at,
+    plain_name,
+    rank_of,
+    unwrapped,
+    watched_modules,
+    world_size,
+)
 from fp8lab.record import CLIPPED_STALENESS, SENTINEL_COLUMNS, STEPS
 from fp8lab.recorder import Kinds, Recorder, tensor_row
 from fp8lab.selection import Selection, as_selections
@@ -106,10 +114,12 @@ def watch(
     _check_selections(recorder, sites, taps)
     info = _describe(model, sites) | {"every": every, "config": dict(config or {})}
     rank = rank_of()
+    if job := job_at(str(path)):
+        info["job"] = job
     if resume_at is None:
         writer = RunWriter.create(path, info, rank=rank)
     else:
-        writer = RunWriter.resume(path, resume_at, info, rank=rank)
+        writer = RunWriter.resume(path, resume_at, info, rank=rank, ranks=world_size())
     reduction = None if group is None else Reduction(group)
     probes = [FeedForwardProbe(site, channels, recorder) for site in sites]
     watching = Watch(
@@ -122,7 +132,7 @@ def watch(
 
 def _feed_forwards(model: nn.Module) -> list[GateSite | FeedForwardSite]:
     found = survey(model)
-    sites = [*found.gates, *found.feed_forwards]
+    sites: list[GateSite | FeedForwardSite] = [*found.gates, *found.feed_forwards]
     if not sites:
         find_gates(model)  # says why
     return [replace(site, name=plain_name(site.name)) for site in sites]
@@ -144,11 +154,8 @@ def _check_selections(
 
 
 def _describe(model: nn.Module, sites: list[GateSite | FeedForwardSite]) -> dict[str, Any]:
-    precision = {
-        name: module.precision()
-        for name, module in watched_modules(model)
-        if callable(getattr(module, "precision", None))
-    }
+    asked = {n: getattr(module, "precision", None) for n, module in watched_modules(model)}
+    precision = {name: ask() for name, ask in asked.items() if callable(ask)}
     return {
         "created": time.time(),
         "versions": {
@@ -235,7 +242,6 @@ class Watch:
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
-        _forget_compiled(self._model)
 
     @property
     def path(self) -> Path:
@@ -434,7 +440,6 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        _forget_compiled(self._model)
         for rows in self._held:  # what led to an error is wanted in full
             rows.is_full = rows.is_full or kind is not None
             self._write(rows)
@@ -490,13 +495,3 @@ class _Rows:
 def _named(prefix: str, row: Mapping[str, Any]) -> dict[str, float]:
     numbers = {n: v for n, v in row.items() if isinstance(v, int | float)}
     return {f"{prefix}/{name}": float(value) for name, value in numbers.items()}
-
-
-def _forget_compiled(model: nn.Module) -> None:
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and any(
-        isinstance(module, dynamo.OptimizedModule)
-        or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    ):
-        torch.compiler.reset()

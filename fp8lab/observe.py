@@ -134,12 +134,12 @@ class _Called(_Shows):
         for role, projection in self.projections.items():
             assert projection.module is not None
             by_module.setdefault(projection.module, []).append((role, projection.rows))
-        handles: list[Handle] = [self.site.module.register_forward_pre_hook(_eagerly(self._begin))]
+        handles: list[Handle] = [self.site.module.register_forward_pre_hook(eagerly(self._begin))]
         for module, roles in by_module.items():
-            handles.append(module.register_forward_hook(_eagerly(self._after(roles))))
+            handles.append(module.register_forward_hook(eagerly(self._after(roles))))
         down = self.site.down.module
         assert down is not None
-        before = down.register_forward_pre_hook(_eagerly(self._before_down), with_kwargs=True)
+        before = down.register_forward_pre_hook(eagerly(self._before_down), with_kwargs=True)
         return [*handles, before]
 
     def _begin(self, module: nn.Module, args: Any) -> None:
@@ -164,7 +164,7 @@ class _Inside(_Shows):
         module = self.site.module
         handles: list[Handle] = [
             module.register_forward_pre_hook(_knowing(self._enter)),
-            module.register_forward_hook(_eagerly(self._leave), with_kwargs=True, always_call=True),
+            module.register_forward_hook(eagerly(self._leave), with_kwargs=True, always_call=True),
         ]
         for projection in self.projections.values():
             child = projection.module
@@ -198,17 +198,29 @@ class _Inside(_Shows):
             self._running.append(self._start())
 
     def _start(self) -> Trace:
-        trace = Trace(self._parameters(), self._begins, self._ends)
+        # A forward within a forward of the same module is looked at once: by its own trace.
+        def begins(known: LinearMap) -> None:
+            if self._trace is trace and known.source.name == self.site.down.name:
+                self.started(known.input)
+
+        def ends(known: LinearMap) -> None:
+            if self._trace is trace:
+                self.ended(self._roles_of(known.source), known.output)
+
+        trace = Trace(self._parameters(), begins, ends)
         trace.__enter__()  # type: ignore[no-untyped-call]
         return trace
 
     def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        last = self._running.pop() if self._running else None
-        if isinstance(last, Trace):
-            last.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            if output is not None:  # else the forward raised
-                last.finish()
-        elif last == "dark" and output is not None:
+        last = self._running[-1] if self._running else None
+        try:
+            if isinstance(last, Trace):
+                last.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+                if output is not None:  # else the forward raised
+                    last.finish()
+        finally:
+            del self._running[-1:]
+        if last == "dark" and output is not None:
             self._again(args, kwargs)
 
     @torch.no_grad()
@@ -249,14 +261,7 @@ class _Inside(_Shows):
             if self._trace is not None:
                 self._trace.leave_module(output)
 
-        return _eagerly(before), _eagerly(after)
-
-    def _begins(self, known: LinearMap) -> None:
-        if known.source.name == self.site.down.name:
-            self.started(known.input)
-
-    def _ends(self, known: LinearMap) -> None:
-        self.ended(self._roles_of(known.source), known.output)
+        return eagerly(before), eagerly(after)
 
     def _roles_of(self, source: Source) -> list[tuple[Role, slice]]:
         roles: list[tuple[Role, slice]] = []
@@ -279,7 +284,7 @@ def _rows_of(projection: Projection) -> int:
     return rows * shape[0] if projection.flat else rows
 
 
-def _eagerly(hook: Callable[..., None]) -> Callable[..., None]:
+def eagerly(hook: Callable[..., None]) -> Callable[..., None]:
     """A compiled model breaks its graph here, so that the hook sees tensors."""
     disabled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     return disabled

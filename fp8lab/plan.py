@@ -324,7 +324,7 @@ def load_recipe(path: str | Path) -> Plan:
     import yaml
 
     path = Path(path)
-    if path.exists() and not path.is_file():  # a pipe would never end, nor would /dev/zero
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would never end
         raise ValueError(f"{path}: not a file, expected YAML")
     with path.open("rb") as file:
         raw = file.read(LARGEST_FILE + 1)

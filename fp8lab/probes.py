@@ -94,9 +94,11 @@ class FeedForwardProbe:
 
     def _sees(self, module: nn.Module, role: Role, tensor: Tensor) -> None:
         if self._wants_gradient(role) and tensor.requires_grad:
-            tensor.register_hook(self._sees_gradient(role))
+            self._hook_gradient(role, tensor)
         if not counts_as_training(module):
             return
+        if role == "output" and _is_added_up(self.site.down.weight, tensor):
+            self._recorder.copies.add(self.site.site(role))
         tensor = local(tensor.detach())
         if tensor.numel() == 0:  # an expert that got no token
             return
@@ -106,13 +108,23 @@ class FeedForwardProbe:
             elif self._recorder.is_due:
                 self._measure(role, tensor)
 
-    def _sees_gradient(self, role: Role) -> Callable[[Tensor], None]:
+    def _hook_gradient(self, role: Role, tensor: Tensor) -> None:
+        base, name = tensor._base, f"{self.site.name}:grad_{role}"
+        # What is cut out of a larger tensor to be shown is no part of the graph: what it is cut of.
+        is_live = self.site.seen == "hooks" and tensor.shape[-1] == tensor.stride(-2)
+        whole = tensor if base is None or is_live else base
+
         def hook(gradient: Tensor) -> None:
             names = self._recorder.due(self.site.name, f"grad_{role}")
-            if names is not None and gradient is not None and gradient.numel():
-                self._recorder.record(self.site.site(f"grad_{role}"), gradient, names)
+            if names is None or gradient is None or not gradient.numel():
+                return
+            if whole is not tensor:
+                place = tensor.storage_offset() - whole.storage_offset()
+                gradient = gradient.contiguous()
+                gradient = gradient.as_strided(tensor.shape, tensor.stride(), place)
+            self._recorder.record(name, gradient, names)
 
-        return hook
+        whole.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _measure(self, role: Role, tensor: Tensor) -> None:
         names = self._recorder.due(self.site.name, role) or ()
@@ -259,13 +271,23 @@ class FeedForwardProbe:
         return {int(row[0]): row[1:] for row in rows}
 
 
+def _is_added_up(weight: Tensor, output: Tensor) -> bool:
+    """Whether tensor parallelism has made an output whole that another process has as well."""
+    if hasattr(output, "placements") or not hasattr(weight, "placements"):
+        return False
+    coordinate = weight.device_mesh.get_coordinate() or ()  # type: ignore[attr-defined]
+    places = zip(coordinate, weight.placements, strict=False)
+    return any(index > 0 and placement.is_shard(1) for index, placement in places)
+
+
 def _first_row(weight: Tensor, dim: int) -> int:
     """Where this process's part of a weight begins along `dim`: 0 but for a sharded DTensor."""
     if not hasattr(weight, "placements"):
         return 0
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+    where: Any = weight
     _, offset = compute_local_shape_and_global_offset(
-        weight.shape, weight.device_mesh, weight.placements
+        where.shape, where.device_mesh, where.placements
     )
     return int(offset[dim])

@@ -55,7 +55,7 @@ def numbers(module: nn.Module) -> list[float]:
     for owner in (module, *module.children()):
         for value in (*vars(owner).values(), *owner._parameters.values()):
             if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
-                value = float(value)
+                value = float(value.detach())
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if is_number and math.isfinite(value) and abs(value) <= 1000:
                 found[float(value)] = None

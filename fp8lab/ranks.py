@@ -15,6 +15,7 @@ counts once a process; the output of a down projection, where that is so, is lef
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,23 @@ _NOT_REDUCED = ("channels", "tokens", "weights", "sampled", "loss")
 def rank_of() -> int:
     """This process's number in torch.distributed, 0 without."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes torch.distributed has, 1 without."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def job_at(path: str) -> str | None:
+    """A name for this training, the same for all processes that record into `path`; None for one
+    process. Agreed through the store by which they found each other: nobody waits for anybody."""
+    if world_size() == 1:
+        return None
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    mine = uuid.uuid4().hex
+    agreed = _get_default_store().compare_set(f"fp8lab/{path}", "", mine)
+    return str(agreed, "ascii")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -87,7 +87,7 @@ class MMParams:
 class _Short(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()
-        self.maxlevel, self.maxother, self.maxstring = 2, 200, 80
+        self.maxlevel, self.maxother, self.maxstring = 1, 200, 80
 
     def repr_int(self, x: int, level: int) -> str:  # Python writes none of more than 4300 digits
         return repr(x) if x.bit_length() < 128 else f"a whole number of {x.bit_length()} bits"
@@ -164,8 +164,9 @@ class DelayedScaling:
         _require_format(self)
         # `type`, for True is an int.
         length, margin = self.amax_history_len, self.margin
-        whole = type(length) is int and 1 <= length <= LONGEST_HISTORY
-        _require(whole, self, "amax_history_len", f"a whole number of 1 to {LONGEST_HISTORY}")
+        whole = type(length) is int and length >= 1
+        _require(whole, self, "amax_history_len", "a whole number from 1")
+        _require(length <= LONGEST_HISTORY, self, "amax_history_len", f"up to {LONGEST_HISTORY}")
         whole = type(margin) is int and abs(margin) <= LARGEST_MARGIN
         expected = f"a whole number of -{LARGEST_MARGIN} to {LARGEST_MARGIN}"
         _require(whole, self, "margin", expected)

@@ -191,13 +191,11 @@ class Run:
         )
 
     def info_of(self, rank: int) -> dict[str, Any]:
-        """What run.json or rank.json says; empty if it is damaged."""
-        if rank == 0:
-            return self.info
+        """What run.json or rank.json says now; empty if it is damaged."""
         try:
             return _read_info(state_file(self.path, rank))
         except RunError:
-            return {}
+            return self.info if rank == 0 else {}
 
     def state_of(self, rank: int) -> str:
         """The state of one process, as `state`; or "left", see `ranks`."""
@@ -283,7 +281,7 @@ def claimed(path: Path, rank: int) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"{path}: is being resumed by another process") from None
-        run = Run(path, _read_info(state_file(path, 0)) if rank == 0 else {})
+        run = Run(path, {})
         pid = run.info_of(rank).get("pid")
         if run.state_of(rank) == "running" and pid != os.getpid():
             raise RunError(f"{path}: is being written by process {pid}")
@@ -313,12 +311,12 @@ def _read_info(file: Path) -> dict[str, Any]:
         info = json.loads(file.read_text(encoding="utf-8"))
         if _depth(info) > DEEPEST_INFO:
             raise ValueError(f"nested deeper than {DEEPEST_INFO}")
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{file}: damaged: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise RunError(f"{file}: damaged: {(str(error) or 'too large').splitlines()[0]}") from None
     version = info.get("schema_version") if isinstance(info, dict) else None
     if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         newer = type(version) is int and version > SCHEMA_VERSION
-        told = f"schema_version: {version!r}, expected 1 to {SCHEMA_VERSION}"
+        told = f"schema_version: {repr(version)[:40]}, expected 1 to {SCHEMA_VERSION}"
         raise RunError(f"{file}: {told}{': a newer fp8lab wrote it' if newer else ''}")
     return dict(info)
 

@@ -8,13 +8,14 @@ columns stay empty, for a part is not the norm. Source of RMS_t: StableAdamW (23
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fp8lab.observe import eagerly
 from fp8lab.probes import counts_as_training
 from fp8lab.recorder import Kinds, Recorder, local, merged_kind
 
@@ -35,7 +36,7 @@ class OutputProbe:
         self._recorder = recorder
 
     def attach(self) -> list[Any]:
-        return [self._model.register_forward_hook(torch.compiler.disable(self._returned))]
+        return [self._model.register_forward_hook(eagerly(self._returned))]
 
     def _returned(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._recorder.is_due and counts_as_training(module):
@@ -60,7 +61,7 @@ class OptimizerProbe:
 
     def attach(self) -> list[Any]:
         return [
-            self._optimizer.register_step_pre_hook(self._before_step),
+            when_gradients_are_there(self._optimizer, self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
         ]
 
@@ -69,7 +70,7 @@ class OptimizerProbe:
         return [p for group in groups for p in group["params"] if p.grad is not None]
 
     @torch.no_grad()
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self) -> None:
         parameters = self._parameters()
         self.learning_rate = float(self._optimizer.param_groups[0]["lr"])
         self.is_sharded = any(_is_sharded(p) for p in parameters)
@@ -120,6 +121,32 @@ class OptimizerProbe:
         return _rms_t(
             parameter, {"exp_avg_sq": moment, "step": state["step"] + 1 if state else 1}, group
         )
+
+
+def when_gradients_are_there(optimizer: torch.optim.Optimizer, look: Callable[[], None]) -> Any:
+    """Call `look` in each step of `optimizer` before it changes anything: at once, or, where the
+    step is given a closure that computes the gradients, after its first call."""
+
+    def before(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            look()
+            return None
+        looked = False
+
+        def closing() -> Any:
+            nonlocal looked
+            loss = closure()
+            if not looked:
+                looked = True
+                look()
+            return loss
+
+        if "closure" in kwargs:
+            return args, kwargs | {"closure": closing}
+        return (args[0], closing, *args[2:]), kwargs
+
+    return optimizer.register_step_pre_hook(before)
 
 
 def step_columns(kinds: Kinds, is_whole: bool) -> dict[str, float]:

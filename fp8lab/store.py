@@ -17,7 +17,6 @@ the caller's thread, where Ctrl-C between a rename and the next line writes rows
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -118,7 +117,7 @@ class RunWriter:
                     known = run.info_of(gone) | {"state": "left"}
                     _write_json(state_file(run.path, gone), known)
             if not state_file(run.path, rank).exists():
-                shutil.rmtree(folder_of(run.path, rank), ignore_errors=rank == 0)
+                _remove_unstarted(run.path, rank)
                 return cls._begin(run.path, info, rank)
             with claimed(run.path, rank):
                 known = {k: v for k, v in run.info_of(rank).items() if k != "error"}
@@ -306,11 +305,19 @@ def _refuse_taken(path: Path, info: Mapping[str, Any], rank: int) -> None:
                 raise taken
 
 
+def _remove_unstarted(path: Path, rank: int) -> None:
+    """What a process leaves that died while it came. Rows, if there are any, stay."""
+    folder = folder_of(path, rank)
+    state_file(path, rank).with_name(f".{state_file(path, rank).name}").unlink(missing_ok=True)
+    for place in (folder / "segments", folder):
+        _remove_if_empty(place)
+
+
 def _remove_if_empty(folder: Path) -> None:
     try:
         folder.rmdir()
     except OSError:
-        pass  # another process is in it
+        pass  # something is in it, or it is not there
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -23,9 +23,11 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fp8lab.observe import eagerly
 from fp8lab.probes import counts_as_training
 from fp8lab.recorder import Recorder, local
 from fp8lab.selection import BLOCK_TENSORS, LINEAR_TENSORS, PARAMETER_TENSORS
+from fp8lab.step_probes import when_gradients_are_there
 
 # So many nodes behind a layer's output are searched for the one that reads its input.
 _NODES_SEARCHED = 16
@@ -82,16 +84,14 @@ class TensorTaps:
     def attach(self) -> list[Any]:
         handles: list[Any] = []
         for name, module in self._linears:
-            hook = torch.compiler.disable(self._linear_ran(name))
+            hook = eagerly(self._linear_ran(name))
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
         for name, block in self._blocks:
-            handles.append(
-                block.register_forward_hook(torch.compiler.disable(self._block_ran(name)))
-            )
+            handles.append(block.register_forward_hook(eagerly(self._block_ran(name))))
             if self._recorder.selects(name, "attention_logits"):
                 handles += _LogitsTap(name, block, self._recorder).attach()
         if self._parameters and self._optimizer is not None:
-            handles.append(self._optimizer.register_step_pre_hook(self._before_step))
+            handles.append(when_gradients_are_there(self._optimizer, self._before_step))
             handles.append(self._optimizer.register_step_post_hook(self._after_step))
         return handles
 
@@ -118,7 +118,7 @@ class TensorTaps:
             if result is None or not result.requires_grad:
                 return
             if self._recorder.due(name, "grad_output") is not None:
-                result.register_hook(self._record_gradient(name, "grad_output"))
+                result.register_hook(self._record_gradient(name, "grad_output"))  # type: ignore[no-untyped-call]
             if input is not None and self._recorder.due(name, "grad_input") is not None:
                 _hook_share_of(input, result, self._record_gradient(name, "grad_input"))
 
@@ -132,12 +132,12 @@ class TensorTaps:
             if counts_as_training(module):
                 self._record(name, "residual", stream)
             if stream.requires_grad and self._recorder.due(name, "grad_residual") is not None:
-                stream.register_hook(self._record_gradient(name, "grad_residual"))
+                stream.register_hook(self._record_gradient(name, "grad_residual"))  # type: ignore[no-untyped-call]
 
         return hook
 
     @torch.no_grad()
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self) -> None:
         for owner, parameter in self._parameters:
             self._record(owner, "weight", parameter)
             self._record(owner, "grad_weight", parameter.grad)
@@ -218,7 +218,7 @@ class _LogitsTap(TorchFunctionMode):
         self._entered = 0
 
     def attach(self) -> list[Any]:
-        enter, leave = torch.compiler.disable(self._enter), torch.compiler.disable(self._leave)
+        enter, leave = eagerly(self._enter), eagerly(self._leave)
         return [
             self._block.register_forward_pre_hook(enter),
             self._block.register_forward_hook(leave, always_call=True),
@@ -228,12 +228,12 @@ class _LogitsTap(TorchFunctionMode):
         due = self._recorder.due(self._name, "attention_logits") is not None
         if due and counts_as_training(module) and not torch.compiler.is_compiling():
             self._entered += 1
-            self.__enter__()
+            self.__enter__()  # type: ignore[no-untyped-call]
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._entered:
             self._entered -= 1
-            self.__exit__(None, None, None)
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -217,7 +217,8 @@ class Trace(TorchFunctionMode):
         input = product.input
         if product.weight_first and input.dim() > 1:
             input = input.transpose(-2, -1)
-            input = input.squeeze(-2) if input.dim() == 3 else input
+        if product.weight.dim() == 3 and input.dim() == 3 and input.shape[-2] == 1:
+            input = input.squeeze(-2)  # each token has a matrix of its own
         return LinearMap(source, None if bias is None else bias.name, None, input, input)
 
     def _source(self, product: _Product) -> Source | None:
@@ -281,16 +282,17 @@ class Trace(TorchFunctionMode):
 
 
 def _einsum(equation: str, input: Tensor, weight: Tensor) -> _Product | None:
-    """`...i,oi->...o` and its like: one letter is summed over, one is the weight's alone."""
+    """`...i,oi->...o` and its like: of what is last, the input's is summed over and the output's is
+    the weight's alone."""
     terms, arrow, out = equation.replace(" ", "").replace("...", "").partition("->")
     left, comma, right = terms.partition(",")
     if not arrow or not comma or weight.dim() != len(right):
         return None
-    inner = [letter for letter in right if letter in left and letter not in out]
-    outer = [letter for letter in right if letter not in left and letter in out]
-    if len(inner) != 1 or len(outer) != 1 or left[-1] != inner[0] or out[-1] != outer[0]:
+    inner, outer = left[-1:], out[-1:]
+    summed = inner in right and inner not in out
+    if not inner or not outer or not summed or outer not in right or outer in left:
         return None
-    return _Product(input, weight, right.index(outer[0]), right.index(inner[0]))
+    return _Product(input, weight, right.index(outer), right.index(inner))
 
 
 def output_of(result: Any) -> Tensor | None:

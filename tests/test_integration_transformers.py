@@ -8,6 +8,7 @@ with gradient accumulation, and with evaluations in between.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -108,17 +109,31 @@ def trainer(
         "disable_tqdm": True,
         "seed": 1,
     }
+    own_loss = options.pop("compute_loss_func", None)
     return Trainer(
         llama() if model is None else model,
         TrainingArguments(**(arguments | options)),
         train_dataset=Text(),
         eval_dataset=Text(4),
         callbacks=list(callbacks),
+        compute_loss_func=own_loss,
     )
 
 
 def logged(trainer: Trainer, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def in_process(*arguments: str, returns: int) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == returns, done.stderr
+    return done.stdout
 
 
 def hooks_of(trainer: Trainer) -> list[Any]:
@@ -152,8 +167,13 @@ def test_watching_changes_no_bit_of_the_training(tmp_path: Path) -> None:
 
 
 def test_the_rows_are_those_of_the_training(tmp_path: Path) -> None:
-    watched = trainer(tmp_path, WatchCallback(tmp_path / "run", every=2), max_grad_norm=0.0)
+    told: list[int] = []
+    callback = WatchCallback(
+        tmp_path / "run", every=2, listeners=[lambda step, scalars: told.append(step)]
+    )
+    watched = trainer(tmp_path, callback, max_grad_norm=0.0)
     watched.train()
+    assert told == [0, 2, 4, 6]
     run = fp8lab.open_run(tmp_path / "run")
     steps = run.steps()
     assert run.state == "finished"
@@ -179,13 +199,51 @@ def test_a_mean_over_each_micro_batch_is_averaged(returns: str, tmp_path: Path) 
     assert steps["loss"].tolist() == logged(watched, "loss")
 
 
-@pytest.mark.parametrize("model", [llama, lambda: Mean("tuple"), lambda: Mean("dict")])
+def own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs["logits"]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (llama, {"label_smoothing_factor": 0.1}),
+        (lambda: Mean("dict"), {"compute_loss_func": own_loss}),
+        (lambda: Mean("tuple"), {"compute_loss_func": own_loss}),
+    ],
+)
 def test_a_loss_that_is_not_the_models_is_missing(
-    model: Callable[[], nn.Module], tmp_path: Path
+    model: Callable[[], nn.Module], options: dict[str, Any], tmp_path: Path
 ) -> None:
     callback = WatchCallback(tmp_path / "run")
-    trainer(tmp_path, callback, model=model(), max_steps=2, label_smoothing_factor=0.1).train()
+    trainer(tmp_path, callback, model=model(), max_steps=2, **options).train()
     assert fp8lab.open_run(tmp_path / "run").steps()["loss"].isna().tolist() == [True, True]
+
+
+TWO = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_integration_transformers import WatchCallback, logged, trainer
+path = Path({path!r})
+watched = trainer(path, WatchCallback(path / "run"), max_steps=3)
+watched.train()
+if watched.args.process_index == 0:
+    (path / "logged").write_text(json.dumps(logged(watched, "loss")))
+"""
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(TWO.format(path=str(tmp_path), tests=str(Path(__file__).parent)))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    in_process("-W", "ignore", *launch, returns=0)
+    steps = fp8lab.open_run(tmp_path / "run").steps()
+    assert steps["rank"].tolist() == [0, 1] * 3
+    # Trainer logs the mean over the processes, of which each has weighted its tokens among all.
+    logged = json.loads((tmp_path / "logged").read_text())
+    assert steps.groupby("step")["loss"].mean().tolist() == pytest.approx(logged, rel=1e-6)
+    assert steps.groupby("step")["grad_norm"].nunique().tolist() == [1, 1, 1]
 
 
 # --- checkpoints --------------------------------------------------------------------------------
@@ -331,15 +389,8 @@ trainer(path, WatchCallback(path / "run"), Fork(2, None), Stop(3, OSError("disk"
 
 def test_a_process_that_dies_of_an_exception_closes_its_run(tmp_path: Path) -> None:
     code = DIES.format(path=str(tmp_path), tests=str(Path(__file__).parent))
-    died = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert died.returncode == 1, died.stderr
-    assert '"state": "running"' in died.stdout  # the child's end is not the training's
+    died = in_process("-W", "ignore", "-c", code, returns=1)
+    assert '"state": "running"' in died  # the child's end is not the training's
     run = fp8lab.open_run(tmp_path / "run")
     assert (run.state, run.info["error"]) == ("failed", "OSError: disk")
     assert run.steps()["step"].tolist() == [0, 1, 2]

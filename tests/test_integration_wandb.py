@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import wandb
 from wandb.proto import wandb_internal_pb2
 
+import fp8lab
 from fp8lab.integrations.wandb import Writer
+from fp8lab.lab.model import LanguageModel, ModelConfig
 
 BLOCK, HEADER = 32768, 7
 SITE = "fp8lab/layers.3.mlp/product"
@@ -129,8 +132,25 @@ def test_nothing_is_lost_where_the_caller_counts_otherwise(run: wandb.Run, tmp_p
     assert [row["fp8lab/step"] for row in rows if "fp8lab/step" in row] == [0, 1, 2]
 
 
-def test_a_statistic_that_no_row_has_is_refused(run: wandb.Run) -> None:
-    with pytest.raises(ValueError, match="'amax', expected a column"):
+def test_through_a_real_watch(run: wandb.Run, tmp_path: Path) -> None:
+    model = LanguageModel(ModelConfig(dim=16, layers=1, heads=2, context=8), seed=0)
+    losses = []
+    with fp8lab.watch(model, tmp_path / "run", every=2, listeners=[Writer(run)]) as watch:
+        for step in range(3):
+            loss = model.loss(torch.randint(0, 256, (2, 9)))
+            loss.backward()
+            watch.step(step, loss=loss)
+            losses.append(loss.item())
+    amax = fp8lab.open_run(tmp_path / "run").tensors().query("site == 'layers.0.mlp:product'")
+    rows = read(run, tmp_path)[0]
+    assert [row["_step"] for row in rows] == [row["fp8lab/step"] for row in rows] == [0, 2]
+    assert [row["fp8lab/loss"] for row in rows] == losses[::2]
+    name = "fp8lab/layers.0.mlp/product/cur_amax"
+    assert [row[name] for row in rows] == amax["cur_amax"].tolist()[::2]
+
+
+def test_a_statistic_that_does_not_exist_is_refused(run: wandb.Run) -> None:
+    with pytest.raises(ValueError, match="'amax' is not one, expected"):
         Writer(run, statistics=["amax"])
 
 

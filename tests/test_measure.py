@@ -15,9 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fp8lab import formats, measure
+from fp8lab import formats, kernels, measure
 from fp8lab.casting import Cast, cast_for
-from fp8lab.recipe import DelayedScaling, Float8CurrentScaling, HighPrecision, Recipe
+from fp8lab.formats import FloatFormat
+from fp8lab.recipe import (
+    DelayedScaling,
+    Float8BlockScaling,
+    Float8CurrentScaling,
+    HighPrecision,
+    MXFP8BlockScaling,
+    NVFP4BlockScaling,
+    Recipe,
+    RowwiseScaling,
+)
 
 F64 = NDArray[np.float64]
 SUM_TOLERANCE = 1e-12
@@ -110,49 +120,50 @@ def test_sentinel_shows_what_is_not_finite(bad: float) -> None:
     assert channel == 9
 
 
-# --- structure and gate -----------------------------------------------------------------------
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf])
+def test_a_summary_saves_the_sentinel_its_pass(bad: float | None) -> None:
+    product = heavy()
+    product[2, 3, 19] = -1e6
+    product[1, 2, 9] = 1e6  # the first of two alike
+    if bad is not None:
+        product[1, 2, 12] = bad
+    how = cast_for(product, DelayedScaling(), "input", torch.tensor(2.0))
+    seen = measure.sentinel_vector(product, how, measure.summary(product))
+    np.testing.assert_array_equal(seen, measure.sentinel_vector(product, how))
+    assert seen[1] == (9 if bad is None else 12)
 
 
-@pytest.mark.parametrize("channels", [24, 25])
-def test_structure_is_its_definition(channels: int) -> None:
-    product = heavy(channels)
-    magnitude = np.abs(plain(product))
-    tokens, by_channel = magnitude.max(axis=1), magnitude.max(axis=0)
-    expected = {
-        "token_ratio": np.percentile(tokens, 99.9) / np.median(tokens),
-        "channel_ratio": by_channel.max() / np.median(by_channel),
-    }
-    got = measure.structure_vector(product).tolist()
-    assert dict(zip(measure.STRUCTURE_COLUMNS, got, strict=True)) == pytest.approx(
-        expected, rel=SUM_TOLERANCE
-    )
+def test_the_sentinel_of_nothing_is_zero() -> None:
+    assert sentinel(torch.zeros(0, 7), None)[:2] == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("peaks", [(9.0, -8.0), (7.0, -12.0)])
-def test_amplification_and_coincidence_are_their_definitions(peaks: tuple[float, float]) -> None:
-    gate, up = normal(3, 7, 24, seed=1), normal(3, 7, 24, seed=2)
-    gate[1, 1, 5], up[2, 2, 6] = peaks
-    product = gate * up
-
-    def crest(x: F64) -> float:
-        return float(np.abs(x).max() / math.sqrt(np.square(x).mean()))
-
-    p, g, u = plain(product), plain(gate), plain(up)
-    expected = {
-        "amplification": crest(p) / max(crest(g), crest(u)),
-        "coincidence": np.abs(p).max() / (np.abs(g).max() * np.abs(u).max()),
-    }
-    got = measure.gate_vector(product, gate, up).tolist()
-    assert dict(zip(measure.GATE_COLUMNS, got, strict=True)) == pytest.approx(
-        expected, rel=SUM_TOLERANCE
-    )
-    assert expected["coincidence"] < 0.5  # the peaks lie in different elements here
+# --- amax and power: what the factors of a product are held against it by ----------------------
 
 
-def test_peaks_in_one_element_coincide_fully() -> None:
-    gate, up = torch.ones(4, 8), torch.ones(4, 8)
-    gate[2, 3], up[2, 3] = 16.0, -4.0
-    assert measure.gate_vector(gate * up, gate, up)[1] == 1.0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("channels", [1, 25, 5000])
+def test_amax_and_power_are_those_of_the_tensor(dtype: torch.dtype, channels: int) -> None:
+    tensor = normal(3, 7, channels).to(dtype)
+    x = plain(tensor if dtype is not torch.float64 else tensor.float())
+    expected = [np.abs(x).max(), np.square(x).sum()]
+    for seen in (tensor, measure.summary(tensor)):
+        found = measure.amax_and_power(seen)
+        assert found.dtype is torch.float64
+        assert found.tolist() == pytest.approx(expected, rel=SUM_TOLERANCE)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_amax_and_power_show_what_is_not_finite(bad: float) -> None:
+    tensor = heavy()
+    tensor[1, 2, 9] = bad
+    for seen in (tensor, measure.summary(tensor)):
+        assert not measure.amax_and_power(seen).isfinite().all()
+
+
+def test_amax_and_power_of_nothing_are_zero() -> None:
+    for tensor in (torch.zeros(0, 8), torch.zeros(8, 0), torch.zeros(4, 8)):
+        for seen in (tensor, measure.summary(tensor)):
+            assert measure.amax_and_power(seen).tolist() == [0.0, 0.0]
 
 
 # --- operand: what the cast did ---------------------------------------------------------------
@@ -367,10 +378,8 @@ def test_measuring_leaves_no_trace() -> None:
     before = product.detach().clone()
     state = torch.random.get_rng_state()
     vectors = [
-        measure.sketch_vector(product),
         measure.sentinel_vector(product, how),
-        measure.structure_vector(product),
-        measure.gate_vector(product, product, product),
+        measure.amax_and_power(product),
         measure.operand_vector(how),
         measure.channel_matrix(product, product, product, (gate, up, down)),
         measure.sampled_rows(product, gate, up),
@@ -378,3 +387,122 @@ def test_measuring_leaves_no_trace() -> None:
     assert all(v.dtype == torch.float64 and not v.requires_grad for v in vectors)
     assert torch.equal(product, before)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# --- compiled, against plain torch --------------------------------------------------------------
+
+TILED: dict[str, Recipe] = {
+    "rowwise": RowwiseScaling(),
+    "blocks": Float8BlockScaling(),
+    "MXFP8": MXFP8BlockScaling(),
+    "NVFP4": NVFP4BlockScaling(),
+}
+CASTS: list[str] = [*RECIPES, *TILED]
+
+
+def any_cast(name: str, tensor: Tensor) -> Cast:
+    return cast_for(tensor, TILED[name], "input") if name in TILED else cast_as(name, tensor)
+
+
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "usable", lambda tensor: False)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASTS)
+def test_the_compiled_operand_equals_plain_torch(
+    name: str, dtype: torch.dtype, balanced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for channels, bad in ((32, None), (512, None), (320, math.nan), (320, math.inf)):
+        product = heavy(channels).to(dtype)
+        if bad is not None:
+            product[1, 1, 3] = bad
+        how = any_cast(name, product)
+        if balanced:
+            how = how._replace(channel_scale=torch.rand(channels) + 0.5)
+        found = measure.operand_vector(how)
+        with monkeypatch.context() as patch:
+            without_kernels(patch)
+            expected = measure.operand_vector(how)
+        assert torch.equal(found[:5], expected[:5])
+        np.testing.assert_allclose(found[5:], expected[5:], rtol=SUM_TOLERANCE)
+
+
+@pytest.mark.parametrize("fmt", [f for f in formats.FORMATS.values() if f.bits <= 8 and f.signed])
+def test_every_format_is_counted_as_plain_torch_counts(
+    fmt: FloatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = torch.tensor([*fmt.values()], dtype=torch.float32)
+    near = torch.cat([values, (values[1:] + values[:-1]) / 2, values * 1.0625])
+    near = torch.cat([torch.nextafter(near, torch.tensor(s)) for s in (-9e9, 9e9)] + [near, -near])
+    tensor = torch.cat([near, torch.tensor([math.nan, math.inf, 0.0, -0.0])])[None]
+    for scale in (1.0, 0.37, 2.0**100):
+        single = torch.tensor(scale)
+        how = Cast(tensor / scale, Float8CurrentScaling(), fmt, single, single.reciprocal())
+        found = measure.operand_vector(how)[:5]
+        with monkeypatch.context() as patch:
+            without_kernels(patch)
+            assert torch.equal(found, measure.operand_vector(how)[:5])
+
+
+def test_the_number_of_threads_changes_no_measurement() -> None:
+    product = normal(1500, 900)
+    how = cast_as("delayed", product)
+    weights = (normal(900, 1300), normal(900, 1300, seed=1), normal(1300, 900))
+    before = torch.get_num_threads()
+    found: list[list[Tensor]] = []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            seen = measure.summary(product)
+            found.append(
+                [
+                    measure.sentinel_vector(product, how),
+                    measure.amax_and_power(product),
+                    measure.operand_vector(how),
+                    measure.channel_matrix(seen, seen, seen, weights),
+                ]
+            )
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_compiler_nothing_changes(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    product = heavy(25).to(dtype)
+    gate, up, down = (weight.to(dtype) for weight in weights_of(25, 600))
+
+    def measured() -> list[Tensor]:
+        seen = measure.summary(product)
+        return [
+            measure.sentinel_vector(product, None),
+            measure.sentinel_vector(product, None, seen),
+            measure.amax_and_power(product),
+            measure.amax_and_power(seen),
+            measure.channel_matrix(seen, product, seen, (gate, up, down)),
+            measure.sampled_rows(seen, gate, up, [7, 0]),
+        ]
+
+    compiled = measured()
+    without_kernels(monkeypatch)
+    for one, other in zip(compiled, measured(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=SUM_TOLERANCE, atol=1e-14)
+
+
+def test_measurements_of_nothing_add_nothing() -> None:
+    for tensor in (torch.zeros(0, 8), torch.zeros(3, 8, device="meta")):
+        how = Cast(tensor, DelayedScaling(), formats.E4M3, torch.ones(()), torch.ones(()))
+        assert measure.operand_vector(how).tolist() == [0.0] * 11
+
+
+def test_wrong_weights_and_channels_are_refused() -> None:
+    gate, up, down = weights_of(25, 16)
+    with pytest.raises(ValueError, match=r"weights \[25, 16\], \[16, 25\], \[16, 25\], expected"):
+        measure.channel_matrix(heavy(), heavy(), heavy(), (gate, down, down))
+    with pytest.raises(ValueError, match=r"channel 25, expected 0\.\.24"):
+        measure.sampled_rows(heavy(), gate, up, [25])

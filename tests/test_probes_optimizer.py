@@ -123,25 +123,59 @@ def test_a_skipped_optimizer_step_leaves_its_columns_missing(tmp_path: Path) -> 
         assert steps[name].isna().tolist() == [False, True, False], name
 
 
-def test_a_closure_does_not_break_the_watching(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_name", [False, True])
+def test_gradients_that_a_closure_computes_are_those_of_this_step(
+    by_name: bool, tmp_path: Path
+) -> None:
     model = GatedFeedForward(DIM, HIDDEN)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    calls = []
+    norms = []
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        calls.append(1)
-        if len(calls) > 1:
+        if len(norms) > 1:
             model.gate.weight.requires_grad_(False)  # fewer gradients than before the step
-        loss = model(inputs(0)).sum()
+        loss = model(inputs(len(norms))).sum()
         loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norms.append(float(torch.stack([g.double().norm() for g in gradients]).norm()))
         return loss
 
     with watch(model, tmp_path / "run", optimizer=optimizer, every=1) as watching:
-        for step in range(3):
-            optimizer.step(closure)
+        for step in range(4):
+            optimizer.step(closure=closure) if by_name else optimizer.step(closure)
             watching.step(step)
-    assert open_run(tmp_path / "run").steps()["learning_rate"].tolist() == [0.1] * 3
+    steps = open_run(tmp_path / "run").steps()
+    assert steps["learning_rate"].tolist() == [0.1] * 4
+    assert steps["grad_norm"].tolist() == pytest.approx(norms, rel=1e-12)
+
+
+def test_a_closure_that_is_called_again_is_looked_at_once(tmp_path: Path) -> None:
+    left = []
+    for is_watched in (False, True):
+        torch.manual_seed(0)
+        model, norms = GatedFeedForward(DIM, HIDDEN), []
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()  # noqa: B023
+            loss = model(inputs(0)).square().sum()  # noqa: B023
+            loss.backward()
+            parameters = model.parameters()  # noqa: B023
+            norms.append(float(torch.stack([p.grad.norm() for p in parameters]).norm()))  # noqa: B023
+            return loss
+
+        if not is_watched:
+            optimizer.step(closure)
+        else:
+            with watch(model, tmp_path / "run", optimizer=optimizer, every=1) as watching:
+                optimizer.step(closure)
+                watching.step(0)
+        left.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*left, strict=True))
+    assert len(norms) > 1
+    row = open_run(tmp_path / "run").steps()["grad_norm"]
+    assert row.tolist() == pytest.approx(norms[:1], rel=1e-5)
 
 
 class Output(dict):

@@ -1,4 +1,4 @@
-"""Reading runs: a part equals what pandas picks from the whole, old versions open, states are honest.
+"""Reading runs: a part is what pandas picks from the whole, old versions open, states are honest.
 
 The oracle for every selection is the whole frame, filtered by pandas with the same words.
 """
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from test_store import TABLE_NAMES, add, only, one_line, write, written
+from test_store import one_line, only, write, written
 
 from fp8lab import record, runs, segments
 from fp8lab.record import TABLES
@@ -43,7 +43,11 @@ def recorded(path: Path, *, closed: bool, flush_every: int = 7) -> Run:
                 [
                     {"step": step, "rank": rank, "site": site, "cur_amax": float(draw.normal())}
                     | {"histogram": [step % 5] * (step % 3)}
-                    | ({"statistics": [("mse", float(step)), ("l0", 1.0)]} if step % 2 else {})
+                    | (
+                        {"statistics": [("overflows%", float(step)), ("l0", 1.0)]}
+                        if step % 2
+                        else {}
+                    )
                     for site in SITES
                 ],
             )
@@ -78,12 +82,15 @@ PATTERNS: list[Any] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("sites", PATTERNS, ids=str)
-@pytest.mark.parametrize("steps", STEPS, ids=str)
+@pytest.mark.parametrize(
+    ("steps", "sites"),
+    [(steps, PATTERNS[1]) for steps in STEPS] + [(range(3, 40, 2), sites) for sites in PATTERNS],
+    ids=str,
+)
 def test_a_part_is_what_pandas_picks(run: Run, steps: Any, sites: Any) -> None:
     whole = run.tensors()
     assert len(whole) == 41 * 3 * len(SITES)
-    for ranks in (None, 1, [0, 2], [5]):
+    for ranks in (None, [0, 2], 5):
         wanted = pd.Series(True, index=whole.index)
         if steps is not None:
             numbers = [steps] if isinstance(steps, int) else steps
@@ -100,10 +107,10 @@ def test_a_part_is_what_pandas_picks(run: Run, steps: Any, sites: Any) -> None:
         if not len(expected):
             assert len(part) == 0
             continue
-        further = ["mse", "l0"]  # in a part that has none of them there is no such column
+        further = ["overflows%", "l0"]  # in a part that has none of them there is no such column
         assert part[part["step"] % 2 == 1].columns.tolist() == part.columns.tolist()
         part, expected = (
-            frame.reindex(columns=whole.columns).astype({name: float for name in further})
+            frame.reindex(columns=whole.columns).astype(dict.fromkeys(further, float))
             for frame in (part, expected)
         )
         pd.testing.assert_frame_equal(part, expected)
@@ -131,9 +138,9 @@ def test_what_is_kept_by_name_is_a_column_of_its_own(run: Run) -> None:
     assert steps.to_dict("list") == {
         "step": [0, 1, 2], "rank": [0, 0, 0], "loss": [0.0, 0.5, 1.0], "tokens": [8.0] * 3
     }  # fmt: skip
-    part = run.tensors("mse", sites="*:gate", ranks=2, steps=range(4))
-    assert part.columns.tolist() == ["step", "rank", "site", "mse"]
-    np.testing.assert_array_equal(part["mse"], [np.nan, 1.0, np.nan, 3.0])
+    part = run.tensors("overflows%", sites="*:gate", ranks=2, steps=range(4))
+    assert part.columns.tolist() == ["step", "rank", "site", "overflows%"]
+    np.testing.assert_array_equal(part["overflows%"], [np.nan, 1.0, np.nan, 3.0])
     whole = run.tensors()
     np.testing.assert_array_equal(whole["l0"].isna(), whole["step"] % 2 == 0)
     assert "statistics" not in whole
@@ -154,10 +161,10 @@ def test_what_is_no_column_is_an_error(run: Run, read: Any, message: str) -> Non
 
 
 def test_a_row_group_without_a_wanted_step_is_not_read(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if run.state != "finished":
-        pytest.skip("segments have no statistics")
+    monkeypatch.setattr(segments, "ROWS_AT_ONCE", 100)
+    run = recorded(tmp_path / "run", closed=True)
     reading, read = pa.parquet.ParquetFile.read_row_group, []
 
     def noting(self: Any, group: int, columns: list[str]) -> pa.Table:
@@ -389,7 +396,6 @@ def test_a_table_that_is_none_is_damage(kind: str, tmp_path: Path) -> None:
     with pytest.raises(RunError) as error:
         open_run(tmp_path / "run").tensors()
     assert one_line(error).startswith(f"{file}: damaged: ")
-    add(RunWriter.create(tmp_path / "other", {}), range(1))
     assert open_run(tmp_path / "run").events()["step"].tolist() == [0, 0, 1, 1]
 
 
@@ -418,7 +424,8 @@ def test_a_thousand_folders_deep_is_searched(tmp_path: Path) -> None:
             Path("d").mkdir()
             os.chdir("d")
         Path("run.json").write_text("{}")
+        os.chdir(here)
+        assert len(list(find_runs(tmp_path))) == 1
     finally:
         os.chdir(here)
-    assert len(list(find_runs(tmp_path))) == 1
-    assert {table for table in TABLE_NAMES} == set(TABLES)
+        subprocess.run(["rm", "-r", str(tmp_path / "d")], check=True)  # too deep for shutil

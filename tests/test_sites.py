@@ -245,6 +245,138 @@ def test_small_and_large_weights(size: float) -> None:
     assert_roles(only(model), "w1.weight", "w3.weight", "w2.weight")
 
 
+class Numbered(Called):
+    """The numbers of its formula are attributes, whatever they are called."""
+
+    def __init__(self, act: Callable[..., Tensor], **numbers: float) -> None:
+        super().__init__(lambda gate, up: act(gate, up, **numbers))
+        self.hidden_size, self.top_k, self.dropout = 16, 2, 0.1
+        for name, number in numbers.items():
+            setattr(self, name, number)
+
+
+def clamped(gate: Tensor, up: Tensor, some: float) -> Tensor:
+    return F.silu(gate.clamp(max=some)) * up.clamp(-some, some)
+
+
+def of_gpt_oss(gate: Tensor, up: Tensor, one: float, other: float) -> Tensor:
+    gate, up = gate.clamp(max=one), up.clamp(-one, one)
+    return (up + 1) * gate * torch.sigmoid(gate * other)
+
+
+PLAIN_NUMBERS = {"beta": 1.0, "gate_limit": None, "up_limit": None, "up_offset": 0.0}
+MODIFIED: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
+    "off by one": (
+        lambda: Called(lambda gate, up: F.silu(gate) * (up + 1)),
+        "silu",
+        {"up_offset": 1.0},
+    ),
+    "quick GELU": (
+        lambda: Called(lambda gate, up: gate * torch.sigmoid(1.702 * gate) * up),
+        "swish",
+        {"beta": 1.702},
+    ),
+    "Swish": (lambda: GatedFeedForward(DIM, HIDDEN, swish=Swish(1.5)), "swish", {"beta": 1.5}),
+    "learnable Swish": (
+        lambda: GatedFeedForward(DIM, HIDDEN, swish=Swish(0.5, learnable=True)),
+        "swish",
+        {"beta": 0.5},
+    ),
+    "Swish in a format": (
+        lambda: GatedFeedForward(DIM, HIDDEN, swish=Swish(1.5), activation_format=FORMATS["E2M1"]),
+        "swish",
+        {"beta": 1.5},
+    ),
+    "clamped": (
+        lambda: Numbered(clamped, some=7.0),
+        "silu",
+        {"gate_limit": 7.0, "up_limit": 7.0},
+    ),
+    "gate clamped": (
+        lambda: Numbered(lambda gate, up, some: F.gelu(gate.clamp(max=some)) * up, some=10),
+        "gelu",
+        {"gate_limit": 10.0},
+    ),
+    "up clamped": (
+        lambda: Numbered(lambda gate, up, some: F.relu(gate) * up.clamp(-some, some), some=3.5),
+        "relu",
+        {"up_limit": 3.5},
+    ),
+    "GPT-OSS": (
+        lambda: Numbered(of_gpt_oss, one=7.0, other=1.25),
+        "swish",
+        {"beta": 1.25, "gate_limit": 7.0, "up_limit": 7.0, "up_offset": 1.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODIFIED)
+def test_slopes_limits_and_offsets(name: str, dtype: torch.dtype) -> None:
+    build, activation, numbers = MODIFIED[name]
+    model = build().to(dtype)
+    site = only(model)
+    assert site.activation == activation
+    for field, value in (PLAIN_NUMBERS | numbers).items():
+        assert getattr(site, field) == value, field
+    assert not site.weighted
+    if dtype == torch.float32:
+        x = 8 * torch.randn(3, DIM)
+        activated_gate, activated_up = site.activated(site.gate(x), site.up(x))
+        torch.testing.assert_close(site.down(activated_gate * activated_up), model.eval()(x))
+
+
+def test_a_bias_that_is_added_apart_belongs_to_the_projection() -> None:
+    model = Biased(True)
+    site = only(model)
+    assert_roles(site, "w1.weight", "w2.weight", "w3.weight")
+    assert site.gate.bias is model.b1
+    assert site.up.bias is None
+
+
+def test_a_matrix_that_stands_on_the_right_is_transposed() -> None:
+    model = SquareFromTheRight()
+    site = only(model)
+    assert (site.gate.name, site.up.name, site.down.name) == ("w1", "w2", "w3")
+    assert site.gate.transposed and site.up.transposed and site.down.transposed
+    x = torch.randn(3, DIM)
+    assert torch.equal(site.gate(x), F.linear(x, model.w1.T))
+    assert_explains(site, model)
+
+
+def test_zero_and_nan_weights_are_no_obstacle() -> None:
+    for value in (0.0, float("nan")):
+        model = Called()
+        for parameter in model.parameters():
+            nn.init.constant_(parameter, value)
+        assert_roles(only(model), "w1.weight", "w3.weight", "w2.weight")
+
+
+def test_a_large_stack_of_experts_is_probed_with_one_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from foreign_feed_forwards import TorchtitanExperts
+
+    from fp8lab import probing
+
+    monkeypatch.setattr(probing, "_SMALL_STACK", 1)
+    assert probing._stand_ins(TorchtitanExperts(), torch.device("cpu"))["w1_EFD"].stride(0) == 0
+    site = only(TorchtitanExperts())
+    assert (site.gate.name, site.up.name, site.down.name) == ("w1_EFD", "w3_EFD", "w2_EDF")
+    assert site.experts == 3
+
+
+def test_experts_whose_routing_is_not_understood_are_said_to_be() -> None:
+    from foreign_feed_forwards import TorchtitanExperts
+
+    class Strange(TorchtitanExperts):
+        def forward(self, x: Tensor, mystery: Tensor) -> Tensor:
+            return super().forward(x, mystery)
+
+    with pytest.raises(ValueError, match="its forward takes 'mystery', which the probe does not"):
+        find_gates(Strange())
+
+
 # --- whole models -----------------------------------------------------------------------------
 
 
@@ -348,7 +480,7 @@ class Attention(nn.Module):
 
 
 class Biased(WeightsWithBias):
-    """A bias that is added outside the linear map, or is no parameter: it would be lost."""
+    """A bias that is added outside the linear map, or that is no parameter: it would be lost."""
 
     def __init__(self, apart: bool) -> None:
         super().__init__()
@@ -382,25 +514,28 @@ def fails(gate: Tensor, up: Tensor) -> Tensor:
 
 NO_FIT = "no two of its projections give the input of a third as act(gate) * up"
 NO_GATE: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "plain": (lambda: FeedForward(DIM, HIDDEN), ""),
+    "plain": (lambda: FeedForward(DIM, HIDDEN), "has no gate: down(gelu(up(x)))"),
     "linear": (lambda: nn.Linear(DIM, HIDDEN), ""),
     "nothing": (nn.Identity, ""),
     "attention": (Attention, NO_FIT),
     "seed 004 as printed": (Misplaced, "the probe failed: The size of tensor a"),
-    "seed 004 as printed, square": (lambda: Misplaced(dim=24, hidden=24), NO_FIT),
+    "seed 004 as printed, square": (
+        lambda: Misplaced(dim=24, hidden=24),
+        "has no gate: down(silu(up(x)))",
+    ),
     "sum": (lambda: Called(lambda gate, up: F.silu(gate) + up), NO_FIT),
-    "off by one": (lambda: Called(lambda gate, up: F.silu(gate) * (up + 1)), NO_FIT),
-    "slope": (lambda: Called(lambda gate, up: gate * torch.sigmoid(1.702 * gate) * up), NO_FIT),
-    "clamped": (lambda: Called(lambda gate, up: F.silu(gate.clamp(max=7)) * up), NO_FIT),
-    "Swish": (lambda: GatedFeedForward(DIM, HIDDEN, swish=Swish(1.5)), NO_FIT),
-    "Swish in a format": (
-        lambda: GatedFeedForward(DIM, HIDDEN, swish=Swish(1.5), activation_format=FORMATS["E2M1"]),
+    "off by two": (lambda: Called(lambda gate, up: F.silu(gate) * (up + 2)), NO_FIT),
+    "a slope that is nowhere": (
+        lambda: Called(lambda gate, up: gate * torch.sigmoid(1.5 * gate) * up),
         NO_FIT,
     ),
+    "a factor per channel": (
+        lambda: Called(lambda gate, up: F.silu(gate) * up * torch.arange(1.0, HIDDEN + 1)),
+        NO_FIT,
+    ),
+    "clamped": (lambda: Called(lambda gate, up: F.silu(gate.clamp(max=7)) * up), NO_FIT),
     "gate alone": (Alone, NO_FIT),
-    "bias apart": (lambda: Biased(True), NO_FIT),
     "bias computed": (lambda: Biased(False), NO_FIT),
-    "from the right": (SquareFromTheRight, NO_FIT),
     "raises": (lambda: Called(fails), "the probe failed: AssertionError"),
     "meta": (lambda: Called(device="meta"), "its weights are on the meta device"),
 }

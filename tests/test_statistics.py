@@ -166,6 +166,14 @@ def test_the_blockwise_dynamic_range(shape: tuple[int, int], size: int) -> None:
     assert list(mine.values()) == [along, both, block_range(tensor, size, 2)]
 
 
+def test_blocks_of_zeros_have_no_range() -> None:
+    bare = "max_blockwise_dynamic_range"
+    assert of([bare, "l1_norm"], torch.zeros(40, 40)) == {bare: 0.0, "l1_norm": 0.0}
+    tensor = torch.zeros(64, 64)
+    tensor[0, :2] = torch.tensor([2.0**-3, 2.0**9])
+    assert of([bare], tensor) == {bare: 12.0}
+
+
 def test_without_options_the_blockwise_dynamic_range_is_that_of_te_for_the_operand() -> None:
     tensor, bare = wide(), "max_blockwise_dynamic_range"
     roles: dict[str, Operand] = {"activation": "input", "gradient": "grad_output"}
@@ -315,6 +323,26 @@ def test_delayed_scaling_counts_what_its_scale_clips() -> None:
     }
 
 
+def test_a_hair_beyond_counts_only_where_te_counts_it() -> None:
+    """448 · (1 / scale) may round to a float32 below the amax that made the scale."""
+    amaxes = torch.linspace(1, 2, 200)
+    clipped = []
+    for amax in amaxes:
+        just_in_time = casting.cast_for(amax, recipe.Float8CurrentScaling(), "input")
+        assert of(["overflows%"], amax, just_in_time) == {"overflows%": 0.0}
+        delayed = just_in_time._replace(recipe=recipe.DelayedScaling())
+        clipped.append(of(["overflows%"], amax, delayed)["overflows%"])
+        assert delayed.scale_inv is not None
+        assert clipped[-1] == 100.0 * (amax > 448.0 * delayed.scale_inv)
+    assert 0 < sum(clipped) < 100.0 * len(amaxes)
+
+
+def test_bitnet_makes_something_of_zeros_and_that_is_no_underflow() -> None:
+    tensor = torch.tensor([1.0, 0.0, -1.0])
+    how = casting.cast_for(tensor, recipe.BitNetScaling(), "weight")
+    assert of(["underflows%"], tensor, how, "weight") == {"underflows%": 0.0}
+
+
 @pytest.mark.parametrize(
     ("in_force", "expected"),
     [
@@ -347,6 +375,12 @@ def test_errors_are_those_of_the_tensor_before_a_channel_scale() -> None:
     mine = of(["mse", "underflows%"], tensor, how)
     assert mine["mse"] == pytest.approx((restored - tensor).double().square().mean().item())
     assert mine["underflows%"] == directly(how)["underflows%"]
+    how = casting.cast_for(tensor * scale, recipe.MXFP8BlockScaling(), "input")
+    turned = casting.cast_for(tensor * scale, how.recipe, "input", direction="columnwise")
+    restored = turned.fake_quantized() / scale
+    mine = of(["mse_columnwise"], tensor, how._replace(channel_scale=scale))
+    expected = (restored - tensor).double().square().mean().item()
+    assert mine["mse_columnwise"] == pytest.approx(expected, rel=2.0**-20)
 
 
 def test_training_does_not_notice() -> None:
@@ -357,6 +391,7 @@ def test_training_does_not_notice() -> None:
     for one in (recipe.NVFP4BlockScaling(), recipe.Float8CurrentScaling(stochastic_rounding=True)):
         how = casting.cast_for(tensor, one, "grad_output")
         assert how.rounding == "stochastic"
+        how = how._replace(channel_scale=torch.ones(tensor.shape[1], requires_grad=True))
         vector = statistics.measure(names, tensor, how, "grad_output")
         assert not vector.requires_grad
         assert torch.equal(vector, statistics.measure(names, tensor, how, "grad_output"))
@@ -412,6 +447,7 @@ def rounded_lanes(names: Sequence[str]) -> list[bool]:
 def test_the_order_of_merges_never_matters(batches: list[list[float]], random: Any) -> None:
     """Counts and extremes to the bit, in any order and grouping."""
     names = [*PLAIN, "max_blockwise_dynamic_range_block_size_4_dims_1", "mxfp8_underflows%"]
+    names += ["rowwise_scale_inv_min", "rowwise_scale_inv_max"]
     names += [
         "mxfp8_scale_inv_min",
         "mxfp8_underflows%_worst_block",
@@ -442,6 +478,14 @@ def test_merged_pieces_are_the_whole() -> None:
     np.testing.assert_array_equal(merged[~rounded], whole[~rounded])
     np.testing.assert_allclose(merged[rounded], whole[rounded], rtol=2.0**-40, atol=2.0**-40)
     assert set(statistics.finish(names, merged)) == set(names)
+
+
+def test_zeros_change_no_extreme_but_their_own() -> None:
+    names = ["dynamic_range", "mxfp8_scale_inv_min", "min"]
+    full, zeros = (statistics.measure(names, t).numpy() for t in (wide() + 4096.0, torch.zeros(64)))
+    alone = statistics.finish(names, full)
+    assert alone["min"] > 0
+    assert statistics.finish(names, statistics.merge(names, full, zeros)) == alone | {"min": 0.0}
 
 
 def test_the_neutral_vector_is_that_of_an_empty_tensor() -> None:

@@ -1,6 +1,7 @@
 """The run directory: rows come back as they went in, and damage is an error of one line.
 
-What a kill leaves of it is in test_store_killed.
+What a kill leaves of it is in test_store_killed, a full disk in test_store_disk, several processes
+in test_store_ranks, reading in test_runs.
 """
 
 from __future__ import annotations
@@ -8,6 +9,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -125,6 +129,62 @@ def test_pending_rows_are_counted_and_then_written_once(tmp_path: Path) -> None:
     writer.flush()
     assert writer.pending == 0
     assert written(tmp_path / "run") == only(range(4))
+
+
+def test_a_flush_that_does_not_wait_writes_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    writing, go_on = segments.write, threading.Event()
+
+    def slowly(*args: Any) -> None:
+        assert go_on.wait(60)
+        writing(*args)
+
+    writer = RunWriter.create(tmp_path / "run", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(segments, "write", slowly)
+        for step in range(3):  # the first is under way, the others wait for it
+            add(writer, range(step, step + 1), flush_every=100)
+            writer.flush(wait=False)
+        assert writer.pending == 3 * 2 * len(TABLE_NAMES)
+        assert written(tmp_path / "run") == only(range(0))
+        go_on.set()
+        writer.flush()
+    assert writer.pending == 0
+    assert written(tmp_path / "run") == only(range(3))
+    assert len(segments.listed(tmp_path / "run")) == 2
+
+
+def test_ctrl_c_in_a_flush_writes_no_row_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    writing = segments.write
+
+    def interrupted(*args: Any) -> None:
+        signal.raise_signal(signal.SIGINT)  # which the main thread gets, as it waits
+        time.sleep(0.2)
+        writing(*args)
+
+    writer = write(tmp_path / "run", range(2))
+    add(writer, range(2, 4), flush_every=100)
+    monkeypatch.setattr(segments, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.flush()
+    monkeypatch.setattr(segments, "write", writing)
+    writer.close("interrupted")
+    assert written(tmp_path / "run") == only(range(4))
+
+
+def test_a_row_without_a_step_is_refused_and_one_without_a_rank_is_the_writers(
+    tmp_path: Path,
+) -> None:
+    writer = RunWriter.create(tmp_path / "run", {}, rank=3)
+    for row in ({"loss": 1.0}, {"step": None}):
+        with pytest.raises(ValueError, match="steps: a row without a step, expected one in each"):
+            writer.append("steps", [{"step": 0}, row])
+    writer.append("steps", [{"step": 1}, {"step": 1, "rank": -1}])
+    writer.flush()
+    assert open_run(tmp_path / "run").steps()["rank"].tolist() == [3, -1]
 
 
 def test_more_flushes_than_six_digits_stay_in_order(tmp_path: Path) -> None:

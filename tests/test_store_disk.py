@@ -83,6 +83,7 @@ def full_for_a_while(disk: Path) -> None:
         add(writer, range(step, step + 1), flush_every=100)
         assert refused(writer.flush).errno == ENOSPC
         assert written(disk / "run") == only(range(3))
+        assert len(list((disk / "run" / "segments").iterdir())) == 3  # no half of a fourth
     assert writer.pending == 3 * 2 * len(TABLE_NAMES)
     assert refused(lambda: writer.set_state("running")).errno == ENOSPC
     filler.unlink()

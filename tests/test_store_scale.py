@@ -13,13 +13,14 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from fp8lab import segments
 from fp8lab.record import TABLES
 from fp8lab.store import RunWriter
 
@@ -58,12 +59,13 @@ def record(path: Path, rows: int, rows_a_flush: int) -> tuple[RunWriter, float, 
     writer = RunWriter.create(path, {})
     draw = np.random.default_rng(0)
     steps = rows_a_flush // len(SITES)
-    pool = [tensor_rows(0, steps, draw) for _ in range(4)]
+    # More rows than are packed together, so that none of them is packed with itself.
+    pool = [tensor_rows(0, steps, draw) for _ in range(2 * segments.ROWS_AT_ONCE // rows_a_flush)]
     position = pool[0].column_names.index("step")
     seconds, most = 0.0, 0
     for number in range(rows // (steps * len(SITES))):
         step = pa.array(np.repeat(np.arange(steps) + number * steps, len(SITES)))
-        batch = pool[number % 4].set_column(position, TABLES["tensors"].field("step"), step)
+        batch = pool[number % len(pool)].set_column(position, TABLES["tensors"].field("step"), step)
         began = time.perf_counter()
         writer._write_segment({"tensors": batch})
         seconds += time.perf_counter() - began
@@ -115,26 +117,41 @@ def read_in_part(path: Path, first: int, last: int) -> dict[str, float]:
         pytest.param((5_000_000, 24_000), marks=pytest.mark.slow, id="5 million rows"),
     ],
 )
-def written(
+def told(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, int]]:
+) -> dict[str, Any]:
+    """What a run of so many rows, so many a flush, came to; read while open and when closed."""
     rows, rows_a_flush = request.param
     path = tmp_path_factory.mktemp("scale") / "run"
     writer, seconds, most = record(path, rows, rows_a_flush)
-    size = sum(file.stat().st_size for file in path.rglob("*.arrow"))
-    told = {"rows": rows, "us/row": seconds / rows * 1e6, "folders": most}
-    told |= {"segment bytes/row": size / rows, "segment rows/GB": 1e9 * rows / size}
     rows = rows // rows_a_flush * rows_a_flush
-    told["running"] = read_in_part(path, 100, 200)
+    size = sum(file.stat().st_size for file in path.rglob("*.arrow"))
+    found = {"rows": rows, "us/row": seconds / rows * 1e6, "folders": most, "segment bytes": size}
+    found |= {"segment bytes/row": size / rows, "segment rows/GB": 1e9 * rows / size}
+    found["running"] = read_in_part(path, 100, 200)
     began = time.perf_counter()
     writer.close()
-    told["close s"] = time.perf_counter() - began
+    found["close s"] = time.perf_counter() - began
     size = (path / "tensors.parquet").stat().st_size
-    told |= {"parquet bytes/row": size / rows, "parquet rows/GB": 1e9 * rows / size}
-    told["closed"] = read_in_part(path, 100, 200)
-    print(json.dumps(told, indent=1))
-    yield path, rows
+    found |= {"parquet bytes/row": size / rows, "parquet rows/GB": 1e9 * rows / size}
+    found["closed"] = read_in_part(path, 100, 200)
+    print(json.dumps(found, indent=1))
+    return found
 
 
-def test_x(written):
-    pass
+@pytest.mark.parametrize("state", ["running", "closed"])
+def test_a_part_is_read_without_the_rest(state: str, told: dict[str, Any]) -> None:
+    read, millions = told[state], told["rows"] / 1e6
+    assert read["site rows"] == told["rows"] // len(SITES)
+    assert read["steps rows"] == 100 * len(SITES)
+    assert read["open s"] < 0.1
+    assert read["site s"] < 1.0 + 2.0 * millions
+    assert read["steps s"] < 2.0 + 1.0 * millions
+    # All of it would be a kilobyte a row: 200 MiB, 5 GiB.
+    assert read["MiB more"] < 180 + 20 * millions
+
+
+def test_rows_are_small_and_files_are_few(told: dict[str, Any]) -> None:
+    assert told["segment bytes/row"] < 400
+    assert told["parquet bytes/row"] < 350
+    assert told["folders"] <= 3 * segments.MERGED_AT_ONCE + told["segment bytes"] // (4 << 20)

@@ -9,6 +9,7 @@ TE changes.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -113,7 +114,7 @@ def te_with(
     te: TransformerEngine, in_force: str, tensors: list[Tensor], *arguments: Any, **settings: Any
 ) -> dict[str, float]:
     """What TE logs with that recipe in force; gradients are E5M2 where its recipe is hybrid."""
-    settings["hybrid"] = in_force in ("fp8_delayed_scaling", "fp8_current_scaling")
+    settings.setdefault("hybrid", in_force in ("fp8_delayed_scaling", "fp8_current_scaling"))
     settings["scale"] = torch.tensor(SCALE)
     logged = te(worker.statistics, tensors, *arguments, in_force, **settings)
     assert isinstance(logged, dict)
@@ -219,6 +220,17 @@ def test_statistics_of_casts(
     role = OPERANDS[tensor_name]
     mine = ours(names, tensor, cast_in_force(in_force, tensor, role), role)
     assert_agree(mine, theirs, in_force)
+
+
+@pytest.mark.parametrize("in_force", OF_BLOCKS)
+def test_what_ifs_of_e5m2_gradients(te: TransformerEngine, in_force: str) -> None:
+    """TE's are in E5M2 as well, but not where MXFP8 is in force."""
+    tensor, names = tensor_of("wide"), names_with(in_force)
+    names = [name for name in names if not name.endswith("mse_columnwise")]
+    theirs = te_with(te, in_force, [tensor], "gradient", names, hybrid=True)
+    one = dataclasses.replace(IN_FORCE[in_force], fp8_format=recipe.Format.HYBRID)
+    how = casting.cast_for(tensor, one, "grad_output")
+    assert_agree(ours(names, tensor, how, "grad_output"), theirs, in_force)
 
 
 @pytest.mark.parametrize("tensor_name", OPERANDS)

@@ -115,6 +115,28 @@ def test_no_gate(te: TransformerEngine, activation: str) -> None:
         assert_same_bits(seen["product"], run["kernel"][0]["product"])
 
 
+def test_what_cannot_be_seen_is_said_once(te: TransformerEngine) -> None:
+    """A GELU that is fused with its bias, in a forward that keeps nothing."""
+    said, seen = te(worker.warnings_of, "gelu")
+    assert len(said) == 1
+    assert said[0].startswith("mlp: only its output can be seen: Transformer Engine keeps")
+    assert seen == ["output"] * 3
+    assert te(worker.warnings_of, "silu") == ([], ["up", "product", "output"] * 3)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("build", SETTINGS, ids=lambda build: build.__name__)
+def test_what_te_computes_otherwise_is_refused(
+    te: TransformerEngine, build: Any, recipe: str
+) -> None:
+    """A kernel that took the halves the other way round: one warning, and no wrong row."""
+    said, seen = te(worker.refused, build, RECIPES[recipe])
+    assert len(said) == 1
+    assert said[0].startswith("mlp: only its output is recorded: ")
+    assert said[0].endswith("that Transformer Engine made is not silu of what went in")
+    assert seen == ["output"] * 3
+
+
 # --- nothing is changed ------------------------------------------------------------------------
 
 

@@ -211,6 +211,11 @@ def quantize(tensor: Tensor, quantizer: Any, out: Any = None, noop: Any = None) 
     return _cast(values, quantizer, tensor.dtype, _amax(values))
 
 
+def dequantize(tensor: Any, dtype: Any) -> Tensor:
+    values = tensor._data.view(TORCH_DTYPES[int(tensor._fp8_dtype)]).float() * tensor._scale_inv
+    return values.to(TORCH_DTYPES[int(dtype)])
+
+
 def bgrad_quantize(gradient: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
     summed = gradient.float().reshape(-1, gradient.shape[-1]).sum(0)
     return summed.to(gradient.dtype), quantize(gradient, quantizer)
@@ -418,6 +423,7 @@ def fused_amax_and_scale_update_after_reduction(
 
 KERNELS: list[Callable[..., Any]] = [
     quantize,
+    dequantize,
     bgrad_quantize,
     fp8_transpose,
     rmsnorm_fwd,

@@ -13,7 +13,6 @@ fp8lab nor pytest.
 from __future__ import annotations
 
 import functools
-import json
 import tempfile
 import warnings
 from pathlib import Path
@@ -178,8 +177,11 @@ def dequantize(quantized: Any, dtype: Any) -> Tensor:
 
 
 @functools.cache
-def _prepare() -> None:
-    """A Blackwell, whose casts are those above; and nvdlfw-inspect, asked to log nothing."""
+def _prepare() -> tempfile.TemporaryDirectory[str]:
+    """A Blackwell, whose casts are those above; and nvdlfw-inspect, asked to log nothing.
+
+    The folder of its log goes with the worker.
+    """
     import nvdlfw_inspect.api as debug_api
     import transformer_engine.debug.features
     import transformer_engine.pytorch.tensor.nvfp4_tensor as nvfp4
@@ -192,15 +194,15 @@ def _prepare() -> None:
     torch.cuda.get_device_capability = lambda *_: (10, 0)
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     torch.Tensor.to = _staying(torch.Tensor.to)  # type: ignore[method-assign]
-    folder = Path(tempfile.mkdtemp())
+    folder = tempfile.TemporaryDirectory()
     feature = {"LogTensorStats": {"enabled": True, "tensors": ["weight"], "stats": ["min"]}}
     nowhere = {"enabled": True, "layers": {"layer_name_regex_pattern": "^$"}}
-    config = {"config": nowhere | {"transformer_engine": feature}}
-    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    features = str(Path(transformer_engine.debug.features.__file__).parent)
     debug_api.initialize(
-        config_file=str(folder / "config.yaml"), feature_dirs=[features], log_dir=str(folder)
+        config_file={"config": nowhere | {"transformer_engine": feature}},
+        feature_dirs=[str(Path(transformer_engine.debug.features.__file__).parent)],
+        log_dir=folder.name,
     )
+    return folder
 
 
 def _staying(to: Any) -> Any:

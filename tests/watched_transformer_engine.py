@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -358,6 +359,55 @@ def failing(build: Callable[..., nn.Module], checkpoint: bool) -> tuple[bool, bo
     for handle in handles:
         handle.remove()
     return in_between, _traces(model) == before
+
+
+def warnings_of(activation: str) -> tuple[list[str], list[str]]:
+    """Warnings and roles of three forwards without gradients."""
+    from fp8lab import te_modules
+
+    model = layernorm_mlp({"activation": activation}, torch.bfloat16)
+    receiver = Seen()
+    receiver.site, receiver.evaluates = te_modules.identify("mlp", model), True
+    handles = te_modules.attach(receiver.site, receiver)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(torch.randn(TOKENS, DIM).bfloat16())
+    for handle in handles:
+        handle.remove()
+    return [str(warning.message) for warning in caught], receiver.order
+
+
+def refused(
+    build: Callable[..., nn.Module], recipe: tuple[str, dict[str, Any]] | None
+) -> tuple[list[str], list[str]]:
+    """Warnings and roles of three forwards if TE's kernel took the second half for the gate."""
+    import transformer_engine.pytorch as te
+
+    from fp8lab import te_modules
+
+    model = build(APART if build is layernorm_mlp else {}, torch.bfloat16)
+    receiver, chosen = Seen(), _recipe(recipe)
+    receiver.site = te_modules.identify("mlp", model)
+    handles = te_modules.attach(receiver.site, receiver)
+    extension = sys.modules["transformer_engine_torch"]
+    original = extension.swiglu
+
+    def swapped(both: Tensor, quantizer: Any = None) -> Any:
+        return original(torch.cat(both.chunk(2, dim=-1)[::-1], dim=-1), quantizer)
+
+    extension.swiglu = swapped
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                with te.autocast(enabled=chosen is not None, recipe=chosen):
+                    model((torch.randn(TOKENS, DIM)).bfloat16().requires_grad_())
+    finally:
+        extension.swiglu = original
+    for handle in handles:
+        handle.remove()
+    return [str(warning.message) for warning in caught], receiver.order
 
 
 def two_watches(build: Callable[..., nn.Module]) -> tuple[list[int], bool]:

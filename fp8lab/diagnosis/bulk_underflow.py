@@ -30,7 +30,9 @@ REMEDY = "SmoothSwiGLU, or keep the product in BF16: both treat the channels apa
 def find(run: Run) -> list[Finding]:
     """One finding for every scaled gate product whose bulk error rose above `DAMAGED`."""
     tensors = run.tensors()
-    products = tensors[tensors["site"].str.endswith(":product") & tensors["scale"].notna()]
+    products = tensors[
+        tensors["site"].str.endswith(":product", na=False) & tensors["scale"].notna()
+    ]
     below_normal = products["flushed"] + products["subnormal"]
     damaged = products[(products["bulk_error"] > DAMAGED) & (below_normal > UNDERFLOWN)]
     damaged = damaged.dropna(subset=["hot_channel", "channel_ratio"])

@@ -40,7 +40,7 @@ REMEDY = (
 def find(run: Run) -> list[Finding]:
     """One finding for every gate product that was clipped."""
     tensors = run.tensors()
-    products = tensors[tensors["site"].str.endswith(":product")]
+    products = tensors[tensors["site"].str.endswith(":product", na=False)]
     clipped = products[products["staleness"] > CLIPPED_STALENESS]
     clipped = clipped.dropna(subset=["cur_amax", "hot_channel"])
     alarm = loss_alarm(run)

@@ -16,14 +16,10 @@ _WIDE = ("BF16", "FP16", "FP32")
 def uses_fp8(run: Run) -> bool | None:
     """Whether any operand of any recorded layer was cast to less than 16 bits; None where no layer
     said how it casts: a plain model, or one that another library made FP8."""
-    layers = run.info.get("precision") or {}
-    if not layers:
-        return None
-    return any(
-        not precision.startswith(_WIDE)
-        for operands in layers.values()
-        for precision in operands.values()
-    )
+    layers = run.info.get("precision")
+    operands = layers.values() if isinstance(layers, dict) else ()
+    said = [str(cast) for casts in operands if isinstance(casts, dict) for cast in casts.values()]
+    return any(not cast.startswith(_WIDE) for cast in said) if said else None
 
 
 def find(run: Run, twin: Run | None) -> list[Finding]:

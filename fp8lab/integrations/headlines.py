@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from fp8lab.record import CHANNELS, TENSORS
+from fp8lab.statistics import check
 
 HEADLINES = (
     "cur_amax",
@@ -26,16 +27,17 @@ HEADLINES = (
     "persistence",
 )
 
-_KNOWN = {column.name for column in (*TENSORS, *CHANNELS)}
+_COLUMNS = {column.name for column in (*TENSORS, *CHANNELS)}
 
 
 def checked(statistics: Collection[str]) -> frozenset[str]:
-    """The statistics as a set. Raises ValueError for one that no row has."""
+    """The statistics as a set. Raises ValueError for one that is neither a column nor one that a
+    selection can name."""
     if isinstance(statistics, str):
         raise ValueError(f"statistics: {statistics!r}, expected a collection of names")
-    for name in sorted(set(statistics) - _KNOWN):
-        raise ValueError(f"statistics: {name!r}, expected a column of record.TENSORS or CHANNELS")
-    return frozenset(statistics)
+    names = frozenset(statistics)
+    check(sorted(names - _COLUMNS))
+    return names
 
 
 def chosen(scalars: Mapping[str, float], statistics: frozenset[str]) -> dict[str, float]:

@@ -3,7 +3,8 @@
 A step is a batch after which `trainer.global_step` has moved. Steps are numbered as Lightning
 numbers them: from 0, and after `ckpt_path=` on from the checkpoint's, in the same run directory. A
 checkpoint is an event of the run and flushes it, so that the rows before it are never missing. The
-step's loss is the mean of what `training_step` returned. An exception closes the run as failed, Ctrl+C as interrupted.
+step's loss is the mean of what `training_step` returned. An exception closes the run as failed,
+Ctrl+C as interrupted.
 
 Lightning computes the gradients *inside* the optimizer's step, in a closure, where whatever looks
 at the optimizer before its step sees the gradients of the step before. So the closure is called
@@ -59,8 +60,6 @@ class WatchCallback(Callback):
         self._steps = trainer.global_step
         resume_at = self._steps if self._steps > 0 and self._exists else None
         with ExitStack() as opening:
-            if optimizer is not None:  # before `watch`: hooks run in the order of registration
-                opening.callback(optimizer.register_step_pre_hook(_closure_first).remove)
             watching = watch(
                 pl_module, self._path, optimizer=optimizer, resume_at=resume_at, **self._options
             )
@@ -120,14 +119,3 @@ class WatchCallback(Callback):
             self._open.close()
         else:
             self._open.__exit__(type(error), error, error.__traceback__)
-
-
-def _closure_first(
-    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """A pre-hook of the step. An optimizer that calls the closure again (L-BFGS) gets it anew."""
-    closure = kwargs.get("closure")
-    if closure is None:  # manual optimization, or a gradient scaler: the gradients are there
-        return None
-    results = [closure()]
-    return args, kwargs | {"closure": lambda: results.pop() if results else closure()}

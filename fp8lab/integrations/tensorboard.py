@@ -21,8 +21,8 @@ from fp8lab.integrations.headlines import HEADLINES, checked, chosen
 class Writer:
     """Writes each recorded step's scalars to `summary_writer`.
 
-    `statistics` are the columns to show of each site; what belongs to the whole step is always
-    shown. Raises ValueError for a statistic that no row has.
+    `statistics` are those to show of each site, columns and what `select` names; what belongs to
+    the whole step is always shown. Raises ValueError for one that does not exist.
     """
 
     def __init__(

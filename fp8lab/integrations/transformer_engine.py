@@ -11,7 +11,7 @@ both GEMMs, of any TE layer, chosen in the YAML that TE's other features are cho
         FP8LabTensors: {enabled: True, tensors: [gradient, wgrad], freq: 10, start_step: 100}
 
     transformer_engine.register()                  # before `initialize`
-    nvdlfw_inspect.api.initialize(config_file="features.yaml", feature_dirs=[...TE's...])
+    nvdlfw_inspect.api.initialize("features.yaml", transformer_engine.feature_dirs())
     model = ...                                    # TE wants its layers built afterwards
     with fp8lab.watch(model, "runs/mine") as watch, transformer_engine.feeding(watch, model):
         ...                                        # each step: watch.step(...), then api.step()
@@ -192,8 +192,10 @@ def register() -> None:
             if tensor is None:  # a weight that is stored in FP8
                 tensor = rowwise_quantized_tensor.dequantize()
             is_quantised = hasattr(rowwise_quantized_tensor, "_quantizer")
+            # A scale that is made of several ranks' amax cannot be made again here.
+            is_known = is_quantised and not getattr(quantizer, "with_amax_reduction", False)
             for feed in _feeds:
-                recipe = feed.recipe(layer_name) if is_quantised else None
+                recipe = feed.recipe(layer_name) if is_known else None
                 _feed(feed, layer_name, tensor_name, tensor.detach(), recipe, quantizer)
 
     # As `Registry.register_feature` does before it knows TE's namespace. Later it would write to a

@@ -55,7 +55,7 @@ class WatchCallback(TrainerCallback):
         # Asked here and not when the training begins, when another rank may have made it already.
         self._exists = self._path.exists()
         self._watch: Watch | None = None
-        self._losses = _Losses()
+        self._losses = _Losses(1)
         self._open = ExitStack()
         weakref.finalize(self, _close_left_open, self._open, os.getpid())
 
@@ -96,7 +96,10 @@ class WatchCallback(TrainerCallback):
         )
         self._watch = self._open.enter_context(watching)
         self._exists = True
-        self._losses = _Losses()
+        # Tokens are counted over all processes, those of one tensor-parallel group once.
+        tensor_parallel = getattr(kwargs["model"], "tp_size", None) or 1
+        shares = args.world_size // tensor_parallel if args.average_tokens_across_devices else 1
+        self._losses = _Losses(shares)
         hook = kwargs["model"].register_forward_hook(self._losses.returned, with_kwargs=True)
         self._open.callback(hook.remove)
 
@@ -145,9 +148,10 @@ def _stepped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 class _Losses:
     """The losses that the model returned in this step, one a micro-batch, on their device."""
 
-    def __init__(self) -> None:
+    def __init__(self, shares: int) -> None:
         self._losses: list[Tensor] = []
         self._summed = False
+        self._shares = shares
 
     def returned(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook. An evaluation, which runs without gradients, does not count."""
@@ -155,17 +159,17 @@ class _Losses:
             return
         loss = output.get("loss") if isinstance(output, Mapping) else output[0]
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            # Not a copy: to average over tokens on several devices Trainer scales it in place.
-            self._losses.append(loss.detach())
+            # A copy, for Trainer scales the loss in place, though not always this very tensor.
+            self._losses.append(loss.detach().clone())
             self._summed = kwargs.get("num_items_in_batch") is not None
 
     def take(self) -> Tensor | None:
         """The step's loss as Trainer adds it up: losses of tokens that were divided by the number
-        of all the step's tokens are summed, others averaged."""
+        of all the step's tokens, in all `shares`, are summed and scaled up; others averaged."""
         losses, self._losses = self._losses, []
         if not losses:
             return None
-        parts = losses if self._summed else [loss / len(losses) for loss in losses]
+        parts = [loss * self._shares if self._summed else loss / len(losses) for loss in losses]
         return torch.as_tensor(sum(part.float().reshape(()) for part in parts))
 
 

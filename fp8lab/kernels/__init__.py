@@ -61,8 +61,8 @@ _SIGNATURES = {
     "fp8lab_move_scale": [_POINTER, _INT64, _INT64, _REAL, _INT, _POINTER, _POINTER],
     "fp8lab_summary": [_POINTER, _INT, *[_INT64] * 3, *[_POINTER] * 3],
     "fp8lab_sentinel": [_POINTER, _INT, *[_INT64] * 3, *[_POINTER] * 2],
-    "fp8lab_gate": [*[_POINTER] * 3, *[_INT64] * 2, *[_POINTER] * 2],
-    "fp8lab_structure": [_POINTER, _INT64, _POINTER, _INT64, *[_POINTER] * 2],
+    "fp8lab_power": [_POINTER, _INT, *[_INT64] * 2, *[_POINTER] * 2],
+    "fp8lab_power_of_packed": [*[_POINTER] * 2],
     "fp8lab_weights": [*[_POINTER] * 3, _INT, *[_INT64] * 4, *[_POINTER] * 4],
     "fp8lab_samples": [*[_POINTER] * 2, _INT, *[_INT64] * 3, *[_POINTER] * 2, _INT64, _POINTER],
     "fp8lab_operand": [_POINTER, _INT, *[_INT64] * 4, *[_POINTER] * 4, _INT64, *[_POINTER] * 3],
@@ -385,7 +385,8 @@ def _load() -> ctypes.CDLL:
     built = [
         path
         for path in folder.glob(f"{prefix}*.so")
-        if _is_ours(path) and path.name == prefix + _digest(path)
+        # Asked first: a pipe by that name would never end, a dangling link has no owner.
+        if path.is_file() and _is_ours(path) and path.name == prefix + _digest(path)
     ]
     library = ctypes.CDLL(str(built[0] if built else _build(compiler, folder, prefix)))
     for name, arguments in _SIGNATURES.items():

@@ -104,8 +104,8 @@ static void power_of_share(void *task, int64_t share, int64_t begin, int64_t end
 
 /* found [2]: the largest magnitude, NaN if there is one, and the sum of squares. `sums` is memory
    for one number for every 4096 elements. */
-static void amax_and_power(const void *x, int half, int64_t count, int64_t shares, double *sums,
-                           double *found) {
+void fp8lab_power(const void *x, int half, int64_t count, int64_t shares, double *sums,
+                  double *found) {
     Power task = {.x = x, .half = half, .count = count, .sums = sums};
     int64_t units = (count + UNIT - 1) / UNIT;
     shares = smaller(shares, units);
@@ -118,7 +118,7 @@ static void amax_and_power(const void *x, int half, int64_t count, int64_t share
 }
 
 /* The same of what sketch.py packs; NaN where there is an infinity or a NaN. */
-static void amax_and_power_of_packed(const int64_t *packed, double *found) {
+void fp8lab_power_of_packed(const int64_t *packed, double *found) {
     enum { BINS = 2048, LOW = 3 * BINS, SQUARES = 4 * BINS, HIGH = 5 * BINS, AMAX = 6 * BINS + 256 };
     int64_t special = 0, first = -packed[AMAX + 1] >> 20, last = packed[AMAX] >> 20;
     double power = 0;
@@ -132,64 +132,6 @@ static void amax_and_power_of_packed(const int64_t *packed, double *found) {
     }
     found[0] = special ? NAN : from_bits((int32_t)packed[AMAX]);
     found[1] = special ? NAN : power;
-}
-
-/* columns [2] of measure.GATE_COLUMNS, from product, gate and up: each packed or, where that is
-   NULL, a tensor of `count` elements. */
-void fp8lab_gate(const int64_t *const *packed, const void *const *x, const int *half, int64_t count,
-                 int64_t shares, double *sums, double *columns) {
-    double crests[3], peaks[3];
-    for (int i = 0; i < 3; i++) {
-        double found[2];
-        if (packed[i]) amax_and_power_of_packed(packed[i], found);
-        else amax_and_power(x[i], half[i], count, shares, sums, found);
-        peaks[i] = found[0], crests[i] = found[0] / sqrt(found[1] / (double)count);
-    }
-    double crest = crests[1] > crests[2] || crests[1] != crests[1] ? crests[1] : crests[2];
-    columns[0] = crests[0] / crest, columns[1] = peaks[0] / (peaks[1] * peaks[2]);
-}
-
-/* --- quantiles of amaxes, which as bit patterns order like integers --- */
-
-/* The number at `rank` of `count` in ascending order. `left` is memory for as many. */
-static int32_t ranked(const int32_t *codes, int64_t count, int64_t rank, int32_t *left) {
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        int64_t counts[256] = {0}, kept = 0;
-        int32_t byte = 0;
-        for (int64_t i = 0; i < count; i++) counts[codes[i] >> shift & 255]++;
-        while (rank >= counts[byte]) rank -= counts[byte++];
-        for (int64_t i = 0; i < count; i++) { /* never ahead of what is read, if that is `left` */
-            int32_t code = codes[i];
-            left[kept] = code;
-            kept += (code >> shift & 255) == byte;
-        }
-        codes = left, count = kept;
-    }
-    return left[0];
-}
-
-/* As numpy.quantile: between the two nearest ranks. */
-static double quantile(const float *values, int64_t count, double share, int32_t *memory) {
-    const int32_t *codes = (const int32_t *)values;
-    double place = share * (double)(count - 1);
-    int64_t below = (int64_t)place, at_most = 0;
-    int32_t low = ranked(codes, count, below, memory), next = INT32_MAX;
-    for (int64_t i = 0; i < count; i++) {
-        at_most += codes[i] <= low;
-        next = codes[i] > low && codes[i] < next ? codes[i] : next;
-    }
-    double start = from_bits(low), end = at_most > below + 1 || place == (double)below
-                                             ? start : from_bits(next);
-    return place > (double)below ? start + (end - start) * (place - (double)below) : start;
-}
-
-/* columns [2] of measure.STRUCTURE_COLUMNS. `memory` is for as many as the more of both. */
-void fp8lab_structure(const float *tokens, int64_t rows, const float *channels, int64_t columns,
-                      int32_t *memory, double *found) {
-    float largest = 0;
-    for (int64_t i = 0; i < columns; i++) largest = channels[i] > largest ? channels[i] : largest;
-    found[0] = quantile(tokens, rows, 0.999, memory) / quantile(tokens, rows, 0.5, memory);
-    found[1] = largest / quantile(channels, columns, 0.5, memory);
 }
 
 /* --- weights of the channels: rows of gate and up, columns of down --- */

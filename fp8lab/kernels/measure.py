@@ -35,36 +35,22 @@ def sentinel(matrix: Tensor, found: Tensor) -> None:
     )
 
 
-def gate(
-    product: Tensor, activated_gate: Tensor, activated_up: Tensor, shape: tuple[int, int]
-) -> Tensor:
-    """float64 [2]: amplification and coincidence of tensors of that shape. Each is such a tensor,
-    or the packed int64 of its summary."""
-    count = shape[0] * shape[1]
-    seen = product, activated_gate, activated_up
-    packed = [each.data_ptr() if each.dtype is torch.int64 else None for each in seen]
+def amax_and_power(tensor: Tensor) -> Tensor:
+    """float64 [2] of any shape: the largest magnitude (NaN if there is one), the sum of squares.
+    Of packed int64 (`Summary.packed`), both are NaN where something is not finite."""
+    found = torch.empty(2, dtype=_F64, device="cpu")
+    if tensor.dtype is torch.int64:
+        kernels.library().fp8lab_power_of_packed(tensor.data_ptr(), found.data_ptr())
+        return found
+    count = tensor.numel()
     sums = torch.empty(-(-count // 4096), dtype=_F64, device="cpu")
-    columns = torch.empty(2, dtype=_F64, device="cpu")
-    kernels.library().fp8lab_gate(
-        (ctypes.c_void_p * 3)(*packed),
-        (ctypes.c_void_p * 3)(*(each.data_ptr() for each in seen)),
-        (ctypes.c_int * 3)(*(kernels.is_half(each) for each in seen)),
+    kernels.library().fp8lab_power(
+        tensor.data_ptr(),
+        kernels.is_half(tensor),
         count,
         _shares(count, len(sums)),
         sums.data_ptr(),
-        columns.data_ptr(),
-    )
-    return columns
-
-
-def structure(tokens: Tensor, channels: Tensor) -> Tensor:
-    """float64 [2]: 99.9th percentile / median of `tokens`, largest / median of `channels`; both
-    float32, not empty, without NaN or sign."""
-    rows, columns = len(tokens), len(channels)
-    memory = torch.empty(max(rows, columns), dtype=torch.int32, device="cpu")
-    found = torch.empty(2, dtype=_F64, device="cpu")
-    kernels.library().fp8lab_structure(
-        tokens.data_ptr(), rows, channels.data_ptr(), columns, memory.data_ptr(), found.data_ptr()
+        found.data_ptr(),
     )
     return found
 

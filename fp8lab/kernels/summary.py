@@ -58,8 +58,9 @@ def summary(tensor: Tensor) -> Summary:
     if matrix.is_cuda and matrix.numel():
         from fp8lab.kernels import gpu
 
-        if gpu.usable():
-            return Summary(*gpu.summary(matrix))
+        found = gpu.summary(matrix) if gpu.usable() else None
+        if found is not None:
+            return Summary(*found)
     return plain(matrix)
 
 
@@ -69,19 +70,19 @@ def as_matrix(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     if type(tensor) not in (Tensor, nn.Parameter):
         for unwrap in ("to_local", "dequantize"):  # DTensor; the quantised ones of torchao and TE
-            if type(tensor) is not Tensor and unwrap in dir(type(tensor)):
+            if getattr(type(tensor), unwrap, None) is not getattr(Tensor, unwrap, None):
                 tensor = getattr(tensor, unwrap)()
         tensor = tensor.as_subclass(Tensor)
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+        tensor = torch.view_as_real(tensor.resolve_conj())
     channels = tensor.shape[-1] if tensor.dim() else 1
     if tensor.is_meta:
         return torch.zeros(0, channels)
-    if tensor.is_quantized or not tensor.is_floating_point():
-        tensor = tensor.dequantize() if tensor.is_quantized else tensor.float()
-    return tensor.reshape(tensor.shape[:-1].numel() if tensor.dim() else 1, channels)
+    if not tensor.is_floating_point():
+        tensor = tensor.float()
+    return tensor.resolve_neg().reshape(-1 if channels else tensor.shape[:-1].numel(), channels)
 
 
 def _compiled(matrix: Tensor) -> Summary:

@@ -176,7 +176,7 @@ class RareToken:
     noise: float = 0.1
 
     def __post_init__(self) -> None:
-        self._require(_is_whole, "a whole number, at least 1", "dim", "hidden", "batch_size")
+        self._require(_is_whole, "at least 1", "dim", "hidden", "batch_size")
         self._require(lambda p: 0.0 <= p <= 1.0, "0 to 1", "event_probability")
         scales = ("target_scale", "teacher_scale", "noise")
         self._require(lambda s: 0.0 <= s < 2.0**128, "finite and at least 0", *scales)

@@ -43,7 +43,7 @@ class Seen:
         config = run.info.get("config")
         self.config: dict[str, Any] = config if isinstance(config, dict) else {}
         result = run.info.get("result")
-        self.result: dict[str, Any] = result if isinstance(result, dict) else {}
+        self.result = _of_known_types(result) if isinstance(result, dict) else {}
         self.part = str(self.config.get("part", ""))
         self.arm = str(self.config.get("arm", label))
         seed = self.config.get("seed")
@@ -59,7 +59,7 @@ class Seen:
     def products(self) -> pd.DataFrame:
         """Tensor rows of the gate products."""
         rows = _first_rank(self.run.tensors())
-        return rows[rows["site"].str.endswith(":product")]
+        return rows[rows["site"].str.endswith(":product", na=False)]
 
     @cached_property
     def channels(self) -> pd.DataFrame:
@@ -192,6 +192,26 @@ def _setting(run: Seen) -> dict[str, Any]:
     return {key: value for key, value in run.config.items() if key not in _ARM_KEYS}
 
 
+def _of_known_types(result: dict[str, Any]) -> dict[str, Any]:
+    """Without what is no number: a run may say anything of itself, and the page goes on."""
+    kept = {key: value for key, value in result.items() if value is None or _is_number(value)}
+    if kept.get("diverged_at") is not None and not isfinite(kept["diverged_at"]):
+        del kept["diverged_at"]
+    doses = result.get("doses")
+    keys = ("dose", "loss", "gradient_cosine")
+    kept["doses"] = [
+        one
+        for one in (doses if isinstance(doses, list) else ())
+        if isinstance(one, dict) and all(_is_number(one.get(key)) for key in keys)
+        if isfinite(one["dose"])
+    ]
+    return kept
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 63)
+
+
 def _first_rank(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["rank"] == rows["rank"].min()] if len(rows) else rows
 
@@ -240,7 +260,7 @@ def _experiment(path: Path, unread: list[Unread]) -> dict[str, Any] | None:
             _demand(part, "name", "title", "seeds", "arms")
             for arm in part["arms"]:
                 _demand(arm, "name")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         unread.append(Unread(file.name, f"damaged: {error}"))
         return None
     return dict(experiment)
