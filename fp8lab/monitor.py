@@ -113,21 +113,22 @@ def watch(
     taps = TensorTaps(watched_modules(model), recorder, optimizer)
     _check_selections(recorder, sites, taps)
     info = _describe(model, sites) | {"every": every, "config": dict(config or {})}
+    writer = _writer(path, info, resume_at)
+    reduction = None if group is None else Reduction(group)
+    probes = [FeedForwardProbe(site, channels, recorder) for site in sites]
+    watching = Watch(outermost, recorder, probes, taps, writer, reduction, burst, flush_seconds)
+    watching.listeners.extend(listeners)
+    watching.attach(optimizer)
+    return watching
+
+
+def _writer(path: str | Path, info: dict[str, Any], resume_at: int | None) -> RunWriter:
     rank = rank_of()
     if job := job_at(str(path)):
         info["job"] = job
     if resume_at is None:
-        writer = RunWriter.create(path, info, rank=rank)
-    else:
-        writer = RunWriter.resume(path, resume_at, info, rank=rank, ranks=world_size())
-    reduction = None if group is None else Reduction(group)
-    probes = [FeedForwardProbe(site, channels, recorder) for site in sites]
-    watching = Watch(
-        outermost, recorder, probes, taps, writer, reduction, burst, flush_seconds, rank
-    )
-    watching.listeners.extend(listeners)
-    watching.attach(optimizer)
-    return watching
+        return RunWriter.create(path, info, rank=rank)
+    return RunWriter.resume(path, resume_at, info, rank=rank, ranks=world_size())
 
 
 def _feed_forwards(model: nn.Module) -> list[GateSite | FeedForwardSite]:
@@ -203,7 +204,6 @@ class Watch:
         reduction: Reduction | None,
         burst: int,
         flush_seconds: float,
-        rank: int,
     ) -> None:
         self._model = model
         self._recorder = recorder
@@ -213,7 +213,7 @@ class Watch:
         self._reduction = reduction
         self._burst = burst
         self._flush_seconds = flush_seconds
-        self._rank = rank
+        self._rank = writer.rank
         self._optimizer: OptimizerProbe | None = None
         self._handles: list[Any] = []
         self._held: deque[_Rows] = deque()

@@ -7,16 +7,20 @@ A site is seen in one of three ways (`GateSite.seen`):
 - *inside*: the module computes with its parameters itself, perhaps for many experts, perhaps in an
   `autograd.Function`. For the time of its forward a mode follows these parameters through views
   and copies to the products they take part in (`tracing`), and shows what goes in and out.
-- *recomputed*: nothing can be seen, as inside a compiled region. Gate, up and product are computed
-  once more from the module's input, in a dense module; of experts the routing is not known, and
-  there a warning says once that the site stays dark.
+- *recomputed*: a kernel hides the product (Transformer Engine's, see `te_modules`).
 
-The receiver is asked what it wants before anything is done for it, and shown views of the
-live tensors, which it must reduce at once: an activation may work in place, and the backward of
-Liger's kernels overwrites gate and up. Nothing returned, patched or kept: bits do not change, and
-when the handles are removed nothing is left.
+A compiled model breaks its graph at the hooks. What was compiled before, or with hooks that are
+gone, is compiled anew, for compiled code does not look. A site that is seen inside and is compiled
+cannot be followed; there its forward runs once more, uncompiled and without gradients, with
+buffers and random numbers put back.
+
+The receiver is asked what it wants before anything is done for it, and shown the live tensors,
+which it must reduce at once: an activation may work in place, and the backward of Liger's kernels
+overwrites gate and up. Nothing returned, patched or kept: bits do not change, and when the handles
+are removed nothing is left.
 
 A gate that is called twice before the product counts once. Nobody is shown an empty tensor.
+Rejected: patching `forward` or `_apply_gate` of known classes, which would have to be known.
 """
 
 from __future__ import annotations
@@ -188,6 +192,8 @@ class _Inside(_Shows):
         return last if isinstance(last, Trace) else None
 
     def _enter(self, compiles: bool, module: nn.Module, args: Any) -> None:
+        if self._trace is not None:  # of the forward around this one
+            self._trace.finish()
         self.shown.clear()
         roles: list[Role] = ["product", *self.projections]
         if not any(self.receiver.wants(module, role) for role in roles):

@@ -15,7 +15,6 @@ act(gate) * act'(up) is not the product that was seen, the site is wrong, and it
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from fp8lab import measure, observe
-from fp8lab.recorder import Kinds, Recorder, Vector, finite_columns, local, tensor_row
+from fp8lab.recorder import (
+    Kinds,
+    Recorder,
+    Vector,
+    finite_columns,
+    local,
+    merged_kind,
+    quantile,
+    tensor_row,
+)
 from fp8lab.sites import FeedForwardSite, GateSite, Role, cast_in_force
 
 # Of so many channels that were hottest so far the weights are kept with every recorded step: the
@@ -131,12 +139,12 @@ class FeedForwardProbe:
         summary = self._recorder.record(self.site.site(role), tensor, names)
         if role == "output":
             return
-        self._recorder.add(self.site.site(role), "channels", summary.channels)
+        self._recorder.add(self.site.site(role), "amaxes", summary.channels)
         if isinstance(self.site, GateSite):
             self._summaries[role] = summary
             gate, up = self.site.activated(tensor, tensor)
             factor = gate if role == "gate" else up
-            vector = measure._amax_and_power(summary if factor is tensor else factor)
+            vector = measure.amax_and_power(summary if factor is tensor else factor)
             self._recorder.add(self.site.site("product"), f"activated_{role}", vector)
             if self._unproved is not None:
                 self._unproved[role] = tensor.clone()  # an activation may work in place
@@ -151,7 +159,7 @@ class FeedForwardProbe:
             return
         names = recorder.due(self.site.name, "product") or ()
         summary = recorder.record(site, product, names, how)
-        recorder.add(site, "sentinel", measure.sentinel_vector(product, how))
+        recorder.add(site, "sentinel", measure.sentinel_vector(product, how, summary))
         recorder.add(site, "channels", summary.channels)
         recorder.add(site, "tokens", summary.tokens)
         if how is not None:
@@ -210,7 +218,6 @@ class FeedForwardProbe:
             if role != "product" and site in collected:
                 parts[role] = collected.pop(site)
                 rows.append(tensor_row(site, parts[role], self._recorder.names_of(site)))
-                rows[-1].pop("channel_ratio", None)  # of the product alone
         if "channels" not in kinds:
             return rows, []
         product["seen"] = how_seen(self.site)
@@ -229,11 +236,11 @@ class FeedForwardProbe:
     def _channel_rows(
         self, parts: dict[Role, Kinds], weights: Kinds, product: dict[str, Any]
     ) -> list[dict[str, Any]]:
-        columns: dict[str, Vector] = {
-            f"{role}_amax": np.max(parts[role]["channels"], axis=0)
-            for role in ("product", "gate", "up")
-            if role in parts and "channels" in parts[role]
-        }
+        channels = parts["product"]["channels"]
+        columns = {"product_amax": merged_kind("channels", channels)}
+        for role in ("gate", "up"):
+            if role in parts and "amaxes" in parts[role]:
+                columns[f"{role}_amax"] = merged_kind("amaxes", parts[role]["amaxes"])
         if "weights" in weights:
             names = measure.CHANNEL_COLUMNS[3:]
             matrix = weights["weights"][-1].reshape(len(names), -1)
@@ -244,16 +251,17 @@ class FeedForwardProbe:
             product["persistence"] = len(top & self._previous_top) / len(top)
         self._previous_top = top
         self._follow({channel: float(amax[channel]) for channel in top})
-        median = float(np.median(amax))
-        sampled = self._sampled_weights(parts["product"]["channels"], weights)
-        known, stacked = tuple(columns), np.stack(list(columns.values()))
+        median = float(quantile(np.sort(amax), 0.5))
+        sampled = self._sampled_weights(channels, weights)
+        wanted = sorted(top | self._followed.keys())
+        known, stacked = tuple(columns), np.stack([columns[n][wanted] for n in columns], axis=1)
         rows = []
-        for channel in sorted(top | self._followed.keys()):
+        for channel, values in zip(wanted, stacked, strict=True):
             row: dict[str, Any] = {
                 "site": self.site.name,
                 "channel": channel + (self._first_channel or 0),
             }
-            row |= finite_columns(known, stacked[:, channel])
+            row |= finite_columns(known, values)
             if median > 0 and "product_amax" in row:
                 row["channel_ratio"] = row["product_amax"] / median
             if channel in sampled:

@@ -30,7 +30,7 @@ from fp8lab.sketch import NUM_EXTREMES, NUM_SUMS
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
 _Key = tuple[str, str]  # site, kind
 # Long, or of this process alone.
-_NOT_REDUCED = ("channels", "tokens", "weights", "sampled", "loss")
+_NOT_REDUCED = ("channels", "amaxes", "tokens", "weights", "sampled", "loss")
 
 
 def rank_of() -> int:

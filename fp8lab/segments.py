@@ -255,7 +255,7 @@ class _ArrowFile:
     """A segment's file of one table, a record batch at a time; columns go by today's names."""
 
     def __init__(self, file: Path, table: Table) -> None:
-        self._source = pa.OSFile(str(file))  # no memory map: a file cut meanwhile is a SIGBUS
+        self._source = _opened(file, "rb")  # no memory map: a file cut meanwhile is a SIGBUS
         self._reader = pa.ipc.open_file(self._source)
         self._stored = _stored_names(self._reader.schema.names, table)
         self.chunks = self._reader.num_record_batches
@@ -287,7 +287,8 @@ class _ParquetFile:
     """A compacted table, a row group at a time; columns go by today's names."""
 
     def __init__(self, file: Path, table: Table) -> None:
-        self._file = pa.parquet.ParquetFile(file)
+        self._source = _opened(file, "rb")
+        self._file = pa.parquet.ParquetFile(self._source)
         self._stored = _stored_names(self._file.schema_arrow.names, table)
         self.chunks = self._file.num_row_groups
 
@@ -295,7 +296,7 @@ class _ParquetFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._source.close()
 
     def extent(self, chunk: int) -> tuple[int, int]:
         """Bounds of the steps in a chunk, from the statistics of the file."""
@@ -352,14 +353,18 @@ def write(folder: Path, segment: Segment, tables: Mapping[Table, Iterable[pa.Tab
 def _write_arrow(file: Path, schema: pa.Schema, pieces: Iterable[pa.Table]) -> None:
     # What the columns mean is in the Parquet file: here it would be most of a small file.
     bare = pa.schema([pa.field(c.name, c.type) for c in schema], metadata=schema.metadata)
-    writer = None
     options = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
-    for piece in _regrouped(pieces):
-        if writer is None:
-            writer = pa.ipc.new_file(str(file), bare, options=options)
-        writer.write_table(piece.cast(bare))
-    if writer is not None:
-        writer.close()
+    pieces = _regrouped(pieces)
+    if (piece := next(pieces, None)) is None:
+        return
+    with _opened(file, "wb") as sink, pa.ipc.new_file(sink, bare, options=options) as writer:
+        while piece is not None:
+            writer.write_table(piece.cast(bare))
+            piece = next(pieces, None)
+
+
+def _opened(file: Path, mode: str) -> pa.OSFile:
+    return pa.OSFile(os.fsencode(file), mode)  # a name need not be UTF-8, as Arrow has it
 
 
 def _regrouped(pieces: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -451,7 +456,10 @@ def compact(folder: Path) -> None:
         temporary = folder / f".{table}.parquet"
         pieces = _all_pieces(files_of(folder, table), table)
         try:
-            with pa.parquet.ParquetWriter(temporary, schema, **_encodings(schema)) as writer:
+            with (
+                _opened(temporary, "wb") as sink,
+                pa.parquet.ParquetWriter(sink, schema, **_encodings(schema)) as writer,
+            ):
                 for piece in _regrouped(pieces):
                     writer.write_table(piece, row_group_size=ROWS_AT_ONCE)
             temporary.replace(folder / f"{table}.parquet")

@@ -28,7 +28,8 @@ import pyarrow.compute
 
 from fp8lab import segments
 from fp8lab.record import SCHEMA_VERSION, TABLES, Table
-from fp8lab.runs import Run, claimed, folder_of, state_file, this_process
+from fp8lab.runs import Run as Run
+from fp8lab.runs import claimed, folder_of, state_file, this_process
 from fp8lab.runs import find_runs as find_runs
 from fp8lab.runs import open_run as open_run
 from fp8lab.segments import RunError as RunError

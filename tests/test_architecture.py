@@ -29,7 +29,7 @@ ARITHMETIC = {"formats", "recipe", "plan", "rounding", "kernels", "casting", "re
 ARITHMETIC |= {"scaling", "optim"}
 STORE = {"store", "runs", "segments"}
 NECK = {"formats", "recipe", "sketch", "record"} | STORE
-SITES = {"sites", "tracing", "probing", "gating", "te_modules", "te_casts"}
+SITES = {"sites", "tracing", "probing", "gating", "te_modules", "te_inside", "te_casts"}
 MONITOR = {"monitor", "probes", "taps", "step_probes", "recorder", "ranks", "selection"}
 MONITOR |= {"measure", "statistics", "observe"}
 LAB = (
@@ -56,10 +56,11 @@ TABLE: dict[str, set[str]] = {
     "ffn": {"formats", "rounding"},
     "tracing": set(),
     "gating": {"ffn", "tracing"},
-    "probing": {"ffn", "tracing", "te_modules"},
+    "probing": {"ffn", "tracing", "te_modules", "te_casts"},
     "sites": {"ffn", "gating", "probing", "tracing", "te_modules", "te_casts"},
     "te_casts": {"recipe", "plan", "casting", "scaling"},
-    "te_modules": {"recipe", "sites", "te_casts"},
+    "te_inside": {"recipe", "observe", "sites", "te_casts"},
+    "te_modules": {"observe", "sites", "te_casts", "te_inside"},
     "observe": {"gating", "sites", "tracing", "te_modules"},
     "conversion": ARITHMETIC | {"sites", "ffn"},
     "mitigations": ARITHMETIC | {"sites", "ffn", "conversion"},
@@ -81,7 +82,8 @@ TABLE: dict[str, set[str]] = {
     "bisection": {"recipe", "record", "store"},
     "checkpoint": NECK | {"sites", "monitor", "diagnosis"},
     "report": NECK | {"forecast", "diagnosis"},
-    "integrations": {"monitor", "guard", "sites", "store", "recipe", "record", "statistics"} | {"casting", "plan"},
+    "integrations": {"monitor", "guard", "sites", "store", "recipe", "record", "statistics"}
+    | {"casting", "plan"},
     "lab": LAB,
     "cli": ALL | {DOOR},
     DOOR: ALL,

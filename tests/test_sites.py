@@ -245,6 +245,14 @@ def test_small_and_large_weights(size: float) -> None:
     assert_roles(only(model), "w1.weight", "w3.weight", "w2.weight")
 
 
+def test_dropout_of_the_product_does_not_hide_it() -> None:
+    class Inner(Called):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w2(F.dropout(swiglu(self.w1(x), self.w3(x)), 0.5, self.training))
+
+    assert_roles(only(Inner().train()), "w1.weight", "w3.weight", "w2.weight")
+
+
 class Numbered(Called):
     """The numbers of its formula are attributes, whatever they are called."""
 

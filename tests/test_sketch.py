@@ -248,6 +248,14 @@ def test_a_sketch_differs_where_a_tensor_does() -> None:
     assert one != "sketch"
 
 
+def test_one_nan_is_as_good_as_another() -> None:
+    codes = torch.tensor([0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32)
+    sketches = [
+        sketch(torch.cat([code.view(torch.float32)[None], torch.ones(3)])) for code in codes
+    ]
+    assert all(one == sketches[0] for one in sketches)
+
+
 def test_sums_of_a_number_of_elements_that_no_tensor_has_are_exact() -> None:
     # 2^38 copies of an element, made by doubling: their squares need 86 bits.
     value = float(np.nextafter(np.float32(2.0), np.float32(0.0)))

@@ -175,6 +175,14 @@ def test_ctrl_c_in_a_flush_writes_no_row_twice(
     assert written(tmp_path / "run") == only(range(4))
 
 
+def test_a_path_need_not_be_text(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff")
+    writer = write(path, range(20))
+    assert written(path) == only(range(20))
+    writer.close()
+    assert written(path) == only(range(20))
+
+
 def test_a_row_without_a_step_is_refused_and_one_without_a_rank_is_the_writers(
     tmp_path: Path,
 ) -> None:
@@ -352,10 +360,10 @@ def test_a_run_that_is_closed_while_it_is_read_is_read_whole(
     else:
         opening = pa.OSFile
 
-        def close_then_open(name: str) -> Any:
+        def close_then_open(name: bytes, mode: str) -> Any:
             monkeypatch.setattr(pa, "OSFile", opening)
             writer.close()
-            return opening(name)
+            return opening(name, mode)
 
         monkeypatch.setattr(pa, "OSFile", close_then_open)
     assert run.arrow("tensors")["step"].to_pylist() == [0, 0, 1, 1, 2, 2, 3, 3]

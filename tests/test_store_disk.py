@@ -115,7 +115,7 @@ def full_for_one_who_does_not_wait(disk: Path) -> None:
 def full_after_so_many_pages(disk: Path) -> None:
     """Full at each point of flushing, merging, closing and resuming, one after the other."""
     ends = set()
-    for pages in range(0, 64, 2):
+    for pages in range(0, 64, 4):
         path = disk / f"run{pages}"
         writer = write(path, range(14))
         add(writer, range(14, 18), flush_every=100)
@@ -129,6 +129,7 @@ def full_after_so_many_pages(disk: Path) -> None:
         except OSError:
             end = "flushed" if steps == 18 else "refused"
         ends.add(end)
+        assert not list(path.glob(".*")), "what could not be finished takes no room"
         assert written(path) == only(range(steps)), pages
         try:
             RunWriter.resume(path, 10)

@@ -21,6 +21,7 @@ from fp8lab.store import RunError, RunWriter, find_runs, open_run
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 4
+Writer = subprocess.Popen[str]
 
 RANK = """
 import sys, time
@@ -41,14 +42,14 @@ sys.stdin.readline()
 """
 
 
-def start(path: Path, rank: int, steps: int, job: str = "", end: str = "close") -> subprocess.Popen:
+def start(path: Path, rank: int, steps: int, job: str = "", end: str = "close") -> Writer:
     return subprocess.Popen(
         [sys.executable, "-c", RANK, str(path), str(rank), str(steps), job, end],
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-def together(processes: list[subprocess.Popen]) -> None:
+def together(processes: list[Writer]) -> None:
     """All have imported, then all go."""
     for process in processes:
         assert process.stdout.readline() == "ready\n"
@@ -56,12 +57,12 @@ def together(processes: list[subprocess.Popen]) -> None:
         print(file=process.stdin, flush=True)
 
 
-def said(process: subprocess.Popen, last: str) -> None:
+def said(process: Writer, last: str) -> None:
     while (line := process.stdout.readline().strip()) != last:
         assert line, process.stderr.read()
 
 
-def ended(processes: list[subprocess.Popen]) -> None:
+def ended(processes: list[Writer]) -> None:
     for process in processes:
         _, told = process.communicate("\n", timeout=60)
         assert process.returncode in (0, -9), told

@@ -5,12 +5,6 @@ numbers them: from 0, and after `ckpt_path=` on from the checkpoint's, in the sa
 checkpoint is an event of the run and flushes it, so that the rows before it are never missing. The
 step's loss is the mean of what `training_step` returned. An exception closes the run as failed,
 Ctrl+C as interrupted.
-
-Lightning computes the gradients *inside* the optimizer's step, in a closure, where whatever looks
-at the optimizer before its step sees the gradients of the step before. So the closure is called
-just before the step and its result handed in: the same calls in the same order, and clipping, which
-is part of the closure, stays before what is read. The alternative, Lightning's
-`on_before_optimizer_step`, comes before the clipping.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def register() -> None:
 
     Raises ImportError without nvdlfw-inspect or Transformer Engine.
     """
-    from nvdlfw_inspect.registry import NamespaceData, Registry, api_method  # type: ignore[import-untyped]
+    from nvdlfw_inspect.registry import NamespaceData, Registry, api_method
     from transformer_engine.debug.features.api import TEConfigAPIMapper
     from transformer_engine.debug.features.utils import next_enabled_iter
 

@@ -207,6 +207,9 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     for number, state in states.items():
         where = f"optimizer state {number}: "
         _compare(path, where, _shapes(state), _shapes(after_a_step.get(number, {})))
+        counted = float(state.get("step", 0))
+        if not 0 <= counted <= step:
+            raise ValueError(f"checkpoint {path}: {where}step {counted:g}, expected 0 to {step}")
     try:
         torch.set_rng_state(random)
     except (RuntimeError, TypeError):
