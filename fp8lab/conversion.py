@@ -158,6 +158,10 @@ def converted_downs(model: nn.Module, who: str) -> list[tuple[str, Fp8Linear]]:
     """
     downs = []
     for gate in find_gates(model):
+        if gate.down.module is None:
+            raise ValueError(
+                f"{who}: {gate.name} computes with down's weight itself, no layer does"
+            )
         if not isinstance(gate.down.module, Fp8Linear):
             raise ValueError(f"{who}: {gate.name}: down is not converted, expected convert() first")
         downs.append((gate.name, gate.down.module))

@@ -303,7 +303,7 @@ class Watch:
             self._tell(rows)
         self._recorder.advance()
         if now - self._last_flush >= self._flush_seconds:
-            self._flush()
+            self._flush(wait=False)
 
     def _add_rows(self, step: int, rows: _Rows, collected: dict[str, Kinds]) -> bool:
         alarming = False
@@ -415,17 +415,17 @@ class Watch:
         if not seen:
             self._warn("no feed-forward was seen in the first step")
 
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
+    def _warn(self, message: str, once: str = "") -> None:
+        if (once or message) not in self._warned:
             warnings.warn(f"{self.path}: {message}", stacklevel=3)
-        self._warned.add(message)
+        self._warned.add(once or message)
 
-    def _flush(self) -> None:
+    def _flush(self, wait: bool = True) -> None:
         try:
-            self._writer.flush()
+            self._writer.flush(wait=wait)
         except OSError as error:
             # A full disk must not end the training; the rows wait for the next try.
-            self._warn(f"rows cannot be written: {error}")
+            self._warn(f"rows cannot be written: {error}", once="flush")
         self._last_flush = time.monotonic()
 
     def __enter__(self) -> Watch:

@@ -265,7 +265,11 @@ class FeedForwardProbe:
             if median > 0 and "product_amax" in row:
                 row["channel_ratio"] = row["product_amax"] / median
             if channel in sampled:
-                row["gate_weights"], row["up_weights"] = np.split(sampled[channel], 2)
+                both = sampled[channel]
+                row["gate_weights"], row["up_weights"] = (
+                    both[: len(both) // 2],
+                    both[len(both) // 2 :],
+                )
             rows.append(row)
         return rows
 

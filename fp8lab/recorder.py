@@ -23,10 +23,12 @@ from torch import Tensor
 
 from fp8lab import measure, statistics
 from fp8lab.casting import Cast
+from fp8lab.record import TENSORS
 from fp8lab.selection import Selection
 from fp8lab.sketch import Sketch
 
 Vector = NDArray[Any]
+_COLUMNS = {column.name for column in TENSORS}
 Kinds = dict[str, list[Vector]]  # what was measured of one tensor: kind -> a vector a micro-batch
 
 
@@ -196,7 +198,9 @@ def tensor_row(site: str, kinds: Kinds, names: tuple[str, ...] = ()) -> dict[str
     if "extremes" in found:
         row |= finite_columns(("cur_amax", "max"), found["extremes"])
     if "statistics" in found:
-        row["statistics"] = list(statistics.finish(names, found["statistics"]).items())
+        further = statistics.finish(names, found["statistics"])
+        row |= {name: value for name, value in further.items() if name in _COLUMNS - row.keys()}
+        row["statistics"] = [pair for pair in further.items() if pair[0] not in _COLUMNS]
     return row
 
 

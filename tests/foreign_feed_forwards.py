@@ -107,7 +107,8 @@ class MegatronExpert(Megatron):
     """`TEGroupedMLP`: the product is multiplied by the router's probability."""
 
     def weighted(self, product: Tensor) -> Tensor:
-        return product * torch.linspace(0.1, 0.9, product.shape[-2])[:, None]
+        probability = torch.linspace(0.1, 0.9, product.shape[-2])[:, None]
+        return product * probability.to(product.dtype)
 
 
 class _XformersFunction(torch.autograd.Function):

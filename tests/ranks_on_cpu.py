@@ -3,7 +3,8 @@
     torchrun --nproc-per-node N tests/ranks_on_cpu.py PARALLELISM RATE RUN PARAMETERS
 
 PARALLELISM is one of the functions below, RATE the learning rate. Every process computes its part
-of the same data; where RUN is "-" nothing is watched. The parameters that are left are written by process 0, whole.
+of the same data; where RUN is "-" nothing is watched. The parameters that are left are written by
+process 0, whole.
 """
 
 from __future__ import annotations

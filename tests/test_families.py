@@ -481,3 +481,33 @@ def test_a_forward_that_raises_leaves_nothing_and_spoils_nothing(name: str) -> N
     for handle in handles:
         handle.remove()
     assert footprint(model) == before
+
+
+# --- what others do with such sites -------------------------------------------------------------
+
+
+def test_mitigations_say_where_they_cannot_reach() -> None:
+    from fp8lab.mitigations import ClampedSwiGLU, HighPrecisionProduct
+
+    fused, experts = foreign.Megatron(), foreign.TorchtitanExperts()
+    with pytest.raises(ValueError, match=r"ClampedSwiGLU: \. has gate and up in one projection"):
+        ClampedSwiGLU().apply(fused)
+    with pytest.raises(ValueError, match=r"ClampedSwiGLU: \. does not call its projections"):
+        ClampedSwiGLU().apply(experts)
+    with pytest.raises(ValueError, match=r"HighPrecisionProduct: \. computes with down's weight"):
+        HighPrecisionProduct().apply(experts)
+    assert not fused.linear_fc1._forward_hooks
+
+
+def test_a_fused_projection_that_is_converted_is_seen_as_it_is_cast() -> None:
+    import fp8lab
+
+    model = hugging_face("phi3", "Phi3").bfloat16()
+    fp8lab.convert(model, fp8lab.Float8CurrentScaling(), include=["*.mlp.*"])
+    site = sites_of(model)[0]
+    log = Log()
+    observe.attach(site, log)
+    run(model).backward()
+    gate, up, product = (log.of(role)[0] for role in ("gate", "up", "product"))
+    assert gate.dtype == product.dtype == torch.float32  # as TE's fused kernel has them
+    assert observe.agrees(site, gate, up, product) <= observe.tolerance(torch.float32)

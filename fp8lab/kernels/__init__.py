@@ -3,7 +3,7 @@
 
 In eager torch a cast is five passes over the tensor and a tiled one more; `cpu.c` does either in
 one, at the speed of a copy (and `summary.c` and `measure.c` all that is measured of a tensor: see
-the modules beside this one). It is C in the package, built at first use (about a second, once per
+the modules beside this one). It is C in the package, built at first use (three seconds, once per
 machine) with the system's own compiler for the CPU at hand, kept in `$XDG_CACHE_HOME/fp8lab`
 or `~/.cache/fp8lab`, and called through ctypes, which lets go of the interpreter's lock.
 

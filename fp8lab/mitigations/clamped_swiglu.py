@@ -43,6 +43,8 @@ class ClampedSwiGLU:
                 raise ValueError(f"ClampedSwiGLU: {site.name} has {site.activation}, expected silu")
             if site.gate.module is None or site.up.module is None:
                 raise ValueError(f"ClampedSwiGLU: {site.name} does not call its projections")
+            if site.gate.module is site.up.module:
+                raise ValueError(f"ClampedSwiGLU: {site.name} has gate and up in one projection")
         for site in sites:
             assert site.gate.module is not None and site.up.module is not None
             site.gate.module.register_forward_hook(self._clamp_gate)
