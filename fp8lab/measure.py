@@ -127,9 +127,6 @@ def amax_and_power(seen: Seen) -> Tensor:
     return torch.stack([magnitude.amax(), magnitude.square().sum()])
 
 
-_amax_and_power = amax_and_power
-
-
 def _has_nan(seen: Summary) -> bool:
     packed = seen.packed.numpy()
     infinities = packed[EDGES * BINS + FIRST_SPECIAL]

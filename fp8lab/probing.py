@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8lab.ffn import FeedForward, GatedFeedForward
+from fp8lab.te_casts import te_name
 from fp8lab.tracing import LinearMap, Source, Trace
 
 # A prime: no two of so many rows are made of the same numbers, whatever their length.
@@ -160,7 +161,8 @@ def _routing(name: str, num_tokens: int, experts: int) -> Tensor | None:
 
 
 def _note_calls(stack: ExitStack, trace: Trace, name: str, child: nn.Module) -> None:
-    weight, has_bias = f"{name}.weight", getattr(child, "bias", None) is not None
+    weight, bias = f"{name}.weight", getattr(child, "bias", None)
+    has_bias = bias is not None and bias.numel() > 0  # Transformer Engine's none is an empty one
 
     def enter(module: Any, args: Any, kwargs: Any) -> None:
         input = next(iter((*args, *kwargs.values())), None)
@@ -199,7 +201,7 @@ def _undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
             # They gather and distribute what the stand-ins are whole without.
             for hooks in ("_forward_pre_hooks", "_forward_hooks") if sharded else ():
                 change(child, hooks, type(vars(child)[hooks])())
-        if any(type(child).__module__.startswith("transformer_engine") for child in children):
+        if any(te_name(child) is not None for child in children):
             from fp8lab import te_modules
 
             stack.enter_context(te_modules.plain_linears(module))

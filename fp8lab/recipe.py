@@ -132,7 +132,7 @@ _NOT_OF_BLOCKS = (Format.HYBRID_E5M2_COPIES, Format.GAUDI2, Format.GAUDI2_E5M2_C
 
 
 LONGEST_HISTORY = 1 << 20  # entries, 4 MiB for each operand of each layer; TE's default is 1024
-LARGEST_MARGIN = 126  # octaves: beyond, no float32 has that power of two
+LARGEST_MARGIN = 149  # octaves: beyond, no float32 is that power of two or its inverse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,7 @@ TENSORS = (
     Column("min", _F64, "", "smallest finite value"),
     Column("max", _F64, "", "largest finite value"),
     Column("mean", _F64, "", "of the finite elements"),
-    Column("std", _F64, "", "of the finite elements, around their mean, divisor n"),
+    Column("std", _F64, "", "of the finite elements, divisor n - 1 as in Transformer Engine"),
     Column("l1_norm", _F64, "", "sum of magnitudes"),
     Column("l2_norm", _F64, "", "root of the sum of squares"),
     Column("dynamic_range", _F64, "octaves", "log2 amax - log2 smallest non-zero magnitude"),

@@ -31,6 +31,9 @@ from torch.nn import functional
 from fp8lab.ffn import FeedForward, GatedFeedForward, activate
 from fp8lab.gating import Formula, Roles, explain_gate, explain_plain
 from fp8lab.probing import numbers, probe
+from fp8lab.recipe import Operand
+from fp8lab.te_casts import cast_in_force as cast_in_force_of_te
+from fp8lab.te_casts import te_name
 from fp8lab.tracing import Source
 
 Role = Literal["gate", "up", "product", "output"]
@@ -224,7 +227,7 @@ def survey(model: nn.Module) -> Survey:
     found = Survey([], [], [])
     for name, module in model.named_modules():
         site: GateSite | FeedForwardSite | str | None
-        if type(module).__module__.startswith("transformer_engine"):
+        if te_name(module) is not None:
             from fp8lab import te_modules
 
             site = te_modules.identify(name or ".", module)
@@ -356,11 +359,13 @@ def _projection(module: nn.Module, roles: Roles, source: Source) -> Projection:
     )
 
 
-def cast_in_force(module: nn.Module | None, operand: str, tensor: Tensor) -> Any:
+def cast_in_force(module: nn.Module | None, operand: Operand, tensor: Tensor) -> Any:
     """How `module` casts `tensor` as that operand now (a `casting.Cast`), None if it does not say.
 
     The protocol is one method of that name on the layer, so that whoever measures needs to import
     no layer class.
     """
     ask: Callable[[str, Tensor], Any] | None = getattr(module, "cast_in_force", None)
+    if ask is None and module is not None and te_name(module) is not None:
+        return cast_in_force_of_te(module, operand, tensor)
     return None if ask is None else ask(operand, tensor)

@@ -286,10 +286,11 @@ class Sketch:
             "min": self.min,
             "max": self.max,
             "mean": self.sum / n,
-            "std": math.ldexp(math.sqrt(variance) / n, -149),
             "l1_norm": math.ldexp(float(magnitudes), -149),
             "l2_norm": math.ldexp(math.sqrt(squares), -149),
         }
+        if n > 1:
+            row["std"] = math.ldexp(math.sqrt(variance / (n * (n - 1))), -149)
         if self.amax > 0:
             mean_square = self.sum_squares / n
             row["crest"] = self.amax / math.sqrt(mean_square)

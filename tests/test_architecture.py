@@ -57,7 +57,7 @@ TABLE: dict[str, set[str]] = {
     "tracing": set(),
     "gating": {"ffn", "tracing"},
     "probing": {"ffn", "tracing", "te_modules", "te_casts"},
-    "sites": {"ffn", "gating", "probing", "tracing", "te_modules", "te_casts"},
+    "sites": {"ffn", "recipe", "gating", "probing", "tracing", "te_modules", "te_casts"},
     "te_casts": {"recipe", "plan", "casting", "scaling"},
     "te_inside": {"recipe", "observe", "sites", "te_casts"},
     "te_modules": {"observe", "sites", "te_casts", "te_inside"},

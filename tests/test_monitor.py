@@ -395,6 +395,7 @@ def test_a_full_disk_warns_once_and_its_rows_are_written_later(
         assert len(seen) == 1
         assert len(open_run(tmp_path / "run").steps()) == 0
         train(model, optimizer, range(3, 5), watching)
+        watching.event(4, "looked at")  # waits for what is being written
         assert open_run(tmp_path / "run").steps()["step"].tolist() == list(range(5))
     assert open_run(tmp_path / "run").steps()["step"].tolist() == list(range(5))
     assert len(open_run(tmp_path / "run").tensors()) == 4 + 4
