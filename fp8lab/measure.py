@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from fp8lab import formats, kernels
 from fp8lab.casting import Cast
@@ -125,6 +126,14 @@ def amax_and_power(seen: Seen) -> Tensor:
         return compiled.amax_and_power(matrix)
     magnitude = matrix.double().abs()
     return torch.stack([magnitude.amax(), magnitude.square().sum()])
+
+
+def amax_and_power_of_silu(gate: Tensor) -> Tensor:
+    """`amax_and_power` of silu(gate), float32, without making it: each number right to 2^-21."""
+    matrix = as_matrix(gate).contiguous()
+    if matrix.dtype is torch.float32 and matrix.numel() and kernels.usable(matrix):
+        return compiled.amax_and_power(matrix, silu=True)
+    return amax_and_power(functional.silu(matrix))
 
 
 def _has_nan(seen: Summary) -> bool:

@@ -15,6 +15,7 @@ act(gate) * act'(up) is not the product that was seen, the site is wrong, and it
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8lab import measure, observe
+from fp8lab.gating import Formula
 from fp8lab.recorder import (
     Kinds,
     Recorder,
@@ -38,6 +40,11 @@ from fp8lab.sites import FeedForwardSite, GateSite, Role, cast_in_force
 # one that breaks a run was among them long before, and is seen as it was then.
 SAMPLED_CHANNELS = 3
 ROLES: tuple[Role, ...] = ("gate", "up", "product", "output")
+
+
+_PLAIN_SILU: dict[str, Any] = {"activation": "silu", "gate_limit": None}
+_PLAIN_UP: dict[str, Any] = {"up_activation": "identity", "up_limit": None, "up_offset": 0.0}
+_SILU = Formula(activation="silu")
 
 
 def counts_as_training(module: nn.Module) -> bool:
@@ -68,6 +75,12 @@ class FeedForwardProbe:
         self._recorder = recorder
         self._top = channels
         self._summaries: dict[Role, measure.Summary] = {}
+        # Factors that need no pass of their own, or a quicker one.
+        formula = site.formula if isinstance(site, GateSite) else None
+        is_exact = getattr(site.module, "activation_format", None) is None
+        self._gate_is_silu = is_exact and formula == replace(formula or _SILU, **_PLAIN_SILU)
+        self._up_is_factor = is_exact and formula == replace(formula or _SILU, **_PLAIN_UP)
+        self._weights_step = -1
         self._unproved: dict[Role, Tensor] | None = {}
         self._followed: dict[int, float] = {}
         self._previous_top: set[int] = set()
@@ -142,12 +155,21 @@ class FeedForwardProbe:
         self._recorder.add(self.site.site(role), "amaxes", summary.channels)
         if isinstance(self.site, GateSite):
             self._summaries[role] = summary
-            gate, up = self.site.activated(tensor, tensor)
-            factor = gate if role == "gate" else up
-            vector = measure.amax_and_power(summary if factor is tensor else factor)
+            vector = self._factor(self.site, role, tensor, summary)
             self._recorder.add(self.site.site("product"), f"activated_{role}", vector)
             if self._unproved is not None:
                 self._unproved[role] = tensor.clone()  # an activation may work in place
+
+    def _factor(
+        self, site: GateSite, role: Role, tensor: Tensor, summary: measure.Summary
+    ) -> Tensor:
+        """[amax, sum of squares] of act(gate), or of act'(up)."""
+        if role == "up" and self._up_is_factor:
+            return measure.amax_and_power(summary)
+        if role == "gate" and self._gate_is_silu and tensor.dtype == torch.float32:
+            return measure.amax_and_power_of_silu(tensor)
+        gate, up = site.activated(tensor, tensor)
+        return measure.amax_and_power(gate if role == "gate" else up)
 
     def _measure_product(self, product: Tensor) -> None:
         recorder, site = self._recorder, self.site.site("product")
@@ -188,8 +210,10 @@ class FeedForwardProbe:
         if gate.dim() != 2 or "gate" not in seen or "up" not in seen:
             return  # of fused experts, each with weights of its own
         site = self.site.name
-        matrix = measure.channel_matrix(summary, seen["gate"], seen["up"], (gate, up, down))
-        self._recorder.add(site, "weights", matrix[3:].flatten())
+        if self._weights_step != self._recorder.step:  # the same in all micro-batches of a step
+            matrix = measure.channel_matrix(summary, seen["gate"], seen["up"], (gate, up, down))
+            self._recorder.add(site, "weights", matrix[3:].flatten())
+            self._weights_step = self._recorder.step
         hottest = sorted(self._followed, key=lambda c: self._followed[c])[-SAMPLED_CHANNELS:]
         sampled = measure.sampled_rows(summary, gate, up, hottest)
         self._sampled = sampled.shape[0]

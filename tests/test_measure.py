@@ -507,3 +507,21 @@ def test_wrong_weights_and_channels_are_refused() -> None:
         measure.channel_matrix(heavy(), heavy(), heavy(), (gate, down, down))
     with pytest.raises(ValueError, match=r"channel 25, expected 0\.\.24"):
         measure.sampled_rows(heavy(), gate, up, [25])
+
+
+def test_amax_and_power_of_silu_are_those_of_torch() -> None:
+    """Every float32 exponent and both signs; and a bound on each element alone."""
+    codes = torch.arange(0, 2**31 - 2**23, 2**15 + 1, dtype=torch.int64).int()
+    values = codes.view(torch.float32)
+    values = torch.cat([values, -values, torch.linspace(-90, 90, 200_001)])
+    for gate in (values[values.abs() < 1e18], *torch.linspace(-20, 20, 401)[:, None].float()):
+        expected = torch.nn.functional.silu(gate.double())
+        amax, power = measure.amax_and_power_of_silu(gate).tolist()
+        assert amax == pytest.approx(float(expected.abs().max()), rel=2**-21)
+        assert power == pytest.approx(float(expected.square().sum()), rel=2**-20)
+    for special in (torch.nan, torch.inf):
+        found = measure.amax_and_power_of_silu(torch.tensor([1.0, special]))
+        assert not torch.isfinite(found).any()
+    half = torch.randn(100).bfloat16()
+    expected = measure.amax_and_power(torch.nn.functional.silu(half))
+    assert torch.equal(measure.amax_and_power_of_silu(half), expected)

@@ -62,7 +62,7 @@ _SIGNATURES = {
     "fp8lab_move_scale": [_POINTER, _INT64, _INT64, _REAL, _INT, _POINTER, _POINTER],
     "fp8lab_summary": [_POINTER, _INT, *[_INT64] * 3, *[_POINTER] * 3],
     "fp8lab_sentinel": [_POINTER, _INT, *[_INT64] * 3, *[_POINTER] * 2],
-    "fp8lab_power": [_POINTER, _INT, *[_INT64] * 2, *[_POINTER] * 2],
+    "fp8lab_power": [_POINTER, *[_INT] * 2, *[_INT64] * 2, *[_POINTER] * 2],
     "fp8lab_power_of_packed": [*[_POINTER] * 2],
     "fp8lab_weights": [*[_POINTER] * 3, _INT, *[_INT64] * 4, *[_POINTER] * 4],
     "fp8lab_samples": [*[_POINTER] * 2, _INT, *[_INT64] * 3, *[_POINTER] * 2, _INT64, _POINTER],

@@ -74,11 +74,52 @@ void fp8lab_sentinel(const void *x, int half, int64_t rows, int64_t columns, int
 
 typedef struct {
     const void *x;
-    int half;
+    int half, silu; /* of x, or of silu(x) */
     int64_t count;
     double *sums; /* [units] */
     int32_t peaks[MAX_SHARES];
 } Power;
+
+/* exp(x) to two units in the last place, for |x| < 87.4 (beyond: of that), by the usual reduction to
+   2^n e^r with |r| < log(2) / 2 and a polynomial. NaN gives anything: see silu. */
+INLINE float exponential(float x) {
+    x = x > 87.3f ? 87.3f : x;
+    x = x < -87.3f ? -87.3f : x;
+    float shifted = x * 1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f;
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = (p * r * r + r) + 1.0f;
+    return p * from_bits((bits(shifted) - bits(0x1.8p23f) + 127) << 23);
+}
+
+INLINE float silu(float x) { return x / (1.0f + exponential(-x)); }
+
+INLINE void power_of_silu(Power *task, int64_t share, int64_t begin, int64_t end) {
+    int32_t peak = 0;
+    float values[WIDTH];
+    for (; begin < end; begin++) {
+        double sum = 0;
+        int64_t stop = smaller((begin + 1) * UNIT, task->count);
+        for (int64_t at = begin * UNIT; at < stop; at += WIDTH) {
+            const float *x = (const float *)task->x + at;
+            int64_t count = smaller(stop - at, WIDTH);
+#pragma omp simd
+            for (int64_t i = 0; i < count; i++) values[i] = silu(x[i]);
+#pragma omp simd reduction(+ : sum) reduction(max : peak)
+            for (int64_t i = 0; i < count; i++) {
+                peak = larger(peak, values, i, 0);
+                sum += (double)values[i] * values[i];
+            }
+        }
+        task->sums[begin] = sum;
+    }
+    task->peaks[share] = peak;
+}
 
 INLINE void power_of_units(Power *task, int64_t share, int64_t begin, int64_t end, int half) {
     int32_t peak = 0;
@@ -98,15 +139,16 @@ INLINE void power_of_units(Power *task, int64_t share, int64_t begin, int64_t en
 }
 
 static void power_of_share(void *task, int64_t share, int64_t begin, int64_t end) {
-    if (((Power *)task)->half) power_of_units(task, share, begin, end, 1);
+    if (((Power *)task)->silu) power_of_silu(task, share, begin, end);
+    else if (((Power *)task)->half) power_of_units(task, share, begin, end, 1);
     else power_of_units(task, share, begin, end, 0);
 }
 
-/* found [2]: the largest magnitude, NaN if there is one, and the sum of squares. `sums` is memory
-   for one number for every 4096 elements. */
-void fp8lab_power(const void *x, int half, int64_t count, int64_t shares, double *sums,
+/* found [2]: the largest magnitude, NaN if there is one, and the sum of squares; with `silu`, of
+   silu(x), and x is float32. `sums` is memory for one number for every 4096 elements. */
+void fp8lab_power(const void *x, int half, int silu, int64_t count, int64_t shares, double *sums,
                   double *found) {
-    Power task = {.x = x, .half = half, .count = count, .sums = sums};
+    Power task = {.x = x, .half = half, .silu = silu, .count = count, .sums = sums};
     int64_t units = (count + UNIT - 1) / UNIT;
     shares = smaller(shares, units);
     in_shares(power_of_share, &task, units, shares);

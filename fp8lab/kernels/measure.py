@@ -35,8 +35,9 @@ def sentinel(matrix: Tensor, found: Tensor) -> None:
     )
 
 
-def amax_and_power(tensor: Tensor) -> Tensor:
-    """float64 [2] of any shape: the largest magnitude (NaN if there is one), the sum of squares.
+def amax_and_power(tensor: Tensor, silu: bool = False) -> Tensor:
+    """float64 [2] of any shape: the largest magnitude (NaN if there is one), the sum of squares;
+    of silu(tensor) in float32, each right to 2^-21, if it is asked for and the tensor is float32.
     Of packed int64 (`Summary.packed`), both are NaN where something is not finite."""
     found = torch.empty(2, dtype=_F64, device="cpu")
     if tensor.dtype is torch.int64:
@@ -47,6 +48,7 @@ def amax_and_power(tensor: Tensor) -> Tensor:
     kernels.library().fp8lab_power(
         tensor.data_ptr(),
         kernels.is_half(tensor),
+        silu,
         count,
         _shares(count, len(sums)),
         sums.data_ptr(),
