@@ -440,6 +440,7 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._recorder.close()
         for rows in self._held:  # what led to an error is wanted in full
             rows.is_full = rows.is_full or kind is not None
             self._write(rows)

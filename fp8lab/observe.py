@@ -31,6 +31,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _len_torch_function_stack, _pop_mode, _push_mode
 
 from fp8lab.gating import relative_error, without_factor
 from fp8lab.sites import FeedForwardSite, GateSite, Projection, Role
@@ -176,7 +177,13 @@ class _Inside(_Shows):
                 before, after = self._around(projection)
                 handles.append(child.register_forward_pre_hook(before, with_kwargs=True))
                 handles.append(child.register_forward_hook(after, always_call=True))
-        return handles
+        return [*handles, Leaving(self._leave_all)]
+
+    def _leave_all(self) -> None:
+        for trace in self._running:
+            if isinstance(trace, Trace):
+                take_off(trace)
+        self._running.clear()
 
     @property
     def _running(self) -> list[Trace | Literal["dark"] | None]:
@@ -310,6 +317,26 @@ def _knowing(hook: Callable[..., None]) -> Callable[..., None]:
 
     skipped: Callable[..., None] = torch.compiler.disable(told, recursive=False)  # type: ignore[no-untyped-call]
     return skipped
+
+
+class Leaving:
+    """A handle: what Ctrl-C in a forward has left is undone. (torch calls the hooks behind a forward
+    that failed, but not behind one that was interrupted.)"""
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        self.remove = leave
+
+
+def take_off(mode: TorchFunctionMode) -> None:
+    """Take a mode off this thread's stack, wherever it lies there, if it does."""
+    above: list[TorchFunctionMode] = []
+    while _len_torch_function_stack():
+        top = _pop_mode()  # type: ignore[no-untyped-call]
+        if top is mode:
+            break
+        above.append(top)
+    for other in reversed(above):
+        _push_mode(other)  # type: ignore[no-untyped-call]
 
 
 class _Forgetting:

@@ -15,20 +15,24 @@ act(gate) * act'(up) is not the product that was seen, the site is wrong, and it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fp8lab import measure, observe
+from fp8lab import kernels, measure, observe
+from fp8lab.casting import Cast
 from fp8lab.gating import Formula
 from fp8lab.recorder import (
     Kinds,
     Recorder,
     Vector,
     finite_columns,
+    has_idle_core,
     local,
     merged_kind,
     quantile,
@@ -81,7 +85,8 @@ class FeedForwardProbe:
         self._gate_is_silu = is_exact and formula == replace(formula or _SILU, **_PLAIN_SILU)
         self._up_is_factor = is_exact and formula == replace(formula or _SILU, **_PLAIN_UP)
         self._weights_step = -1
-        self._unproved: dict[Role, Tensor] | None = {}
+        self._unproved: dict[Role, tuple[Tensor, Tensor, int]] | None = {}
+        self._is_steady = False
         self._followed: dict[int, float] = {}
         self._previous_top: set[int] = set()
         self._sampled = 1
@@ -121,13 +126,50 @@ class FeedForwardProbe:
         if role == "output" and _is_added_up(self.site.down.weight, tensor):
             self._recorder.copies.add(self.site.site(role))
         tensor = local(tensor.detach())
+        if role == "output":
+            self._recorder.settle()  # from now on the model may do with its tensors what it likes
         if tensor.numel() == 0:  # an expert that got no token
             return
         with torch.no_grad():
-            if role == "product":
-                self._measure_product(tensor)
-            elif self._recorder.is_due:
-                self._measure(role, tensor)
+            self._measure(role, tensor)
+
+    def _measure(self, role: Role, tensor: Tensor) -> None:
+        """Now, or beside what the model does next with the tensor."""
+        names = self._recorder.due(self.site.name, role) or ()
+        if role == "product":
+            if self._first_channel is None:
+                self._first_channel = _first_row(self.site.down.weight, 1)
+            how = cast_in_force(self.site.down.module, "input", tensor)
+            if not self._recorder.is_due:
+                vector = measure.sentinel_vector(tensor, how)
+                self._recorder.add(self.site.site(role), "sentinel", vector)
+                return
+            job = partial(self._measure_product, tensor, names, how)
+        elif self._recorder.is_due:
+            job = partial(self._measure_part, role, tensor, names)
+        else:
+            return
+        if role != "output" and not names and self._runs_beside(tensor):
+            self._recorder.beside(tensor, partial(self._guarded, job), self._changed)
+        else:
+            self._recorder.settle()  # in order
+            job()
+
+    def _runs_beside(self, tensor: Tensor) -> bool:
+        """Where an idle core has kernels for it, and the model leaves the tensor as it is until
+        down has run: that, the first forward has shown."""
+        is_alone = self._unproved is None and self._is_steady and self.site.seen == "hooks"
+        return is_alone and kernels.usable(tensor) and has_idle_core()
+
+    def _guarded(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except Exception as error:
+            self._refuse(f"{type(error).__name__}: {error}")
+
+    def _changed(self) -> None:
+        """A tensor was written to while it was measured: from now on it is measured before."""
+        self._is_steady = False
 
     def _hook_gradient(self, role: Role, tensor: Tensor) -> None:
         base, name = tensor._base, f"{self.site.name}:grad_{role}"
@@ -147,8 +189,7 @@ class FeedForwardProbe:
 
         whole.register_hook(hook)  # type: ignore[no-untyped-call]
 
-    def _measure(self, role: Role, tensor: Tensor) -> None:
-        names = self._recorder.due(self.site.name, role) or ()
+    def _measure_part(self, role: Role, tensor: Tensor, names: tuple[str, ...]) -> None:
         summary = self._recorder.record(self.site.site(role), tensor, names)
         if role == "output":
             return
@@ -158,7 +199,8 @@ class FeedForwardProbe:
             vector = self._factor(self.site, role, tensor, summary)
             self._recorder.add(self.site.site("product"), f"activated_{role}", vector)
             if self._unproved is not None:
-                self._unproved[role] = tensor.clone()  # an activation may work in place
+                # An activation may work in place.
+                self._unproved[role] = tensor.clone(), tensor, tensor._version
 
     def _factor(
         self, site: GateSite, role: Role, tensor: Tensor, summary: measure.Summary
@@ -171,15 +213,8 @@ class FeedForwardProbe:
         gate, up = site.activated(tensor, tensor)
         return measure.amax_and_power(gate if role == "gate" else up)
 
-    def _measure_product(self, product: Tensor) -> None:
+    def _measure_product(self, product: Tensor, names: tuple[str, ...], how: Cast | None) -> None:
         recorder, site = self._recorder, self.site.site("product")
-        if self._first_channel is None:
-            self._first_channel = _first_row(self.site.down.weight, 1)
-        how = cast_in_force(self.site.down.module, "input", product)
-        if not recorder.is_due:
-            recorder.add(site, "sentinel", measure.sentinel_vector(product, how))
-            return
-        names = recorder.due(self.site.name, "product") or ()
         summary = recorder.record(site, product, names, how)
         recorder.add(site, "sentinel", measure.sentinel_vector(product, how, summary))
         recorder.add(site, "channels", summary.channels)
@@ -196,7 +231,8 @@ class FeedForwardProbe:
         if not seen or "gate" not in seen or "up" not in seen:
             return
         assert isinstance(self.site, GateSite)
-        error = observe.agrees(self.site, seen["gate"], seen["up"], product)
+        self._is_steady = all(tensor._version == version for _, tensor, version in seen.values())
+        error = observe.agrees(self.site, seen["gate"][0], seen["up"][0], product)
         if not error <= observe.tolerance(product.dtype) and product.isfinite().all():
             self._refuse(f"the product differs from act(gate) * up by {error:.1e} of its size")
 

@@ -6,13 +6,21 @@ float64 as the bits of int64, one copy a device and no other wait. On the host `
 what belongs to one row into its columns; micro-batches and ranks merge there, counts and power
 sums exactly, extremes as extremes.
 
+On a GPU measuring runs beside the training anyway. On a CPU it does where a core is idle: a thread
+measures a tensor while the model computes with it, and is waited for before the model can be done
+with it (`beside`, `settle`). What was written to meanwhile, as the tensor's version tells, is
+dropped and not measured wrongly.
+
 Rejected: `.item()` in hooks, a wait each; and a vector a statistic, a kernel launch each.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import reduce
 from typing import Any
 
@@ -29,6 +37,7 @@ from fp8lab.sketch import Sketch
 
 Vector = NDArray[Any]
 _COLUMNS = {column.name for column in TENSORS}
+_Measured = tuple[str, str, Tensor]  # site, kind, vector
 Kinds = dict[str, list[Vector]]  # what was measured of one tensor: kind -> a vector a micro-batch
 
 
@@ -46,7 +55,10 @@ class Recorder:
         self._always = always
         self.selections = selections
         self._due: dict[tuple[str, str], tuple[str, ...] | None] = {}
-        self._vectors: list[tuple[str, str, Tensor]] = []
+        self._vectors: list[_Measured] = []
+        self._thread: ThreadPoolExecutor | None = None
+        self._jobs: list[Future[None]] = []
+        self._aside = threading.local()
         self._named: dict[str, tuple[str, ...]] = {}
         # For adding processes up: sites of which another process sends this part, and sites of
         # which every process holds the same whole.
@@ -95,7 +107,43 @@ class Recorder:
     def add(self, site: str, kind: str, vector: Tensor) -> None:
         """Keep a vector, int64 or floating, of the row of `site` until the step ends."""
         vector = vector if vector.dtype == torch.int64 else vector.double()
-        self._vectors.append((site, kind, vector))
+        getattr(self._aside, "vectors", self._vectors).append((site, kind, vector))
+
+    def beside(self, tensor: Tensor, job: Callable[[], None], changed: Callable[[], None]) -> None:
+        """Start `job`, which measures `tensor`, on another thread; `settle` waits for it.
+
+        If the tensor is written to meanwhile, what was measured is dropped and `changed` called.
+        """
+        version = tensor._version
+
+        def run() -> None:
+            measured: list[_Measured] = []
+            self._aside.vectors = measured
+            try:
+                with torch.no_grad():
+                    job()
+            finally:
+                del self._aside.vectors
+            if tensor._version == version:
+                self._vectors.extend(measured)
+            else:
+                changed()
+
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "fp8lab-measure")
+        self._jobs.append(self._thread.submit(run))
+
+    def settle(self) -> None:
+        """Wait for what runs beside."""
+        for job in self._jobs:
+            job.result()
+        self._jobs.clear()
+
+    def close(self) -> None:
+        """End the thread, if there is one."""
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
 
     @torch.no_grad()
     def record(
@@ -138,12 +186,20 @@ class Recorder:
 
     def collect(self) -> dict[str, Kinds]:
         """Everything measured since the last call, on the host, by site and kind."""
+        self.settle()
         collected: dict[str, Kinds] = {}
         hosted = to_host([vector for _, _, vector in self._vectors])
         for (site, kind, _), vector in zip(self._vectors, hosted, strict=True):
             collected.setdefault(site, {}).setdefault(kind, []).append(vector)
         self._vectors.clear()
         return collected
+
+
+def has_idle_core() -> bool:
+    """Whether torch leaves one of the cores that this process may use idle."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return cores > torch.get_num_threads()
 
 
 def local(tensor: Tensor) -> Tensor:

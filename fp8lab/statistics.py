@@ -313,6 +313,7 @@ def _smallest(magnitude: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 def _tiles(matrix: Tensor, tile: Tile) -> Tensor:
     """[tile rows, rows of a tile, tile columns, columns of a tile], zeros beyond the edges."""
+    tile = min(tile[0], len(matrix)), min(tile[1], matrix.shape[1])  # the rest would be zeros
     missing = -matrix.shape[0] % tile[0], -matrix.shape[1] % tile[1]
     if any(missing):
         matrix = F.pad(matrix, (0, missing[1], 0, missing[0]))
@@ -458,7 +459,7 @@ def _of_scales(how: Cast, scale_inv: Tensor) -> dict[str, Tensor]:
 
 def _nonzero(tensor: Tensor) -> Tensor:
     """float32 [tokens, last axis]: 1 or 0. (A mask of bools takes ten times as long.)"""
-    out = torch.empty(tensor.shape, device=tensor.device)
+    out = torch.empty(tensor.shape, dtype=torch.float32, device=tensor.device)
     return torch.ne(tensor, 0, out=out).reshape(matrix_shape(tensor.shape))
 
 

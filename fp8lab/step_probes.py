@@ -25,18 +25,38 @@ STEP = ""  # the site of what belongs to the whole step
 SAMPLED_PARAMETERS = 1 << 24
 
 
-class OutputProbe:
+class _Guarded:
+    """What cannot be measured is said once and then left out: it must not end the training."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._is_refused = False
+
+    def _guarded(self, what: str, look: Callable[..., None]) -> Callable[..., None]:
+        def guarded(*args: Any) -> None:
+            if not self._is_refused:
+                try:
+                    look(*args)
+                except Exception as error:
+                    self._is_refused = True
+                    self._recorder.fail(what, f"{type(error).__name__}: {error}")
+
+        return guarded
+
+
+class OutputProbe(_Guarded):
     """The largest magnitude of what the model returns: of its logits, in a language model.
 
     Looks at a tensor, or at the `logits` of an output that has them; anything else is passed over.
     """
 
     def __init__(self, model: nn.Module, recorder: Recorder) -> None:
+        super().__init__(recorder)
         self._model = model
-        self._recorder = recorder
 
     def attach(self) -> list[Any]:
-        return [self._model.register_forward_hook(eagerly(self._returned))]
+        hook = self._guarded("the model's output", self._returned)
+        return [self._model.register_forward_hook(eagerly(hook))]
 
     def _returned(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._recorder.is_due and counts_as_training(module):
@@ -47,12 +67,12 @@ class OutputProbe:
                 self._recorder.add(STEP, "logit_max", largest.reshape(1))
 
 
-class OptimizerProbe:
+class OptimizerProbe(_Guarded):
     """Reads the optimizer around its step."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, recorder: Recorder, ranks: int) -> None:
+        super().__init__(recorder)
         self._optimizer = optimizer
-        self._recorder = recorder
         self._ranks = ranks
         self._before: list[tuple[nn.Parameter, Tensor]] = []
         self._rms: list[Tensor | None] = []
@@ -60,9 +80,11 @@ class OptimizerProbe:
         self.is_sharded = False
 
     def attach(self) -> list[Any]:
+        before = self._guarded("the optimizer", self._before_step)
+        after = self._guarded("the optimizer", self._after_step)
         return [
-            when_gradients_are_there(self._optimizer, self._before_step),
-            self._optimizer.register_step_post_hook(self._after_step),
+            when_gradients_are_there(self._optimizer, before),
+            self._optimizer.register_step_post_hook(after),
         ]
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -72,10 +94,13 @@ class OptimizerProbe:
     @torch.no_grad()
     def _before_step(self) -> None:
         parameters = self._parameters()
-        self.learning_rate = float(self._optimizer.param_groups[0]["lr"])
+        if "lr" in self._optimizer.param_groups[0]:
+            self.learning_rate = float(self._optimizer.param_groups[0]["lr"])
         self.is_sharded = any(_is_sharded(p) for p in parameters)
         if parameters:
             squares = _squares((p, p.grad) for p in parameters)
+            if (scale := gradient_scale(self._optimizer)) is not None:
+                squares = squares / scale.to(squares.device).double().square()
             self._recorder.add(
                 STEP, "grad_squares", self._weighted(parameters, squares).sum()[None]
             )
@@ -99,7 +124,11 @@ class OptimizerProbe:
         rms = [_rms_t(p, self._optimizer.state.get(p, {}), g) for g in groups for p in g["params"]]
         known = [value for value in self._rms + rms if value is not None]
         if known:
-            self._recorder.add(STEP, "rms_t", _on_one_device(known).flatten())
+            # Of as many parameters in each step and process: their vectors are added up.
+            none = torch.zeros_like(known[0])
+            pairs = zip(self._rms, rms, strict=True)
+            each = [next((v for v in pair if v is not None), none) for pair in pairs]
+            self._recorder.add(STEP, "rms_t", _on_one_device(each).flatten())
 
     def _weighted(self, parameters: list[nn.Parameter], squares: Tensor) -> Tensor:
         """A tensor's squares, divided by the number of processes that have the same ones."""
@@ -149,6 +178,13 @@ def when_gradients_are_there(optimizer: torch.optim.Optimizer, look: Callable[[]
     return optimizer.register_step_pre_hook(before)
 
 
+def gradient_scale(optimizer: Any) -> Tensor | None:
+    """By what the gradients before the step are too large: a fused optimizer leaves it to its
+    kernel to undo what a GradScaler did, which hands it the factor so (torch.amp)."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return scale if isinstance(scale, Tensor) else None
+
+
 def step_columns(kinds: Kinds, is_whole: bool) -> dict[str, float]:
     """Columns of a step row, from one vector a process; those that need every part of the
     parameters only if `is_whole`."""
@@ -166,14 +202,16 @@ def step_columns(kinds: Kinds, is_whole: bool) -> dict[str, float]:
             row["update_ratio"] = float(changes / before)
         if "rms_t" in found:
             squares, counts = found["rms_t"].reshape(-1, 2).T
-            row["rms_t"] = float(np.sqrt(squares / counts).max())
+            row["rms_t"] = float(np.sqrt(squares[counts > 0] / counts[counts > 0]).max())
     return row
 
 
 def _rms_t(parameter: nn.Parameter, state: Any, group: dict[str, Any]) -> Tensor | None:
     """float64 [2]: the sum of g^2 / max(v, eps^2) and how many they are."""
     # Adafactor, too, has an exp_avg_sq, but no beta to correct it with.
-    if "exp_avg_sq" not in state or "betas" not in group or parameter.grad is None:
+    if parameter.grad is None or not {"exp_avg_sq", "step"} <= state.keys():
+        return None
+    if "betas" not in group or not isinstance(group.get("eps"), float):
         return None
     # A fused optimizer counts its steps on the device: converting to a float would wait for it.
     steps = torch.as_tensor(state["step"], dtype=torch.float64)

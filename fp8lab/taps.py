@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fp8lab.observe import eagerly
+from fp8lab.observe import Leaving, eagerly, take_off
 from fp8lab.probes import counts_as_training
 from fp8lab.recorder import Recorder, local
 from fp8lab.selection import BLOCK_TENSORS, LINEAR_TENSORS, PARAMETER_TENSORS
@@ -216,17 +216,25 @@ class _LogitsTap(TorchFunctionMode):
         super().__init__()
         self._name, self._block, self._recorder = name, block, recorder
         self._entered = 0
+        self._is_refused = False
 
     def attach(self) -> list[Any]:
         enter, leave = eagerly(self._enter), eagerly(self._leave)
         return [
             self._block.register_forward_pre_hook(enter),
             self._block.register_forward_hook(leave, always_call=True),
+            Leaving(self._leave_all),
         ]
+
+    def _leave_all(self) -> None:
+        for _ in range(self._entered):
+            take_off(self)
+        self._entered = 0
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         due = self._recorder.due(self._name, "attention_logits") is not None
-        if due and counts_as_training(module) and not torch.compiler.is_compiling():
+        due = due and not self._is_refused and counts_as_training(module)
+        if due and not torch.compiler.is_compiling():
             self._entered += 1
             self.__enter__()  # type: ignore[no-untyped-call]
 
@@ -239,14 +247,26 @@ class _LogitsTap(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention:
-            self._add(_logits_extremes(*args, **kwargs))
-        elif func in (functional.softmax, torch.softmax, Tensor.softmax) and args[0].dim() >= 3:
-            self._add(_extremes(args[0], args[0] > torch.finfo(args[0].dtype).min / 2))
+        is_softmax = func in (functional.softmax, torch.softmax, Tensor.softmax)
+        if not self._is_refused and (is_softmax or func is functional.scaled_dot_product_attention):
+            try:
+                self._see(is_softmax, args, kwargs)
+            except Exception as error:  # what cannot be measured must not end the training
+                self._is_refused = True
+                reason = f"attention_logits: {type(error).__name__}: {error}"
+                self._recorder.fail(self._name, reason)
         return func(*args, **kwargs)
 
-    def _add(self, extremes: Tensor) -> None:
-        self._recorder.add(f"{self._name}:attention_logits", "extremes", extremes)
+    def _see(self, is_softmax: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not is_softmax:
+            extremes = _logits_extremes(*args, **kwargs)
+        else:
+            logits = args[0] if args else kwargs["input"]
+            if logits.dim() < 3 or not logits.is_floating_point() or not logits.numel():
+                return
+            extremes = _extremes(logits, logits > torch.finfo(logits.dtype).min / 2)
+        if extremes is not None:
+            self._recorder.add(f"{self._name}:attention_logits", "extremes", extremes)
 
 
 def _extremes(logits: Tensor, allowed: Tensor) -> Tensor:
@@ -270,10 +290,13 @@ def _logits_extremes(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
+) -> Tensor | None:
     """Of q [..., T, d] and k [..., S, d] as `scaled_dot_product_attention` takes them, one
-    sequence at a time: all logits at once would be the memory that it exists to save."""
+    sequence at a time: all logits at once would be the memory that it exists to save. None of
+    nothing."""
     query, key = local(query.detach()), local(key.detach())
+    if not query.numel() or not key.numel():
+        return None
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
@@ -285,7 +308,8 @@ def _logits_extremes(
     causal = torch.ones(size, dtype=torch.bool, device=query.device).tril()
     found = []
     for index in range(len(queries)):
-        logits = (queries[index].float() @ keys[index].float().t()) * factor
+        with torch.autocast(query.device.type, enabled=False):
+            logits = (queries[index].float() @ keys[index].float().t()) * factor
         allowed = causal if is_causal else torch.ones_like(causal)
         if masks is not None and masks.dtype == torch.bool:
             allowed = masks[index]

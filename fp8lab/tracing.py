@@ -178,7 +178,7 @@ class Trace(TorchFunctionMode):
 
     def _continues(self, name: str, args: tuple[Any, ...], known: LinearMap) -> bool:
         if name in _RESHAPES:
-            return args[0] is known.output
+            return bool(args) and args[0] is known.output
         if name not in _ADDS or len(args) != 2:
             return False
         other = args[1] if args[0] is known.output else args[0]
@@ -202,7 +202,8 @@ class Trace(TorchFunctionMode):
             bias, *args = args  # type: ignore[assignment]
         elif name not in _MATMULS:
             return None
-        left, right = args[0], args[1] if len(args) > 1 else None
+        named = (kwargs.get("input"), kwargs.get("other", kwargs.get("mat2")))
+        left, right = (*args, *named[len(args) :])[:2]
         if not isinstance(left, Tensor) or not isinstance(right, Tensor):
             return None
         if self._matrices_of(right) is not None or self._matrices_of(left) is None:

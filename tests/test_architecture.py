@@ -69,7 +69,7 @@ TABLE: dict[str, set[str]] = {
     "selection": set(),
     "recorder": {"record", "sketch", "casting", "measure", "statistics", "selection"},
     "ranks": {"sketch", "recorder"},
-    "probes": {"sketch", "gating", "measure", "sites", "observe", "recorder"},
+    "probes": {"casting", "gating", "kernels", "measure", "sites", "observe", "recorder"},
     "taps": {"observe", "probes", "recorder", "selection", "step_probes"},
     "step_probes": {"observe", "probes", "recorder"},
     "monitor": NECK | SITES | (MONITOR - {"measure", "statistics", "observe"}) | {"casting"},

@@ -174,6 +174,15 @@ def test_blocks_of_zeros_have_no_range() -> None:
     assert of([bare], tensor) == {bare: 12.0}
 
 
+def test_blocks_larger_than_the_tensor_cost_no_memory() -> None:
+    tensor = normal(16, 24)
+    huge = 10**20  # elements a side
+    for dims, fitting in ((1, 16 * 24), (2, 24)):
+        names = [f"max_blockwise_dynamic_range_block_size_{n}_dims_{dims}" for n in (huge, fitting)]
+        one, other = statistics.measure(names, tensor).tolist()
+        assert one == other > 1.0
+
+
 def test_without_options_the_blockwise_dynamic_range_is_that_of_te_for_the_operand() -> None:
     tensor, bare = wide(), "max_blockwise_dynamic_range"
     roles: dict[str, Operand] = {"activation": "input", "gradient": "grad_output"}
@@ -407,6 +416,20 @@ def test_a_stochastic_rounding_is_measured_as_one() -> None:
     assert of(["mse"], tensor, how, "grad_output")["mse"] == pytest.approx(drawn, rel=0.05)
     nearest = directly(how._replace(rounding="nearest"))["mse"]
     assert drawn > 1.5 * nearest
+
+
+def test_counts_of_tiles_do_not_depend_on_the_default_dtype() -> None:
+    tensor = normal(256, 256)
+    tensor[:, ::2] *= 1e-9
+    names = [name for name in statistics.NAMES if "block" in name]
+    expected = statistics.measure(names, tensor)
+    assert 0.0 < statistics.finish(names, expected.numpy())[f"{names[-1]}"] < 100.0
+    torch.set_default_dtype(torch.bfloat16)  # as models are often built: 257 is not one of its
+    try:
+        found = statistics.measure(names, tensor)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", RECIPES)

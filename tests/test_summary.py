@@ -144,6 +144,31 @@ def test_the_number_of_threads_changes_nothing(dtype: torch.dtype) -> None:
         assert all(torch.equal(*pair) for pair in zip(found[0], other, strict=True))
 
 
+@needs_kernels
+def test_a_long_column_of_bfloat16_is_counted_in_parts() -> None:
+    # Its table of values is emptied after 2^31 elements; a row, however short, counts as 4096.
+    x = of_all_kinds(2**19 + 2**10).view(-1, 1).bfloat16()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = summary(x)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(*pair) for pair in zip(found, plain(x), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float8_e5m2], ids=str)
+def test_every_pass_is_given_float32_or_bfloat16(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The GPU's, for one, reads anything else as if it were one of the two.
+    given = []
+    monkeypatch.setattr(kernels, "usable", lambda matrix: given.append(matrix.dtype))
+    x = torch.randn(8, 8).to(dtype)
+    assert_equal(summary(x), oracle(x.float()))
+    assert given == [torch.float32]
+
+
 def test_plain_torch_takes_large_tensors_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     x = of_all_kinds(5000).view(50, 100)
     expected = oracle(x)

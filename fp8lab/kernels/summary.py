@@ -1,8 +1,8 @@
 """One pass over a tensor: the integers of its sketch, and the amax of every channel and token.
 
 Three ways with the same result, to the bit: `summary.c` on a CPU, one Triton kernel on a GPU, and
-plain torch for whatever is left. Float16 is looked at as float32, which holds it; float64, as in
-every cast, as what float32 makes of it.
+plain torch for whatever is left. All three are given float32 or bfloat16: other narrow floats are
+looked at as float32, which holds them; float64, as in every cast, as what float32 makes of it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def summary(tensor: Tensor) -> Summary:
     elements. Nothing is waited for.
     """
     matrix = as_matrix(tensor)
-    if matrix.dtype is torch.float16:
+    if matrix.dtype not in (torch.float32, torch.bfloat16):
         matrix = matrix.float()
     matrix = matrix.contiguous()
     if kernels.usable(matrix):
