@@ -276,16 +276,16 @@ def _number(value: Any) -> float | None:
 
 
 def _summary(run: Run) -> dict[str, Any]:
-    steps = run.steps()
+    steps = run.steps("loss")
     result = _mapping(run, "result")
-    losses = steps["loss"].dropna()
+    losses = steps.dropna(subset="loss").drop_duplicates("step")["loss"]  # of the first process
     return {
         "run": str(run.path),
         "state": run.state,
         "part": _config(run).get("part"),
         "arm": _config(run).get("arm"),
         "seed": _config(run).get("seed"),
-        "steps": len(steps),
+        "steps": steps["step"].nunique(),
         "loss": float(losses.iloc[-1]) if len(losses) else None,
         "diverged_at": result.get("diverged_at"),
         "final_loss": result.get("final_loss"),

@@ -303,7 +303,7 @@ class Watch:
             self._tell(rows)
         self._recorder.advance()
         if now - self._last_flush >= self._flush_seconds:
-            self._flush(wait=False)
+            self._flush(wait=self._flush_seconds <= 0.0)  # 0: whoever asks that waits for it
 
     def _add_rows(self, step: int, rows: _Rows, collected: dict[str, Kinds]) -> bool:
         alarming = False

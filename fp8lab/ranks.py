@@ -88,6 +88,7 @@ class Reduction:
         self._group = group
         self._rank = dist.get_rank(group)
         self._layout: dict[_Key, int] | None = None  # length of the vector
+        self._unlike: set[_Key] = set()  # not of one length on all processes: nothing to add up
         self._owner: dict[str, int] = {}  # the one process that sends a whole tensor
         on_gpu = "nccl" in str(dist.get_backend(group))
         self._device = torch.device("cuda" if on_gpu else "cpu")
@@ -101,20 +102,27 @@ class Reduction:
             for kind, vectors in kinds.items()
             if kind not in _NOT_REDUCED
         }
-        reduced = None if self._layout is None else self._all_reduce(mine)
+        reduced = None if self._layout is None else self._all_reduce(self._alike(mine))
         if reduced is None:  # some process met a tensor for the first time: all agree anew
             self._agree(mine, recorder.wholes)
-            reduced = self._all_reduce(mine)
+            reduced = self._all_reduce(self._alike(mine))
         assert reduced is not None
         return reduced
 
+    def _alike(self, mine: dict[_Key, Vector]) -> dict[_Key, Vector]:
+        return {key: vector for key, vector in mine.items() if key not in self._unlike}
+
     def _agree(self, mine: dict[_Key, Vector], wholes: set[str]) -> None:
         everyone: list[Any] = [None] * self.size
-        lengths = (self._layout or {}) | {key: len(vector) for key, vector in mine.items()}
+        lengths = {key: len(vector) for key, vector in mine.items()}
         whole_here = {site for site, _ in mine if site in wholes}
         dist.all_gather_object(everyone, (lengths, whole_here), group=self._group)
-        union = {key: length for lengths, _ in everyone for key, length in lengths.items()}
-        self._layout = dict(sorted(union.items()))
+        union = dict(self._layout or {})
+        for lengths, _ in everyone:
+            union |= lengths
+        for lengths, _ in everyone:
+            self._unlike |= {key for key, length in lengths.items() if length != union[key]}
+        self._layout = {key: union[key] for key in sorted(union.keys() - self._unlike)}
         for rank, (_, sites) in reversed(list(enumerate(everyone))):
             self._owner |= dict.fromkeys(sites, rank)
 

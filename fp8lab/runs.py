@@ -230,6 +230,18 @@ def _spread(column: pa.ChunkedArray) -> dict[str, NDArray[np.float64]]:
     return spread
 
 
+def hottest(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of tensor rows one a step and site, of the process whose amax is largest or not finite.
+
+    Rows of all processes together (rank -1) are left out: they know of no channel.
+    """
+    rows = rows[rows["rank"] >= 0]
+    if not rows.duplicated(["step", "site"]).any():
+        return rows
+    ranked = rows.sort_values("cur_amax", ascending=False, kind="stable", na_position="first")
+    return ranked.drop_duplicates(["step", "site"]).sort_index()
+
+
 # --- processes --------------------------------------------------------------------------------
 
 

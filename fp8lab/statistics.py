@@ -465,11 +465,10 @@ def _nonzero(tensor: Tensor) -> Tensor:
 
 def _of_tiles(tile: Tile, underflowed: Tensor) -> dict[str, Tensor]:
     """Lanes of a matrix that is 1 where an element became 0, and else 0."""
-    in_tile = _tiles(underflowed, tile).sum((1, 3))
-    size = _tiles(torch.ones_like(underflowed), tile).sum((1, 3))
-    worst, some = (in_tile.double() / size).amax(), in_tile.count_nonzero()
+    in_tile, ones = _tiles(underflowed, tile).sum((1, 3)), torch.ones_like(underflowed)
+    worst = (in_tile.double() / _tiles(ones, tile).sum((1, 3))).amax()
     tiles = torch.full((), in_tile.numel(), device=in_tile.device)
-    return {"tiles": tiles, "underflowing_tiles": some, "worst_tile": worst}
+    return {"tiles": tiles, "underflowing_tiles": in_tile.count_nonzero(), "worst_tile": worst}
 
 
 # --- lanes to numbers ----------------------------------------------------------------------------

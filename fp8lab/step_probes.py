@@ -211,7 +211,7 @@ def _rms_t(parameter: nn.Parameter, state: Any, group: dict[str, Any]) -> Tensor
     # Adafactor, too, has an exp_avg_sq, but no beta to correct it with.
     if parameter.grad is None or not {"exp_avg_sq", "step"} <= state.keys():
         return None
-    if "betas" not in group or not isinstance(group.get("eps"), float):
+    if "betas" not in group or not isinstance(group.get("eps"), int | float):
         return None
     # A fused optimizer counts its steps on the device: converting to a float would wait for it.
     steps = torch.as_tensor(state["step"], dtype=torch.float64)

@@ -17,6 +17,7 @@ the caller's thread, where Ctrl-C between a rename and the next line writes rows
 from __future__ import annotations
 
 import json
+import operator
 import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -134,11 +135,16 @@ class RunWriter:
         """Add rows; they are safe after `flush`.
 
         A column that a row does not name is null, but `rank`, which is this writer's. Raises
-        ValueError if a row has no step.
+        ValueError if a row has no step, or one that is no integer.
         """
         rows = list(rows)
-        if any(row.get("step") is None for row in rows):
-            raise ValueError(f"{self.path}: {table}: a row without a step, expected one in each")
+        for step in (row.get("step") for row in rows):
+            if step is None:
+                raise ValueError(
+                    f"{self.path}: {table}: a row without a step, expected one in each"
+                )
+            if not _is_int64(step):
+                raise ValueError(f"{self.path}: {table}: step {step!r:.60}, expected an integer")
         self._pending[table] += rows
 
     @property
@@ -162,11 +168,22 @@ class RunWriter:
         error = self._settled()
         if self._backlog.rows:
             batch, self._backlog = self._backlog, _Backlog(self.rank)
-            self._writing = self._thread.submit(self._write_segment, batch.contents()), batch
+            self._writing = self._started(batch.contents()), batch
             if wait:
                 error = self._settled()
         if error is not None:
             raise error
+
+    def _started(self, rows: dict[Table, pa.Table]) -> Future[None]:
+        try:
+            return self._thread.submit(self._write_segment, rows)
+        except RuntimeError:  # the interpreter is ending and starts nothing any more
+            written: Future[None] = Future()
+            try:
+                written.set_result(self._write_segment(rows))
+            except OSError as error:
+                written.set_exception(error)
+            return written
 
     def _as_arrow(self, table: Table, rows: list[Mapping[str, Any]]) -> pa.Table:
         made = pa.Table.from_pylist(rows, schema=TABLES[table])
@@ -237,6 +254,13 @@ class RunWriter:
             return OSError(f"{told} and are lost: {told_by(error)}")
         lies = place / "segments" / segment.name
         return OSError(f"{told}; they are in {lies}: move that to {self._folder / 'segments'}")
+
+
+def _is_int64(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and -(2**63) <= operator.index(value) < 2**63
+    except TypeError:
+        return False
 
 
 class _Backlog:

@@ -27,7 +27,7 @@ from fp8lab.observe import Leaving, eagerly, take_off
 from fp8lab.probes import counts_as_training
 from fp8lab.recorder import Recorder, local
 from fp8lab.selection import BLOCK_TENSORS, LINEAR_TENSORS, PARAMETER_TENSORS
-from fp8lab.step_probes import when_gradients_are_there
+from fp8lab.step_probes import gradient_scale, when_gradients_are_there
 
 # So many nodes behind a layer's output are searched for the one that reads its input.
 _NODES_SEARCHED = 16
@@ -138,9 +138,13 @@ class TensorTaps:
 
     @torch.no_grad()
     def _before_step(self) -> None:
+        scale = gradient_scale(self._optimizer)
         for owner, parameter in self._parameters:
             self._record(owner, "weight", parameter)
-            self._record(owner, "grad_weight", parameter.grad)
+            if self._recorder.due(owner, "grad_weight") is not None:
+                scaled = parameter.grad is not None and scale is not None
+                gradient = parameter.grad / scale if scaled else parameter.grad
+                self._record(owner, "grad_weight", gradient)
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8lab.observe import Receiver
+from fp8lab.observe import Receiver, eagerly
 from fp8lab.recipe import DelayedScaling, Float8CurrentScaling
 from fp8lab.sites import FeedForwardSite, GateSite, Role
 from fp8lab.te_casts import cast_in_force, recipe_in_force, te_name
@@ -129,12 +129,6 @@ def _first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _eagerly(hook: Callable[..., None]) -> Callable[..., None]:
-    """A compiled model breaks its graph here; TE's own forward breaks it anyway."""
-    disabled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-    return disabled
-
-
 class InsideLayerNormMLP:
     """The hooks of one LayerNormMLP; state lives from the start of a forward to its end."""
 
@@ -149,7 +143,7 @@ class InsideLayerNormMLP:
         module = self._shows.site.module
         # Always and first: the wrapper must go if the forward fails, and those of several watches
         # in the reverse order.
-        entered, left = _eagerly(self._entered), _eagerly(self._left)
+        entered, left = eagerly(self._entered), eagerly(self._left)
         before = module.register_forward_pre_hook(entered, with_kwargs=True)
         after = module.register_forward_hook(left, always_call=True, prepend=True)
         return Removal(self._restore, before.remove, after.remove)
@@ -313,5 +307,5 @@ def inside_operations(
     watched.listeners.append(runs)
     undo = [lambda: watched.remove(runs)]
     if ends_in_down:
-        undo.append(site.module.register_forward_hook(_eagerly(ran)).remove)
+        undo.append(site.module.register_forward_hook(eagerly(ran)).remove)
     return Removal(*undo)

@@ -57,7 +57,14 @@ def tensor_parallel(model: nn.Module) -> nn.Module:
     return model
 
 
-PARALLEL = {"ddp": ddp, "fsdp2": fsdp2, "tensor_parallel": tensor_parallel}
+def experts(model: nn.Module) -> nn.Module:
+    """Every process has as many layers more as its number says."""
+    for _ in range(dist.get_rank()):
+        model.layers.append(LanguageModel(CONFIG, seed=1).layers[0])
+    return model
+
+
+PARALLEL = {"ddp": ddp, "fsdp2": fsdp2, "tensor_parallel": tensor_parallel, "experts": experts}
 
 
 def batches(step: int, parts: int) -> Iterator[Tensor]:

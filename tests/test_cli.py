@@ -291,6 +291,15 @@ def test_runs_that_say_little_about_themselves(tmp_path: Path) -> None:
     assert len(strict(invoke("compare", tmp_path, "--json").stdout)) == 3
 
 
+def test_steps_of_several_processes_are_counted_once(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        writer = RunWriter.create(tmp_path / "run", {"job": "one"}, rank=rank)
+        writer.append("steps", [{"step": step, "loss": 10.0 * rank + step} for step in range(3)])
+        writer.close()
+    (told,) = strict(invoke("ls", tmp_path, "--json").stdout)
+    assert (told["steps"], told["loss"]) == (3, 2.0)
+
+
 def test_json_has_no_nan(tmp_path: Path) -> None:
     writer = RunWriter.create(tmp_path / "run", {"config": {"lr": float("inf")}})
     losses = [1.0, float("inf"), float("nan")]

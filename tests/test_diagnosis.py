@@ -118,6 +118,15 @@ def test_a_loss_that_tells_after_the_clipping_makes_it_as_bad_but_not_as_sure(
         assert (found.severity, found.confidence) == (severity, "medium")
 
 
+def test_of_several_processes_a_step_counts_once(paths: Iterator[Path]) -> None:
+    alone = [clipped(5, 10.0), clipped(6, 11.0), clipped(9, 39.0)]
+    others = [clipped(row["step"], 1.0, channel=3, rank=1) for row in alone]
+    together = [clipped(row["step"], row["cur_amax"], channel=0, rank=-1) for row in alone]
+    expected = findings(next(paths), *alone)
+    assert findings(next(paths), *together, *alone, *others) == expected
+    assert findings(next(paths), *together) == ()
+
+
 def test_what_delayed_saturation_says(paths: Iterator[Path]) -> None:
     rows = [
         clipped(4, 9.0, staleness=1.5, channel=1),
@@ -287,6 +296,16 @@ def test_the_start_is_a_twentieth_of_the_run_and_at_least_ten_steps(paths: Itera
     assert loss_alarm(write(next(paths), losses=losses[:201])) is None
     losses[9], losses[10] = 1.0, 5.0
     assert loss_alarm(write(next(paths), losses=losses[:201])) == 200
+
+
+def test_the_loss_alarm_counts_steps_and_not_processes(paths: Iterator[Path]) -> None:
+    path, losses = next(paths), [1.0] * 5 + [2.0] * 5 + [15.0, 21.0]
+    writer = RunWriter.create(path, {})
+    for rank, scale in ((0, 1.0), (1, 0.5)):
+        rows = [{"step": i, "rank": rank, "loss": scale * x} for i, x in enumerate(losses)]
+        writer.append("steps", rows)
+    writer.close()
+    assert loss_alarm(open_run(path)) == 11
 
 
 def test_the_loss_alarm_passes_over_what_is_missing_or_below_zero(paths: Iterator[Path]) -> None:

@@ -322,7 +322,7 @@ def test_names_are_distinct_and_name_a_folder(name: str) -> None:
     _, experiment = load_experiment(str(TINY))
     _, second = experiment.parts
     renamed = dataclasses.replace(second.arms[0], name=name)
-    with pytest.raises(ValueError, match=f"Part second: arms: '{name}', expected distinct names"):
+    with pytest.raises(ValueError, match=f"Part 'second': arms: '{name}', expected distinct"):
         dataclasses.replace(second, arms=(renamed, *second.arms[1:]))
 
     def with_parts(*parts: Part) -> Experiment:

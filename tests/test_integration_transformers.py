@@ -220,6 +220,30 @@ def test_a_loss_that_is_not_the_models_is_missing(
     assert fp8lab.open_run(tmp_path / "run").steps()["loss"].isna().tolist() == [True, True]
 
 
+class Scores:
+    """An output of its own kind, as the models of other libraries have."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+@pytest.mark.parametrize("wrapped", [Scores, lambda logits: logits.sum()])
+def test_a_model_that_returns_something_else_trains(wrapped: Any, tmp_path: Path) -> None:
+    class Other(Mean):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+            return wrapped(super().forward(input_ids)["logits"])
+
+    class Own(Trainer):
+        def compute_loss(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> Tensor:
+            output = model(**inputs)
+            return getattr(output, "logits", output).square().mean()
+
+    arguments = trainer(tmp_path, max_steps=2, eval_strategy="no").args
+    callback = WatchCallback(tmp_path / "run")
+    Own(Other("dict"), arguments, train_dataset=Text(), callbacks=[callback]).train()
+    assert fp8lab.open_run(tmp_path / "run").steps()["loss"].isna().tolist() == [True, True]
+
+
 TWO = """
 import json, sys
 sys.path.insert(0, {tests!r})

@@ -185,7 +185,7 @@ MERGES = "\n".join(f"l{n}: &l{n} {{<<: [{', '.join([f'*l{n - 1}'] * 9)}]}}" for 
         ("recipe: DelayedScaling\nmargin: 1\nmargin: 2", ", line 3: margin: stands there twice"),
         ("recipe: HighPrecision\noverrides: {a: HighPrecision, a: BitNetScaling}", ", line 2: a: "),
         ("recipe: HighPrecision\noverrides: {1.10: BitNetScaling}", ": overrides: 1.1, expected a"),
-        ("recipe: DelayedScaling\nmargin: 127", ": DelayedScaling: margin=127, expected a whole"),
+        ("recipe: DelayedScaling\nmargin: 150", ": DelayedScaling: margin=150, expected a whole"),
         ("recipe: DelayedScaling\namax_history_len: 1000000000000", ": DelayedScaling: amax_hist"),
         ('recipe: DelayedScaling\n"a\\nb": 1', ": 'a\\nb': unknown field"),
         ("recipe: DelayedScaling\n" + "#" * (1 << 17), ": expected YAML of at most 131072 bytes"),

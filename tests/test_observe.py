@@ -6,6 +6,8 @@ tuples, empty batches, exceptions, threads, recursion, autocast, compilation.
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -180,6 +182,39 @@ def test_after_an_exception_the_next_forward_is_seen_whole(build: Any) -> None:
         assert torch.equal(log.of("gate")[0], model.w1(tokens))
 
 
+def test_after_ctrl_c_in_a_forward_nothing_is_left() -> None:
+    class Interrupted(Failing):
+        def forward(self, x: Tensor) -> Tensor:
+            product = F.silu(F.linear(x, self.w1.weight)) * F.linear(x, self.w2.weight)
+            if self.fails:
+                raise KeyboardInterrupt
+            return F.linear(product, self.w3.weight)
+
+    model, mine = Interrupted(), Another()
+    (site,) = find_gates(model)
+    handles = observe.attach(site, Log())
+    model.fails = True
+    with pytest.raises(KeyboardInterrupt):
+        model(x())
+    with mine:  # whoever has come since then stays
+        for handle in handles:
+            handle.remove()
+        assert _get_current_function_mode_stack() == [mine]
+
+
+@pytest.mark.parametrize("build", BOTH)
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_the_model_is_not_watched(build: Any, how: Any) -> None:
+    model, tokens = build(), x()
+    expected = model(tokens)
+    with attached(model) as log:
+        other = how(model)
+        assert torch.equal(other(tokens), expected)
+        assert log.seen == [] and log.asked == []
+        model(tokens)
+        assert log.order == ROLES
+
+
 @pytest.mark.parametrize("build", BOTH)
 def test_a_receiver_that_raises_stops_the_forward_and_leaves_no_mode(build: Any) -> None:
     class Raising(Log):
@@ -329,6 +364,18 @@ def test_agrees_tells_a_wrong_site() -> None:
     error = observe.agrees(site, gate, up, product)
     assert error == pytest.approx(1e-4, rel=0.01)
     assert error > observe.tolerance(torch.float32)
+
+
+def test_agrees_leaves_out_what_a_dropout_has_left_out() -> None:
+    model = foreign.Torchtitan()
+    site, (gate, up) = site_of(model), torch.randn(2, 8, foreign.HIDDEN)
+    product = F.dropout(F.silu(gate) * up, 0.5)
+    assert (product == 0).any()
+    assert observe.agrees(site, gate, up, product) <= observe.tolerance(torch.float32)
+    assert observe.agrees(site, up, gate, product) > 0.1
+    assert observe.agrees(site, gate, up, torch.zeros_like(product)) > 0.1
+    model.eval()
+    assert observe.agrees(site, gate, up, product) > 0.1
 
 
 def test_agrees_allows_a_factor_only_where_there_is_one() -> None:

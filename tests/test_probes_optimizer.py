@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fp8lab.ffn import GatedFeedForward
 from fp8lab.monitor import watch
 from fp8lab.optim import Fp8AdamW
+from fp8lab.selection import Selection
 from fp8lab.store import open_run
 
 DIM, HIDDEN = 16, 24
@@ -210,6 +211,74 @@ def test_logit_max_is_the_largest_magnitude_of_the_output(kind: str, tmp_path: P
     if kind != "nothing":
         expected = [max(peaks[0], peaks[1]), math.nan, peaks[2]]
     np.testing.assert_array_equal(logit_max.to_numpy(), expected)
+
+
+class OfItsOwn(torch.optim.Optimizer):
+    """A step, and a state called as Adam's which is none."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= 0.1 * parameter.grad
+                self.state[parameter] = {"exp_avg_sq": torch.ones(1)}
+
+
+@pytest.mark.parametrize(
+    "defaults",
+    [{}, {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}, {"betas": (0.9, 0.99), "eps": (0.1, 0.2)}],
+)
+def test_an_optimizer_of_another_kind_keeps_its_gradient_norm(
+    defaults: dict[str, Any], tmp_path: Path
+) -> None:
+    model = GatedFeedForward(DIM, HIDDEN)
+    optimizer = OfItsOwn(model.parameters(), defaults)
+    with watch(model, tmp_path / "run", optimizer=optimizer, every=1) as watching:
+        model(inputs(0)).sum().backward()
+        optimizer.step()
+        watching.step(0)
+    (row,) = open_run(tmp_path / "run").steps().to_dict("records")
+    assert row["grad_norm"] > 0 and row["update_ratio"] > 0 and math.isnan(row["rms_t"])
+    assert math.isnan(row["learning_rate"]) == ("lr" not in defaults)
+
+
+def test_gradients_that_cannot_be_read_end_no_training(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(10, DIM, sparse=True), GatedFeedForward(DIM, HIDDEN))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with (
+        pytest.warns(UserWarning, match="the optimizer: not recorded any more: NotImpl"),
+        watch(model, tmp_path / "run", optimizer=optimizer, every=1) as watching,
+    ):
+        for step in range(2):
+            model(torch.arange(5)).sum().backward()
+            optimizer.step()
+            watching.step(step, loss=1.0)
+    run = open_run(tmp_path / "run")
+    assert run.events()["site"].tolist() == ["the optimizer"]
+    assert run.steps()["loss"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_a_gradient_scaler_did_is_undone(fused: bool, tmp_path: Path) -> None:
+    """A fused optimizer meets the gradients scaled, every other one as they are."""
+    model = GatedFeedForward(DIM, HIDDEN)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    select = Selection(layers=("down",), tensors=("grad_weight",))
+    options: dict[str, Any] = {"optimizer": optimizer, "every": 1, "select": select}
+    with watch(model, tmp_path / "run", **options) as watching:
+        loss = model(inputs(0)).square().mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        watching.step(0)
+    run = open_run(tmp_path / "run")
+    (found,) = run.steps()["grad_norm"]
+    assert found == pytest.approx(norm(list(gradients)), rel=1e-12)
+    names = [name for name, _ in model.named_parameters()]
+    peak = float(gradients[names.index("down.weight")].abs().max())
+    assert run.tensors(sites="down:grad_weight")["cur_amax"].tolist() == [peak]
 
 
 def test_rms_t_of_a_second_moment_in_fp8_is_that_of_what_the_step_used(tmp_path: Path) -> None:

@@ -105,6 +105,17 @@ def test_the_amax_of_a_tensor_parallel_product_is_the_global_one(
             assert row_of_channel(parts, key) == one.loc[key]["hot_channel"]
 
 
+def test_a_process_may_have_what_another_has_not(tmp_path: Path) -> None:
+    torchrun(2, "experts", "0.01", str(tmp_path / "run"), str(tmp_path / "left"))
+    parts = [rows_of(tmp_path / "run", rank) for rank in range(2)]
+    merged = rows_of(tmp_path / "run", -1)
+    for step in range(4):
+        counts = [merged.loc[step, f"layers.{layer}.mlp:gate"]["count"] for layer in range(3)]
+        alone = parts[1].loc[step, "layers.2.mlp:gate"]["count"]
+        assert counts == [2 * alone, 2 * alone, alone]
+    assert fp8lab.open_run(tmp_path / "run").steps()["rms_t"].notna().all()
+
+
 def row_of_channel(parts: list[pd.DataFrame], key: tuple[int, str]) -> int:
     """The hot channel of the process whose part of the product peaks, in the whole's numbers."""
     return int(

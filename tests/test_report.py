@@ -32,7 +32,7 @@ from fp8lab.report.story import Place, Seen, Story, clipped_row, load, place_of,
 from fp8lab.report.tables import dose_numbers, number, outcomes, precision
 from fp8lab.report.verdict import contradictions, sightings, unfinished, verdicts
 from fp8lab.sketch import bin_edge
-from fp8lab.store import RunError, open_run
+from fp8lab.store import RunError, RunWriter, open_run
 
 SECTIONS = (
     "verdict outcomes loss timeline weights layers dose range findings limits provenance".split()
@@ -521,6 +521,29 @@ def test_a_healthy_run(tmp_path: Path) -> None:
     assert "1 training run, none diverged. Nothing found." in text
     assert f"healthy {number(loss)} finished 0 to 11" in text
     assert "mlp.gate, mlp.up, mlp.down E4M3 × E4M3 Float8CurrentScaling E5M2 × E4M3" in text
+
+
+def test_a_run_of_several_processes(tmp_path: Path) -> None:
+    """A row a step and site, of the process where the product is largest; all channels."""
+    steps = range(4)
+    for rank in (0, 1):
+        writer = RunWriter.create(tmp_path / "run", {"job": "one"}, rank=rank)
+        product = {"site": "mlp:product", "channel_ratio": 2.0, "hot_channel": 4 * rank}
+        for step in steps:
+            row = {"step": step, "cur_amax": 1.0 + (step % 2 == rank)} | product
+            both = {"step": step, "rank": -1, "site": "mlp:product", "cur_amax": 2.0}
+            writer.append("tensors", [both, row] if rank == 0 else [row])
+            channels = [{"step": step, "site": "mlp", "channel": c} for c in (4 * rank, 9)]
+            writer.append("channels", channels)
+            writer.append("steps", [{"step": step, "loss": 1.0 + rank}])
+        writer.close()
+    (run,) = load([tmp_path / "run"]).runs
+    assert run.products[["step", "hot_channel"]].to_numpy().tolist() == [
+        [step, 4 * (step % 2)] for step in steps
+    ]
+    assert run.steps["loss"].tolist() == [1.0] * len(steps)
+    assert sorted(run.channels["channel"]) == sorted([0, 4, 9] * len(steps))
+    assert write_report([tmp_path / "run"], tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize("steps", [0, 1])

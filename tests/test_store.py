@@ -195,6 +195,18 @@ def test_a_row_without_a_step_is_refused_and_one_without_a_rank_is_the_writers(
     assert open_run(tmp_path / "run").steps()["rank"].tolist() == [3, -1]
 
 
+@pytest.mark.parametrize("step", [0.5, "a", True, [1], 1 << 63])
+def test_a_step_that_is_no_number_is_refused_and_the_rest_is_kept(
+    step: Any, tmp_path: Path
+) -> None:
+    writer = write(tmp_path / "run", range(2))
+    with pytest.raises(ValueError, match="expected an integer"):
+        writer.append("steps", [{"step": step}])
+    writer.append("steps", [{"step": np.int64(2)}])
+    writer.close()
+    assert open_run(tmp_path / "run").steps()["step"].unique().tolist() == [0, 1, 2]
+
+
 def test_more_flushes_than_six_digits_stay_in_order(tmp_path: Path) -> None:
     writer = write(tmp_path / "run", range(2))
     writer._next_segment = 999_999

@@ -142,6 +142,9 @@ def test_the_number_of_threads_changes_nothing(dtype: torch.dtype) -> None:
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(*pair) for pair in zip(found[0], other, strict=True))
+        # Nor what is kept of a tensor until its step ends.
+        sizes = [part.untyped_storage().nbytes() for part in other]
+        assert sizes == [8 * PACKED, 4 * 111, 4 * 15000]
 
 
 @needs_kernels
@@ -167,6 +170,29 @@ def test_every_pass_is_given_float32_or_bfloat16(
     x = torch.randn(8, 8).to(dtype)
     assert_equal(summary(x), oracle(x.float()))
     assert given == [torch.float32]
+
+
+IN_A_SMALL_THREAD = """
+import threading
+import torch
+from fp8lab.kernels.summary import plain, summary
+
+x = torch.randn(512, 512)
+threading.stack_size(256 << 10)  # there are systems that give less
+for tensor in (x, x.bfloat16()):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(summary(tensor)))
+    thread.start()
+    thread.join()
+    assert all(torch.equal(*pair) for pair in zip(found[0], plain(tensor), strict=True))
+"""
+
+
+@needs_kernels
+def test_a_thread_with_little_memory_of_its_own_is_enough() -> None:
+    command = [sys.executable, "-c", IN_A_SMALL_THREAD]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_plain_torch_takes_large_tensors_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ layer at a time, logits written out. Whether watching these changes a bit is in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import fp8lab
+from fp8lab import taps
+from fp8lab.ffn import GatedFeedForward
 from fp8lab.lab.model import LanguageModel, ModelConfig
 from fp8lab.selection import Selection
 
@@ -227,6 +230,90 @@ def test_the_mode_that_sees_attention_is_gone_after_an_error(tmp_path: Path) -> 
     ):
         model(torch.zeros(2, 3, 15))
     assert torch._C._len_torch_function_stack() == before
+
+
+class Odd(nn.Module):
+    """Calls softmax, and attention, in ways that are allowed and not looked at."""
+
+    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.mlp = GatedFeedForward(16, 24)
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.mlp(x) + self.call(x).sum()
+        return mixed
+
+
+def watched_logits(call: Callable[[Tensor], Tensor], path: Path, **options: Any) -> pd.DataFrame:
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.layers = nn.ModuleList([Odd(call)])
+    select = Selection(tensors=("attention_logits",))
+    with fp8lab.watch(model, path, every=1, select=select) as watching:
+        for step in range(2):
+            with torch.autocast("cpu", **options):
+                output = model.layers[0](torch.randn(2, 3, 16))
+            output.sum().backward()
+            watching.step(step)
+    rows = fp8lab.open_run(path).tensors()
+    return rows[rows["site"].str.endswith("logits")]
+
+
+def nothing_to_attend_to(x: Tensor) -> Tensor:
+    return functional.scaled_dot_product_attention(x[:0], x[:0], x[:0])
+
+
+@pytest.mark.parametrize(
+    ("call", "rows"),
+    [
+        (lambda x: torch.softmax(input=x, dim=-1), 2),
+        (lambda x: torch.softmax(x.long(), -1, dtype=torch.float32), 0),
+        (nothing_to_attend_to, 0),
+    ],
+    ids=["by name", "of integers", "empty"],
+)
+def test_attention_that_is_called_oddly_ends_no_training(
+    call: Callable[[Tensor], Tensor], rows: int, tmp_path: Path
+) -> None:
+    assert len(watched_logits(call, tmp_path / "run", enabled=False)) == rows
+
+
+def test_logits_that_cannot_be_read_are_said_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no such view")
+
+    monkeypatch.setattr(taps, "_extremes", fails)
+    with pytest.warns(
+        UserWarning, match=r"layers\.0: .*attention_logits: RuntimeError: no such view"
+    ):
+        rows = watched_logits(lambda x: x.softmax(-1), tmp_path / "run", enabled=False)
+    assert rows.empty
+    events = fp8lab.open_run(tmp_path / "run").events()
+    assert events["kind"].tolist() == ["not_recorded"]
+
+
+def test_logits_are_computed_in_float32_under_autocast(tmp_path: Path) -> None:
+    kept: list[Tensor] = []
+
+    def attends(x: Tensor) -> Tensor:
+        kept.append(x.detach())
+        return functional.scaled_dot_product_attention(x, x, x, scale=1.0)
+
+    rows = watched_logits(attends, tmp_path / "run", enabled=True, dtype=torch.bfloat16)
+    expected = [float((x @ x.mT).abs().max()) for x in kept]
+    assert rows["cur_amax"].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_mode_is_gone_after_ctrl_c_too(tmp_path: Path) -> None:
+    def interrupts(x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        watched_logits(interrupts, tmp_path / "run", enabled=False)
+    assert torch._C._len_torch_function_stack() == 0
 
 
 # --- when, and with what ------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from __future__ import annotations
 import pandas as pd
 
 from fp8lab.record import Evidence, Finding
+from fp8lab.runs import hottest
 from fp8lab.store import Run
 
 # E4M3's own rounding is 0.027. Four times that: two octaves of mantissa are gone.
@@ -35,7 +36,7 @@ def find(run: Run) -> list[Finding]:
     ]
     below_normal = products["flushed"] + products["subnormal"]
     damaged = products[(products["bulk_error"] > DAMAGED) & (below_normal > UNDERFLOWN)]
-    damaged = damaged.dropna(subset=["hot_channel", "channel_ratio"])
+    damaged = hottest(damaged.dropna(subset=["hot_channel", "channel_ratio"]))
     return [_judge(str(site), rows) for site, rows in damaged.groupby("site")]
 
 

@@ -20,6 +20,7 @@ import pandas as pd
 
 from fp8lab.diagnosis.loss import loss_alarm
 from fp8lab.record import CLIPPED_STALENESS, Evidence, Finding
+from fp8lab.runs import hottest
 from fp8lab.store import Run
 
 # The product is quadratic in the two rows: two octaves are one octave of growth in each. In the
@@ -42,7 +43,7 @@ def find(run: Run) -> list[Finding]:
     tensors = run.tensors()
     products = tensors[tensors["site"].str.endswith(":product", na=False)]
     clipped = products[products["staleness"] > CLIPPED_STALENESS]
-    clipped = clipped.dropna(subset=["cur_amax", "hot_channel"])
+    clipped = hottest(clipped.dropna(subset=["cur_amax", "hot_channel"]))
     alarm = loss_alarm(run)
     return [_judge(str(site), rows, alarm) for site, rows in clipped.groupby("site")]
 

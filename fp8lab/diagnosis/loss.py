@@ -3,7 +3,7 @@
 The earliest of three: the event `diverged` of an experiment that knows its own criterion, the first
 non-finite loss, and the first loss above ten times the largest of the run's first twentieth (at
 least ten steps): a loss that left the place where it started. The last needs a loss that starts
-above zero.
+above zero. Of several processes the largest loss of a step counts.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ def loss_alarm(run: Run) -> int | None:
     events = run.events()
     told = events.loc[events["kind"].isin(["diverged", "nonfinite_loss"]), "step"]
     alarms = [int(step) for step in told]
-    steps = run.steps()
-    loss = steps["loss"].to_numpy(dtype=float)
+    losses = run.steps("loss").groupby("step")["loss"].max()
+    loss = losses.to_numpy(dtype=float)
     if len(loss):
         start = loss[: max(10, len(loss) // 20)]
         start = start[np.isfinite(start)]
         if len(start) and start.max() > 0:
             beyond = np.flatnonzero(loss > EXCESS * start.max())
-            alarms += [int(steps["step"].iloc[i]) for i in beyond[:1]]
+            alarms += [int(losses.index[i]) for i in beyond[:1]]
     return min(alarms, default=None)

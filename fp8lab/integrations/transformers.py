@@ -157,7 +157,8 @@ class _Losses:
         """A forward hook. An evaluation, which runs without gradients, does not count."""
         if not torch.is_grad_enabled():
             return
-        loss = output.get("loss") if isinstance(output, Mapping) else output[0]
+        parts = output if isinstance(output, tuple | list) else (None,)
+        loss = output.get("loss") if isinstance(output, Mapping) else next(iter(parts), None)
         if isinstance(loss, Tensor) and loss.numel() == 1:
             # A copy, for Trainer scales the loss in place, though not always this very tensor.
             self._losses.append(loss.detach().clone())

@@ -16,6 +16,8 @@ while they lie in the nearest cache. bfloat16 has only 2^16 values: where there 
 than these it is enough to count. All results are integer sums and maxima, hence the same whatever
 the number of threads. */
 
+#include <stdlib.h>
+
 #include "floats.h"
 #include "shares.h"
 
@@ -260,7 +262,13 @@ static void by_value(void *task_, int64_t share, int64_t begin, int64_t end) {
     int32_t *peaks = task->peaks + share * task->columns;
     const int32_t lift = INT32_MAX - EXPONENT;
     const int64_t columns = task->columns;
-    uint32_t counts[1 << 16] = {0}, held = 0;
+    enum { VALUES = 1 << 16 };
+    /* Not on the stack: a quarter of a megabyte is all that some threads have. */
+    uint32_t *counts = calloc(VALUES, sizeof *counts), held = 0;
+    if (!counts) {
+        by_table(task, share, begin, end);
+        return;
+    }
     for (; begin < end; begin++) {
         const uint16_t *x = (const uint16_t *)task->x + begin * columns;
         int32_t peak = lift;
@@ -277,12 +285,13 @@ static void by_value(void *task_, int64_t share, int64_t begin, int64_t end) {
             held += WIDTH;
             if (held > INT32_MAX) {
                 add_values(counts, task->packed + share * PACKED);
-                memset(counts, 0, sizeof counts);
+                memset(counts, 0, VALUES * sizeof *counts);
                 held = 0;
             }
         }
     }
     add_values(counts, task->packed + share * PACKED);
+    free(counts);
 }
 
 /* x [rows, columns], float32 or bfloat16 (`half`): packed [PACKED], channels [columns], tokens

@@ -31,6 +31,8 @@ from fp8lab.sketch import (
 
 # Elements that plain torch looks at together: it needs ten times their memory.
 _AT_ONCE = 1 << 22
+# Elements from which a thread pays for a result of its own, which is cleared and added up.
+_SHARE = 1 << 18
 
 
 class Summary(NamedTuple):
@@ -87,7 +89,8 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 def _compiled(matrix: Tensor) -> Summary:
     rows, columns = matrix.shape
-    shares = max(1, min(kernels.threads_for(matrix.numel()), rows, 64))
+    threads = kernels.threads_for(matrix.numel())
+    shares = max(1, min(threads, rows, matrix.numel() // _SHARE, 64))
     packed = torch.empty(shares, PACKED, dtype=torch.int64, device="cpu")
     channels = torch.empty(shares, columns, dtype=torch.float32, device="cpu")
     tokens = torch.empty(rows, dtype=torch.float32, device="cpu")
@@ -101,7 +104,9 @@ def _compiled(matrix: Tensor) -> Summary:
         channels.data_ptr(),
         tokens.data_ptr(),
     )
-    return Summary(packed[0], channels[0], tokens)
+    if shares == 1:
+        return Summary(packed[0], channels[0], tokens)
+    return Summary(packed[0].clone(), channels[0].clone(), tokens)  # of the rest nothing is kept
 
 
 def plain(matrix: Tensor) -> Summary:

@@ -28,6 +28,7 @@ import pandas as pd
 from fp8lab.diagnosis import Diagnosis, diagnose
 from fp8lab.diagnosis.not_fp8 import uses_fp8
 from fp8lab.record import SEVERITIES, TABLES
+from fp8lab.runs import hottest
 from fp8lab.store import Run, RunError, find_runs, open_run
 
 # What differs between the arms of one training; everything else in `config` must be the same.
@@ -58,12 +59,13 @@ class Seen:
     @cached_property
     def products(self) -> pd.DataFrame:
         """Tensor rows of the gate products."""
-        rows = _first_rank(self.run.tensors())
+        rows = hottest(self.run.tensors())
         return rows[rows["site"].str.endswith(":product", na=False)]
 
     @cached_property
     def channels(self) -> pd.DataFrame:
-        return _first_rank(self.run.channels())
+        # Tensor parallelism gives each process channels of its own; else all have the same ones.
+        return self.run.channels().drop_duplicates(["step", "site", "channel"])
 
     @property
     def diverged_at(self) -> int | None:
