@@ -399,7 +399,7 @@ class Watch:
     def _note_failures(self, step: int) -> None:
         for layer, reason in self._recorder.failures:
             self.event(step, "not_recorded", reason, layer)
-            self._warn(f"{layer}: not recorded any more: {reason}")
+            self._warn(f"{layer}: not recorded: {reason}")
         self._recorder.failures.clear()
 
     def _note_unseen(self, step: int, collected: dict[str, Kinds]) -> None:

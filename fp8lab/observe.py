@@ -31,7 +31,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _len_torch_function_stack, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from fp8lab.gating import relative_error, without_factor
 from fp8lab.sites import FeedForwardSite, GateSite, Projection, Role
@@ -354,7 +354,7 @@ class Leaving:
 def take_off(mode: TorchFunctionMode) -> None:
     """Take a mode off this thread's stack, wherever it lies there, if it does."""
     above: list[TorchFunctionMode] = []
-    while _len_torch_function_stack():
+    while torch._C._len_torch_function_stack():
         top = _pop_mode()  # type: ignore[no-untyped-call]
         if top is mode:
             break

@@ -170,6 +170,8 @@ class FeedForwardProbe:
     def _changed(self) -> None:
         """A tensor was written to while it was measured: from now on it is measured before."""
         self._is_steady = False
+        reason = "a tensor was written to while it was measured, and is missing in this step"
+        self._recorder.fail(self.site.name, reason)
 
     def _hook_gradient(self, role: Role, tensor: Tensor) -> None:
         base, name = tensor._base, f"{self.site.name}:grad_{role}"
@@ -177,21 +179,24 @@ class FeedForwardProbe:
         is_live = self.site.seen == "hooks" and tensor.shape[-1] == tensor.stride(-2)
         whole = tensor if base is None or is_live else base
 
-        def hook(gradient: Tensor) -> None:
-            names = self._recorder.due(self.site.name, f"grad_{role}")
-            if names is None or gradient is None or not gradient.numel():
-                return
+        def look(gradient: Tensor, names: tuple[str, ...]) -> None:
             if whole is not tensor:
                 place = tensor.storage_offset() - whole.storage_offset()
                 gradient = gradient.contiguous()
                 gradient = gradient.as_strided(tensor.shape, tensor.stride(), place)
             self._recorder.record(name, gradient, names)
 
+        def hook(gradient: Tensor) -> None:
+            names = self._recorder.due(self.site.name, f"grad_{role}")
+            if names is not None and gradient is not None and gradient.numel():
+                self._guarded(partial(look, gradient, names))
+
         whole.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _measure_part(self, role: Role, tensor: Tensor, names: tuple[str, ...]) -> None:
         summary = self._recorder.record(self.site.site(role), tensor, names)
         if role == "output":
+            self._measure_weights()
             return
         self._recorder.add(self.site.site(role), "amaxes", summary.channels)
         if isinstance(self.site, GateSite):
@@ -221,9 +226,9 @@ class FeedForwardProbe:
         recorder.add(site, "tokens", summary.tokens)
         if how is not None:
             recorder.add(site, "operand", measure.operand_vector(how))
+        self._summaries["product"] = summary
         if isinstance(self.site, GateSite):
             self._prove(product)
-            self._measure_weights(summary)
 
     def _prove(self, product: Tensor) -> None:
         """Once: what is recorded is what the module computed, or the site is refused."""
@@ -236,15 +241,18 @@ class FeedForwardProbe:
         if not error <= observe.tolerance(product.dtype) and product.isfinite().all():
             self._refuse(f"the product differs from act(gate) * up by {error:.1e} of its size")
 
-    def _measure_weights(self, summary: measure.Summary) -> None:
-        assert isinstance(self.site, GateSite)
+    def _measure_weights(self) -> None:
+        """Where the output is seen: the weights are still there, which FSDP frees after it."""
         seen, self._summaries = self._summaries, {}
+        if not isinstance(self.site, GateSite) or len(seen) < 3 or self._is_refused:
+            return
         gate, up, down = (
             local(projection.weight.detach())
             for projection in (self.site.gate, self.site.up, self.site.down)
         )
-        if gate.dim() != 2 or "gate" not in seen or "up" not in seen:
+        if gate.dim() != 2:
             return  # of fused experts, each with weights of its own
+        summary = seen["product"]
         site = self.site.name
         if self._weights_step != self._recorder.step:  # the same in all micro-batches of a step
             matrix = measure.channel_matrix(summary, seen["gate"], seen["up"], (gate, up, down))

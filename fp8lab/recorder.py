@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fp8lab import measure, statistics
 from fp8lab.casting import Cast
+from fp8lab.recipe import Operand
 from fp8lab.record import TENSORS
 from fp8lab.selection import Selection
 from fp8lab.sketch import Sketch
@@ -57,7 +58,7 @@ class Recorder:
         self._due: dict[tuple[str, str], tuple[str, ...] | None] = {}
         self._vectors: list[_Measured] = []
         self._thread: ThreadPoolExecutor | None = None
-        self._jobs: list[Future[None]] = []
+        self._jobs: list[tuple[Future[list[_Measured]], Tensor, int, Callable[[], None]]] = []
         self._aside = threading.local()
         self._named: dict[str, tuple[str, ...]] = {}
         # For adding processes up: sites of which another process sends this part, and sites of
@@ -112,11 +113,10 @@ class Recorder:
     def beside(self, tensor: Tensor, job: Callable[[], None], changed: Callable[[], None]) -> None:
         """Start `job`, which measures `tensor`, on another thread; `settle` waits for it.
 
-        If the tensor is written to meanwhile, what was measured is dropped and `changed` called.
+        If the tensor was written to by then, what was measured is dropped and `changed` called.
         """
-        version = tensor._version
 
-        def run() -> None:
+        def run() -> list[_Measured]:
             measured: list[_Measured] = []
             self._aside.vectors = measured
             try:
@@ -124,20 +124,26 @@ class Recorder:
                     job()
             finally:
                 del self._aside.vectors
+            return measured
+
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "fp8lab-measure")
+        version = tensor._version
+        self._jobs.append((self._thread.submit(run), tensor, version, changed))
+
+    def settle(self) -> None:
+        """Wait for what runs beside.
+
+        Versions are looked at here: torch counts them up when a write is over, so the thread itself
+        would miss one that is under way.
+        """
+        jobs, self._jobs = self._jobs, []
+        for job, tensor, version, changed in jobs:
+            measured = job.result()
             if tensor._version == version:
                 self._vectors.extend(measured)
             else:
                 changed()
-
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "fp8lab-measure")
-        self._jobs.append(self._thread.submit(run))
-
-    def settle(self) -> None:
-        """Wait for what runs beside."""
-        for job in self._jobs:
-            job.result()
-        self._jobs.clear()
 
     def close(self) -> None:
         """End the thread, if there is one."""
@@ -165,9 +171,11 @@ class Recorder:
         tensor = local(tensor.detach())
         summary = measure.summary(tensor)
         self.add(site, "summary", summary.packed)
+        names = tuple(name for name in names if name not in statistics.PLAIN)  # the summary has them
         if names:
             self._named[site] = names
-            self.add(site, "statistics", statistics.measure(names, tensor, how))
+            role = _operand_of(site)
+            self.add(site, "statistics", statistics.measure(names, tensor, how, role))
         if how is not None:
             self.note_cast(site, how)
         return summary
@@ -195,6 +203,14 @@ class Recorder:
         return collected
 
 
+def _operand_of(site: str) -> Operand:
+    """As which operand a tensor would be cast, as far as the name of its row tells."""
+    name = site.rpartition(":")[2]
+    if name == "weight":
+        return "weight"
+    return "grad_output" if name.startswith("grad_") else "input"
+
+
 def has_idle_core() -> bool:
     """Whether torch leaves one of the cores that this process may use idle."""
     affinity = getattr(os, "sched_getaffinity", None)
@@ -203,7 +219,12 @@ def has_idle_core() -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that this process holds; any other tensor as it is."""
+    """The part of a DTensor that this process holds; any other tensor as it is.
+
+    Raises TypeError for one whose parts still have to be added up: they are no elements of it.
+    """
+    if any(placement.is_partial() for placement in getattr(tensor, "placements", ())):
+        raise TypeError("a DTensor whose parts are not added up yet cannot be measured")
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
@@ -314,6 +335,8 @@ def _peak_ratio(amaxes: Vector, share: float) -> Vector:
 
 def quantile(ascending: Vector, share: float) -> Any:
     """The quantile of sorted numbers, interpolated between the two that are nearest."""
+    if not len(ascending):
+        return np.nan
     place = share * (len(ascending) - 1)
     below = int(place)
     low, high = ascending[below], ascending[min(below + 1, len(ascending) - 1)]

@@ -142,8 +142,9 @@ class TensorTaps:
         for owner, parameter in self._parameters:
             self._record(owner, "weight", parameter)
             if self._recorder.due(owner, "grad_weight") is not None:
-                scaled = parameter.grad is not None and scale is not None
-                gradient = parameter.grad / scale if scaled else parameter.grad
+                gradient = parameter.grad
+                if gradient is not None and scale is not None:
+                    gradient = gradient / scale
                 self._record(owner, "grad_weight", gradient)
 
     @torch.no_grad()

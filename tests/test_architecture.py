@@ -67,7 +67,7 @@ TABLE: dict[str, set[str]] = {
     "measure": {"formats", "recipe", "sketch", "kernels", "scaling", "casting"},
     "statistics": {"formats", "recipe", "rounding", "scaling", "casting"},
     "selection": set(),
-    "recorder": {"record", "sketch", "casting", "measure", "statistics", "selection"},
+    "recorder": {"recipe", "record", "sketch", "casting", "measure", "statistics", "selection"},
     "ranks": {"sketch", "recorder"},
     "probes": {"casting", "gating", "kernels", "measure", "sites", "observe", "recorder"},
     "taps": {"observe", "probes", "recorder", "selection", "step_probes"},

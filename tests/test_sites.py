@@ -100,6 +100,13 @@ class Transposed(nn.Module):
         return (F.silu(x @ self.up.T) * up) @ self.out.T
 
 
+class ByName(Transposed):
+    def forward(self, x: Tensor) -> Tensor:
+        up = torch.matmul(input=x, other=self.gate.t())
+        gate = torch.matmul(x, other=self.up.t())
+        return torch.matmul(input=F.silu(gate) * up, other=self.out.t())
+
+
 class Dropped(Called):
     """Seed 004, the right form, with its dropout."""
 
@@ -173,6 +180,7 @@ UNCALLED: dict[str, tuple[Callable[[], nn.Module], tuple[str, str, str]]] = {
     "seed 002, square": (lambda: Weights(24, 24), ("w1.weight", "w2.weight", "w3.weight")),
     "with bias": (WeightsWithBias, ("w1.weight", "w2.weight", "w3.weight")),
     "x @ w.T": (Transposed, ("up", "gate", "out")),
+    "matmul by name": (ByName, ("up", "gate", "out")),
     "x @ w.T, dim is hidden": (lambda: Transposed(24, 24), ("up", "gate", "out")),
 }
 

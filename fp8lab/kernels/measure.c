@@ -81,7 +81,7 @@ typedef struct {
 } Power;
 
 /* exp(x) to two units in the last place, for |x| < 87.4 (beyond: of that), by the usual reduction to
-   2^n e^r with |r| < log(2) / 2 and a polynomial. NaN gives anything: see silu. */
+   2^n e^r with |r| < log(2) / 2 and a polynomial. NaN gives anything: silu does not mind. */
 INLINE float exponential(float x) {
     x = x > 87.3f ? 87.3f : x;
     x = x < -87.3f ? -87.3f : x;
@@ -94,10 +94,15 @@ INLINE float exponential(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = (p * r * r + r) + 1.0f;
-    return p * from_bits((bits(shifted) - bits(0x1.8p23f) + 127) << 23);
+    uint32_t exponent = (uint32_t)bits(shifted) - (uint32_t)bits(0x1.8p23f) + 127;
+    return p * from_bits((int32_t)(exponent << 23));
 }
 
-INLINE float silu(float x) { return x / (1.0f + exponential(-x)); }
+/* Below -87.3 it is less than 2^-119, which is counted as zero. */
+INLINE float silu(float x) {
+    float value = x / (1.0f + exponential(-x));
+    return x < -87.3f && x >= -FLT_MAX ? 0.0f : value;
+}
 
 INLINE void power_of_silu(Power *task, int64_t share, int64_t begin, int64_t end) {
     int32_t peak = 0;
