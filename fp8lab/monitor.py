@@ -47,8 +47,8 @@ from fp8lab.ranks import (
     watched_modules,
     world_size,
 )
-from fp8lab.record import CLIPPED_STALENESS, SENTINEL_COLUMNS, STEPS
-from fp8lab.recorder import Kinds, Recorder, tensor_row
+from fp8lab.record import CLIPPED_STALENESS, STEPS
+from fp8lab.recorder import Kinds, Recorder, StepRows, tensor_row
 from fp8lab.selection import Selection, as_selections
 from fp8lab.sites import FeedForwardSite, GateSite, find_gates, survey
 from fp8lab.step_probes import STEP, OptimizerProbe, OutputProbe, step_columns
@@ -155,8 +155,12 @@ def _check_selections(
 
 
 def _describe(model: nn.Module, sites: list[GateSite | FeedForwardSite]) -> dict[str, Any]:
-    asked = {n: getattr(module, "precision", None) for n, module in watched_modules(model)}
-    precision = {name: ask() for name, ask in asked.items() if callable(ask)}
+    # A method of the class: a module of that name, or a text, is somebody else's.
+    precision = {
+        name: module.precision()  # type: ignore[operator]
+        for name, module in watched_modules(model)
+        if callable(getattr(type(module), "precision", None))
+    }
     return {
         "created": time.time(),
         "versions": {
@@ -216,7 +220,7 @@ class Watch:
         self._rank = writer.rank
         self._optimizer: OptimizerProbe | None = None
         self._handles: list[Any] = []
-        self._held: deque[_Rows] = deque()
+        self._held: deque[StepRows] = deque()
         self._unseen = {probe.site.name for probe in probes}
         self._last_time: float | None = None
         self._last_flush = time.monotonic()
@@ -268,6 +272,10 @@ class Watch:
         `metrics` are further numbers to keep with the step. Raises ValueError if one of them has
         the name of a column of `record.STEPS`.
         """
+        if isinstance(step, bool) or not isinstance(step, int | np.integer):
+            raise ValueError(f"watch.step: step {step!r:.60}, expected an integer")
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(f"watch.step: loss {list(loss.shape)}, expected one number")
         for name in metrics.keys() & _STEP_COLUMNS:
             raise ValueError(f"watch.step: {name} is a column of its own, expected another name")
         now = time.monotonic()
@@ -279,7 +287,7 @@ class Watch:
         if STEP in collected:  # of several optimizer steps in one, and several losses, the last
             of_step = collected[STEP]
             collected[STEP] = {k: v if k == "logit_max" else v[-1:] for k, v in of_step.items()}
-        rows = _Rows(step, self._recorder.is_regular)
+        rows = StepRows(step, self._recorder.is_regular)
         is_reduced = self._reduction is not None and self._recorder.is_scheduled
         merged = (
             self._reduction.reduce(collected, self._recorder)
@@ -296,7 +304,7 @@ class Watch:
         alarming = alarming or not self._loss_was_finite
         self.alarms += alarming
         self._keep(rows, alarming)
-        if merged is not None and self._rank == 0:
+        if merged is not None and self._reduction is not None and self._reduction.writes:
             self._write_merged(step, merged)
         self._note_failures(step)
         if rows.is_full:
@@ -305,7 +313,7 @@ class Watch:
         if now - self._last_flush >= self._flush_seconds:
             self._flush(wait=self._flush_seconds <= 0.0)  # 0: whoever asks that waits for it
 
-    def _add_rows(self, step: int, rows: _Rows, collected: dict[str, Kinds]) -> bool:
+    def _add_rows(self, step: int, rows: StepRows, collected: dict[str, Kinds]) -> bool:
         alarming = False
         for probe in self._probes:
             tensors, channels = probe.rows(collected)
@@ -333,7 +341,7 @@ class Watch:
             row["loss"] = float(kinds["loss"][-1][0])
         return row
 
-    def _keep(self, rows: _Rows, alarming: bool) -> None:
+    def _keep(self, rows: StepRows, alarming: bool) -> None:
         """Write the rows, or hold them back until it is known whether an alarm follows."""
         self._held.append(rows)
         if alarming and self._burst:
@@ -343,7 +351,7 @@ class Watch:
         while len(self._held) > self._burst or (self._held and self._held[0].is_full):
             self._write(self._held.popleft())
 
-    def _write(self, rows: _Rows) -> None:
+    def _write(self, rows: StepRows) -> None:
         where = {"step": rows.step, "rank": self._rank}
         tensors = rows.tensors if rows.is_full else rows.sentinels()
         channels = rows.channels if rows.is_full else []
@@ -360,7 +368,7 @@ class Watch:
             "tensors", [where | row | cast for row, cast in zip(rows, casts, strict=True)]
         )
 
-    def _tell(self, rows: _Rows) -> None:
+    def _tell(self, rows: StepRows) -> None:
         scalars = rows.scalars() if self.listeners else {}
         for listener in list(self.listeners):
             try:
@@ -371,7 +379,7 @@ class Watch:
 
     def event(self, step: int, kind: str, detail: str = "", site: str | None = None) -> None:
         """Record that something happened, and flush."""
-        row = {"step": step, "rank": self._rank, "kind": kind, "site": site, "detail": detail}
+        row = {"step": step, "rank": self._rank, "kind": kind, "site": site, "detail": str(detail)}
         self._writer.append("events", [row])
         self._flush()
 
@@ -457,42 +465,3 @@ class Watch:
             self._writer.close(state, **more)
         except OSError as error:
             self._warn(f"the run cannot be closed: {error}")
-
-
-class _Rows:
-    """The rows of one step of this process."""
-
-    def __init__(self, step: int, is_full: bool) -> None:
-        self.step = step
-        self.is_full = is_full
-        self.tensors: list[dict[str, Any]] = []
-        self.channels: list[dict[str, Any]] = []
-        self.steps: list[dict[str, Any]] = []
-
-    def sentinels(self) -> list[dict[str, Any]]:
-        """What is kept of the tensors of a step that nobody asked for."""
-        kept = [row for row in self.tensors if row["site"].endswith(":product")]
-        return [{n: v for n, v in row.items() if n in SENTINEL_COLUMNS} for row in kept]
-
-    def scalars(self) -> dict[str, float]:
-        """Every number by a name like fp8lab/layers.3.mlp/product/cur_amax."""
-        found: dict[str, float] = {}
-        for row in self.steps:
-            numbers = {name: value for name, value in row.items() if name != "metrics"}
-            found |= _named("fp8lab", numbers | dict(row["metrics"]))
-        for row in self.tensors:
-            layer, _, role = row["site"].rpartition(":")
-            found |= _named(f"fp8lab/{layer}/{role}", row | dict(row.get("statistics", ())))
-        hottest: dict[str, dict[str, Any]] = {}
-        for row in self.channels:
-            best = hottest.setdefault(row["site"], row)
-            if row.get("product_amax", 0.0) > best.get("product_amax", 0.0):
-                hottest[row["site"]] = row
-        for site, row in hottest.items():
-            found |= _named(f"fp8lab/{site}", row)
-        return found
-
-
-def _named(prefix: str, row: Mapping[str, Any]) -> dict[str, float]:
-    numbers = {n: v for n, v in row.items() if isinstance(v, int | float)}
-    return {f"{prefix}/{name}": float(value) for name, value in numbers.items()}

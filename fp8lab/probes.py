@@ -141,8 +141,7 @@ class FeedForwardProbe:
                 self._first_channel = _first_row(self.site.down.weight, 1)
             how = cast_in_force(self.site.down.module, "input", tensor)
             if not self._recorder.is_due:
-                vector = measure.sentinel_vector(tensor, how)
-                self._recorder.add(self.site.site(role), "sentinel", vector)
+                self._add_sentinel(measure.sentinel_vector(tensor, how))
                 return
             job = partial(self._measure_product, tensor, names, how)
         elif self._recorder.is_due:
@@ -176,22 +175,33 @@ class FeedForwardProbe:
     def _hook_gradient(self, role: Role, tensor: Tensor) -> None:
         base, name = tensor._base, f"{self.site.name}:grad_{role}"
         # What is cut out of a larger tensor to be shown is no part of the graph: what it is cut of.
-        is_live = self.site.seen == "hooks" and tensor.shape[-1] == tensor.stride(-2)
-        whole = tensor if base is None or is_live else base
+        lies_alone = tensor.dim() > 1 and tensor.shape[-1] == tensor.stride(-2)
+        is_whole = base is None or tensor.numel() == base.numel()
+        is_live = base is None or (self.site.seen == "hooks" and (is_whole or lies_alone))
+        # The hook must not hold a tensor: the graph holds the hook, and nobody would free either.
+        cut: Any = None
+        if base is not None and not is_live:
+            place = tensor.storage_offset() - base.storage_offset()
+            cut = tuple(tensor.shape), tensor.stride(), place
 
         def look(gradient: Tensor, names: tuple[str, ...]) -> None:
-            if whole is not tensor:
-                place = tensor.storage_offset() - whole.storage_offset()
-                gradient = gradient.contiguous()
-                gradient = gradient.as_strided(tensor.shape, tensor.stride(), place)
-            self._recorder.record(name, gradient, names)
+            part = gradient if cut is None else gradient.contiguous().as_strided(*cut)
+            self._recorder.record(name, part, names)
 
-        def hook(gradient: Tensor) -> None:
+        def hook(gradient: Tensor | None) -> None:
             names = self._recorder.due(self.site.name, f"grad_{role}")
-            if names is not None and gradient is not None and gradient.numel():
+            is_there = gradient is not None and gradient.numel() > 0 and not self._is_refused
+            if names is not None and gradient is not None and is_there:
                 self._guarded(partial(look, gradient, names))
 
-        whole.register_hook(hook)  # type: ignore[no-untyped-call]
+        whole = tensor if base is None or is_live else base
+        if whole.requires_grad:
+            whole.register_hook(hook)  # type: ignore[no-untyped-call]
+        elif tensor.grad_fn is not None:
+            # A function of its own gave a view of what is in no graph: ask the function's node.
+            node, number = tensor.grad_fn.next_functions[0]
+            if node is not None:
+                node.register_prehook(lambda gradients: hook(gradients[number]))
 
     def _measure_part(self, role: Role, tensor: Tensor, names: tuple[str, ...]) -> None:
         summary = self._recorder.record(self.site.site(role), tensor, names)
@@ -221,7 +231,7 @@ class FeedForwardProbe:
     def _measure_product(self, product: Tensor, names: tuple[str, ...], how: Cast | None) -> None:
         recorder, site = self._recorder, self.site.site("product")
         summary = recorder.record(site, product, names, how)
-        recorder.add(site, "sentinel", measure.sentinel_vector(product, how, summary))
+        self._add_sentinel(measure.sentinel_vector(product, how, summary))
         recorder.add(site, "channels", summary.channels)
         recorder.add(site, "tokens", summary.tokens)
         if how is not None:
@@ -229,6 +239,12 @@ class FeedForwardProbe:
         self._summaries["product"] = summary
         if isinstance(self.site, GateSite):
             self._prove(product)
+
+    def _add_sentinel(self, vector: Tensor) -> None:
+        """With the channel's number in the whole product, of which a process may have a part."""
+        if self._first_channel:
+            vector[1] += self._first_channel
+        self._recorder.add(self.site.site("product"), "sentinel", vector)
 
     def _prove(self, product: Tensor) -> None:
         """Once: what is recorded is what the module computed, or the site is refused."""
@@ -277,8 +293,8 @@ class FeedForwardProbe:
         product = tensor_row(name, kinds, self._recorder.names_of(name))
         product["nonfinite"] = not np.isfinite(np.stack(kinds["sentinel"])[:, 0]).all()
         if "hot_channel" in product:
-            self._follow({product["hot_channel"]: product["cur_amax"]})
-            product["hot_channel"] += self._first_channel
+            here = product["hot_channel"] - (self._first_channel or 0)
+            self._follow({here: product["cur_amax"]})
         rows = [product]
         parts: dict[Role, Kinds] = {"product": kinds}
         for role in ROLES:

@@ -87,6 +87,7 @@ class Reduction:
         self.size = dist.get_world_size(group)
         self._group = group
         self._rank = dist.get_rank(group)
+        self.writes = self._rank == 0  # the first process of the group writes for all
         self._layout: dict[_Key, int] | None = None  # length of the vector
         self._unlike: set[_Key] = set()  # not of one length on all processes: nothing to add up
         self._owner: dict[str, int] = {}  # the one process that sends a whole tensor

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import reduce
 from typing import Any
@@ -32,7 +32,7 @@ from torch import Tensor
 from fp8lab import measure, statistics
 from fp8lab.casting import Cast
 from fp8lab.recipe import Operand
-from fp8lab.record import TENSORS
+from fp8lab.record import SENTINEL_COLUMNS, TENSORS
 from fp8lab.selection import Selection
 from fp8lab.sketch import Sketch
 
@@ -171,7 +171,9 @@ class Recorder:
         tensor = local(tensor.detach())
         summary = measure.summary(tensor)
         self.add(site, "summary", summary.packed)
-        names = tuple(name for name in names if name not in statistics.PLAIN)  # the summary has them
+        names = tuple(
+            name for name in names if name not in statistics.PLAIN
+        )  # the summary has them
         if names:
             self._named[site] = names
             role = _operand_of(site)
@@ -347,3 +349,42 @@ def finite_columns(names: Sequence[str], values: Vector) -> dict[str, float]:
     """Names with their values, those left out that are not finite."""
     pairs = zip(names, values.tolist(), strict=True)
     return {name: value for name, value in pairs if math.isfinite(value)}
+
+
+class StepRows:
+    """The rows of one step of this process."""
+
+    def __init__(self, step: int, is_full: bool) -> None:
+        self.step = step
+        self.is_full = is_full
+        self.tensors: list[dict[str, Any]] = []
+        self.channels: list[dict[str, Any]] = []
+        self.steps: list[dict[str, Any]] = []
+
+    def sentinels(self) -> list[dict[str, Any]]:
+        """What is kept of the tensors of a step that nobody asked for."""
+        kept = [row for row in self.tensors if row["site"].endswith(":product")]
+        return [{n: v for n, v in row.items() if n in SENTINEL_COLUMNS} for row in kept]
+
+    def scalars(self) -> dict[str, float]:
+        """Every number by a name like fp8lab/layers.3.mlp/product/cur_amax."""
+        found: dict[str, float] = {}
+        for row in self.steps:
+            numbers = {name: value for name, value in row.items() if name != "metrics"}
+            found |= _named("fp8lab", numbers | dict(row["metrics"]))
+        for row in self.tensors:
+            layer, _, role = row["site"].rpartition(":")
+            found |= _named(f"fp8lab/{layer}/{role}", row | dict(row.get("statistics", ())))
+        hottest: dict[str, dict[str, Any]] = {}
+        for row in self.channels:
+            best = hottest.setdefault(row["site"], row)
+            if row.get("product_amax", 0.0) > best.get("product_amax", 0.0):
+                hottest[row["site"]] = row
+        for site, row in hottest.items():
+            found |= _named(f"fp8lab/{site}", row)
+        return found
+
+
+def _named(prefix: str, row: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {n: v for n, v in row.items() if isinstance(v, int | float)}
+    return {f"{prefix}/{name}": float(value) for name, value in numbers.items()}

@@ -21,7 +21,8 @@ Gaussian's), and as exact to merge.
 
 Every edge of every 8-bit format is the edge of a bin, 240 (1.875 · 2^7) and 7.5 included, and what
 counts as saturated starts three steps above one. So for a scale for a whole tensor that is a power
-of two, `saturated`, `flushed` and `subnormal` are exact; for another, they are two numbers with
+of two (and no so large one that the format's range leaves float32's normal numbers, 2^112 at least)
+`saturated`, `flushed` and `subnormal` are exact; for another, they are two numbers with
 the answer between. What needs structure (rows, channels, blocks) is measured apart.
 
 Cost: 12,548 numbers, whatever the tensor's size. Rejected: quantile sketches (t-digest and its

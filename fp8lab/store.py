@@ -180,7 +180,8 @@ class RunWriter:
         except RuntimeError:  # the interpreter is ending and starts nothing any more
             written: Future[None] = Future()
             try:
-                written.set_result(self._write_segment(rows))
+                self._write_segment(rows)
+                written.set_result(None)
             except OSError as error:
                 written.set_exception(error)
             return written

@@ -264,9 +264,12 @@ def test_run_json_says_what_ran(tmp_path: Path) -> None:
     }
 
 
-def test_a_module_with_an_attribute_named_precision_is_none_of_ours(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["bf16-mixed", nn.Identity()])
+def test_a_module_with_an_attribute_named_precision_is_none_of_ours(
+    precision: Any, tmp_path: Path
+) -> None:
     model = plain()
-    model.precision = "bf16-mixed"
+    model.precision = precision
     with watch(model, tmp_path / "run"):
         pass
     assert open_run(tmp_path / "run").info["precision"] == {}
@@ -296,6 +299,20 @@ def test_a_metric_named_like_a_column_is_refused(name: str, tmp_path: Path) -> N
             watching.step(0, loss=1.0, **{name: 1.0})
         watching.step(0, loss=1.0)
     assert len(open_run(tmp_path / "run").steps()) == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "loss", "reason"),
+    [(0.5, 1.0, "step 0.5, expected an int"), (True, 1.0, "step True"), (0, [1.0, 2.0], "loss")],
+)
+def test_what_is_no_step_is_refused_before_it_spoils_rows(
+    step: Any, loss: Any, reason: str, tmp_path: Path
+) -> None:
+    with watch(plain(), tmp_path / "run") as watching:
+        with pytest.raises(ValueError, match=f"^watch.step: {reason}"):
+            watching.step(step, loss=torch.tensor(loss))
+        watching.step(0, loss=1.0)
+    assert open_run(tmp_path / "run").steps()["step"].tolist() == [0]
 
 
 def events(path: Path) -> list[tuple[int, str, str | None]]:

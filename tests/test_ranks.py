@@ -103,6 +103,7 @@ def test_the_amax_of_a_tensor_parallel_product_is_the_global_one(
                     assert row[column] == pytest.approx(expected[column], rel=1e-5), (key, column)
             key = step, f"layers.{layer}.mlp:product"
             assert row_of_channel(parts, key) == one.loc[key]["hot_channel"]
+            assert merged.loc[key]["hot_channel"] == one.loc[key]["hot_channel"]
 
 
 def test_a_process_may_have_what_another_has_not(tmp_path: Path) -> None:

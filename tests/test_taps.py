@@ -6,6 +6,8 @@ layer at a time, logits written out. Whether watching these changes a bit is in 
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import fp8lab
+from fp8lab import statistics as statistics_room
 from fp8lab import taps
 from fp8lab.ffn import GatedFeedForward
 from fp8lab.lab.model import LanguageModel, ModelConfig
@@ -100,6 +103,54 @@ def test_gradients_of_a_feed_forward_are_those_of_its_tensors(tmp_path: Path) ->
     rows = watched(tmp_path / "run", LanguageModel(CONFIG, seed=0), select=select)
     for name, gradient in expected.items():
         assert_row_of(rows, f"layers.0.mlp:{name}", gradient)
+
+
+def test_gradient_hooks_hold_no_activation(tmp_path: Path) -> None:
+    """The graph holds the hooks, and Python's collector does not look into it."""
+    model, kept = LanguageModel(CONFIG, seed=0), []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        kept.append(weakref.ref(output))
+
+    model.layers[0].mlp.gate.register_forward_hook(keep)
+    select = Selection(tensors=("grad_gate", "grad_up", "grad_product", "grad_output"))
+    rows = watched(tmp_path / "run", model, steps=3, select=select)
+    gc.collect()
+    assert len(kept) >= 3
+    assert [held for held in kept if held() is not None] == []
+    assert "layers.0.mlp:grad_gate" in rows.index
+
+
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 3, 16)])
+def test_gradients_of_inputs_of_any_dimension(shape: tuple[int, ...], tmp_path: Path) -> None:
+    model = fp8lab.GatedFeedForward(16, 24)
+    select = Selection(tensors=("grad_gate", "grad_product"))
+    with fp8lab.watch(model, tmp_path / "run", every=1, select=select) as watching:
+        model(torch.ones(shape)).sum().backward()
+        watching.step(0)
+    sites = fp8lab.open_run(tmp_path / "run").tensors()["site"].tolist()
+    assert {".:grad_gate", ".:grad_product"} <= set(sites)
+    assert fp8lab.open_run(tmp_path / "run").events().empty
+
+
+def test_statistics_know_which_operand_a_tensor_is(tmp_path: Path) -> None:
+    model = LanguageModel(CONFIG, seed=0)
+    name = "layers.0.mlp.down"
+    statistics = ("fp8_current_scaling_mse", "nvfp4_mse", "l1_norm")
+    select = Selection(layers=(name,), tensors=("weight", "grad_weight"), statistics=statistics)
+    weight = model.layers[0].mlp.down.weight.detach().clone()
+    rows = watched(tmp_path / "run", model, select=select)
+    gradient = model.layers[0].mlp.down.weight.grad
+    assert gradient is not None
+    for site, tensor, role in (
+        ("weight", weight, "weight"),
+        ("grad_weight", gradient, "grad_output"),
+    ):
+        names = statistics[:2]
+        vector = statistics_room.measure(names, tensor, role=role)
+        expected = statistics_room.finish(names, vector.numpy())
+        assert {n: rows.loc[f"{name}:{site}"][n] for n in names} == expected
+        assert rows.loc[f"{name}:{site}"]["l1_norm"] == pytest.approx(float(tensor.abs().sum()))
 
 
 def test_the_input_gradient_of_a_layer_is_its_own_share(tmp_path: Path) -> None:
