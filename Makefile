@@ -6,6 +6,9 @@ LOWEST := .venv-lowest
 # One thread: sums keep their order, so that a test can say "equal".
 export OMP_NUM_THREADS := 1
 
+# A process for each core; a file's tests stay together, for they share what is slow to make.
+PYTEST := -m pytest -n auto --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help demo reports test test-full test-lowest check fmt bench clean
 
@@ -22,19 +25,19 @@ reports: demo ## Renew what reports/ holds, from a demo
 	cp runs/demo/pictures/timeline.png reports/swiglu_divergence.png
 
 test: $(SETUP) ## Run the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-full: $(SETUP) ## Run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 test-lowest: $(LOWEST)/.installed ## Run the tests on the oldest libraries that pyproject.toml allows
-	$(LOWEST)/bin/python -m pytest -m "not slow"
+	$(LOWEST)/bin/python $(PYTEST) -m "not slow"
 
 check: $(SETUP) ## Everything a change must pass: lint, types, tests, wheel (this is CI)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow"
 	tests/wheel_check.sh $(BIN)/python
 
 fmt: $(SETUP) ## Format, and fix what ruff can fix

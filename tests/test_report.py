@@ -565,7 +565,11 @@ def test_a_run_without_a_finite_loss(tmp_path: Path) -> None:
     assert "Not shown: no finite loss was recorded" in text_of(page)
 
 
-@pytest.mark.parametrize(("pid", "state"), [(os.getpid(), "running"), (2**22 + 1, "killed")])
+@pytest.mark.parametrize(
+    ("pid", "state"),
+    [(os.getpid(), "running"), (2**22 + 1, "killed")],
+    ids=["running", "killed"],
+)
 def test_a_run_that_is_not_finished(tmp_path: Path, pid: int, state: str) -> None:
     run = record(tmp_path / "part", steps=12)
     info = json.loads((run / "run.json").read_text()) | {"state": "running", "pid": pid}
