@@ -201,6 +201,7 @@ def files_of(folder: Path, table: Table) -> list[Path]:
 def read(folder: Path, table: Table, wanted: Wanted = EVERYTHING) -> list[pa.Table]:
     """The rows as recorded, in pieces. Raises RunError if a file is damaged."""
     while True:
+        segments = [folder / "segments" / one.name for one in listed(folder)]
         files = files_of(folder, table)
         try:
             pieces = [piece for file in files for piece in _pieces(file, table, wanted)]
@@ -208,7 +209,9 @@ def read(folder: Path, table: Table, wanted: Wanted = EVERYTHING) -> list[pa.Tab
             if all(file.exists() for file in files):
                 raise
         else:
-            if all(file.exists() for file in files):
+            # The segments too: a file that went before it was looked for is not among the files.
+            is_compacted = any(file.suffix == ".parquet" for file in files)
+            if all(place.exists() for place in (files if is_compacted else segments)):
                 return pieces
         # The run was merged, closed or resumed meanwhile: its rows are in another file now.
 

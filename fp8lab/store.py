@@ -319,7 +319,8 @@ def _refuse_taken(path: Path, info: Mapping[str, Any], rank: int) -> None:
         return
     names = {child.name for child in path.iterdir()}
     starting = {"ranks"} if rank == 0 else {"ranks", "segments", ".run.json"}
-    if not names <= starting and (rank == 0 or "run.json" not in names):
+    # Asked by name: a listing taken while it is replaced may lack it.
+    if not names <= starting and (rank == 0 or not (path / "run.json").exists()):
         raise taken
     run = Run(path, {})
     for number in run.folders():

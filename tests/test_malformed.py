@@ -272,7 +272,7 @@ def test_nobody_waits_for_what_never_ends(endless: Path) -> None:
         lambda: load_checkpoint(endless, model, optimizer),
     ]
     for read in readers:
-        with pytest.raises(ValueError, match=str(endless)):
+        with pytest.raises(ValueError, match=endless.name):
             read()
 
 

@@ -340,7 +340,9 @@ def test_nan_in_the_history_is_passed_over(te: TransformerEngine, algorithm: str
             assert_same_bits(scale, te_scale[0])
 
 
-@pytest.mark.parametrize("algorithm", ["most_recent", worker.latest], ids=["most_recent", "function"])
+@pytest.mark.parametrize(
+    "algorithm", ["most_recent", worker.latest], ids=["most_recent", "function"]
+)
 def test_the_trap_in_the_unfused_update(te: TransformerEngine, algorithm: Any) -> None:
     """`448 / amax` on a torch tensor is 448 · (1 / amax), rounded twice: of TE's unfused scales a
     quarter is one float32 step beside the division of its fused kernel. Ours is the division, also
