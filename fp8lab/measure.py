@@ -282,6 +282,9 @@ def channel_matrix(
         expected = "[channels, dim] twice and [dim, channels]"
         raise ValueError(f"channel_matrix: weights {shapes}, expected {expected}")
     amaxes = _seen(product).channels, _seen(gate).channels, _seen(up).channels
+    if any(len(amax) != len(gate_rows) for amax in amaxes):  # a kernel would read beyond their end
+        found = ", ".join(str(len(amax)) for amax in amaxes)
+        raise ValueError(f"channel_matrix: {found} channels, expected {len(gate_rows)} in each")
     if all(kernels.usable(part) for part in (gate_rows, up_rows, down, *amaxes)):
         return compiled.channel_matrix(amaxes, (gate_rows, up_rows, down))
     rows, others = gate_rows.double(), up_rows.double()
@@ -308,6 +311,9 @@ def sampled_rows(product: Seen, gate: Tensor, up: Tensor, followed: Sequence[int
     peaks = _seen(product).channels
     gate, up = gate.detach(), up.detach()
     channels, dim = gate.shape
+    if gate.shape != up.shape or len(peaks) != channels:
+        shapes = f"{list(gate.shape)} and {list(up.shape)}"
+        raise ValueError(f"sampled_rows: weights {shapes}, expected [{len(peaks)}, dim] twice")
     for channel in followed:
         if not 0 <= channel < channels:
             raise ValueError(f"sampled_rows: channel {channel}, expected 0..{channels - 1}")

@@ -48,7 +48,7 @@ from fp8lab.ranks import (
     world_size,
 )
 from fp8lab.record import CLIPPED_STALENESS, STEPS
-from fp8lab.recorder import Kinds, Recorder, StepRows, tensor_row
+from fp8lab.recorder import Kinds, Recorder, StepRows
 from fp8lab.selection import Selection, as_selections
 from fp8lab.sites import FeedForwardSite, GateSite, find_gates, survey
 from fp8lab.step_probes import STEP, OptimizerProbe, OutputProbe, step_columns
@@ -107,7 +107,7 @@ def watch(
     for name, value, least in (("every", every, 1), ("channels", channels, 1), ("burst", burst, 0)):
         if value < least:
             raise ValueError(f"watch: {name}={value}, expected at least {least}")
-    outermost, model = model, unwrapped(model)
+    model = unwrapped(model)
     recorder = Recorder(every, as_selections(select), resume_at or 0, always=burst > 0)
     sites = _feed_forwards(model)
     taps = TensorTaps(watched_modules(model), recorder, optimizer)
@@ -116,7 +116,7 @@ def watch(
     writer = _writer(path, info, resume_at)
     reduction = None if group is None else Reduction(group)
     probes = [FeedForwardProbe(site, channels, recorder) for site in sites]
-    watching = Watch(outermost, recorder, probes, taps, writer, reduction, burst, flush_seconds)
+    watching = Watch(model, recorder, probes, taps, writer, reduction, burst, flush_seconds)
     watching.listeners.extend(listeners)
     watching.attach(optimizer)
     return watching
@@ -234,7 +234,7 @@ class Watch:
         parts: list[Any] = [
             *self._probes,
             self._taps,
-            OutputProbe(unwrapped(self._model), self._recorder),
+            OutputProbe(self._model, self._recorder),
         ]
         if optimizer is not None:
             ranks = 1 if self._reduction is None else self._reduction.size
@@ -270,7 +270,8 @@ class Watch:
         """The step is over: write its rows. Call it once per optimizer step.
 
         `metrics` are further numbers to keep with the step. Raises ValueError if one of them has
-        the name of a column of `record.STEPS`.
+        the name of a column of `record.STEPS`, for a step that is no integer and a loss that is not
+        one number.
         """
         if isinstance(step, bool) or not isinstance(step, int | np.integer):
             raise ValueError(f"watch.step: step {step!r:.60}, expected an integer")
@@ -288,12 +289,7 @@ class Watch:
             of_step = collected[STEP]
             collected[STEP] = {k: v if k == "logit_max" else v[-1:] for k, v in of_step.items()}
         rows = StepRows(step, self._recorder.is_regular)
-        is_reduced = self._reduction is not None and self._recorder.is_scheduled
-        merged = (
-            self._reduction.reduce(collected, self._recorder)
-            if self._reduction and is_reduced
-            else None
-        )
+        merged = self._merged(collected)
         self._note_unseen(step, collected)
         of_step = collected.pop(STEP, {})
         alarming = self._add_rows(step, rows, collected)
@@ -304,7 +300,7 @@ class Watch:
         alarming = alarming or not self._loss_was_finite
         self.alarms += alarming
         self._keep(rows, alarming)
-        if merged is not None and self._reduction is not None and self._reduction.writes:
+        if merged is not None:
             self._write_merged(step, merged)
         self._note_failures(step)
         if rows.is_full:
@@ -323,9 +319,17 @@ class Watch:
             clipped = any(row.get("staleness", 0.0) > CLIPPED_STALENESS for row in tensors)
             alarming = alarming or clipped or not probe.was_finite
         for site, kinds in collected.items():
-            row = tensor_row(site, kinds, self._recorder.names_of(site))
-            rows.tensors.append(row | self._recorder.casts.get(site, {}))
+            rows.tensors.append(self._whole_row(site, kinds))
         return alarming
+
+    def _whole_row(self, site: str, kinds: Kinds) -> dict[str, Any]:
+        return self._recorder.row(site, kinds) | self._recorder.casts.get(site, {})
+
+    def _merged(self, collected: dict[str, Kinds]) -> dict[str, Kinds] | None:
+        """What all processes have measured together, in a step of which all know that it is due."""
+        if self._reduction is None or not self._recorder.is_scheduled:
+            return None
+        return self._reduction.reduce(collected, self._recorder)
 
     def _step_row(self, kinds: Kinds, merged: dict[str, Kinds] | None) -> dict[str, Any]:
         probe = self._optimizer
@@ -360,13 +364,10 @@ class Watch:
         self._writer.append("steps", [where | row for row in rows.steps])
 
     def _write_merged(self, step: int, merged: dict[str, Kinds]) -> None:
-        where = {"step": step, "rank": -1}
-        sites = [site for site in merged if site != STEP]
-        rows = [tensor_row(s, merged[s], self._recorder.names_of(s)) for s in sites]
-        casts = [self._recorder.casts.get(site, {}) for site in sites]
-        self._writer.append(
-            "tensors", [where | row | cast for row, cast in zip(rows, casts, strict=True)]
-        )
+        if self._reduction is not None and self._reduction.writes:
+            where = {"step": step, "rank": -1}
+            rows = [self._whole_row(s, kinds) for s, kinds in merged.items() if s != STEP]
+            self._writer.append("tensors", [where | row for row in rows])
 
     def _tell(self, rows: StepRows) -> None:
         scalars = rows.scalars() if self.listeners else {}
@@ -396,11 +397,10 @@ class Watch:
     def _note_nonfinite(
         self, step: int, probe: FeedForwardProbe, tensors: list[dict[str, Any]]
     ) -> None:
-        finite = not any(row.get("nonfinite") for row in tensors)
-        for row in tensors:
-            row.pop("nonfinite", None)
+        site = probe.site.site("product")
+        # The sentinel names a channel unless the amax is none.
+        finite = all("hot_channel" in row for row in tensors if row["site"] == site)
         if not finite and probe.was_finite:
-            site = probe.site.site("product")
             self.event(step, "nonfinite_product", "the product has NaN or infinity", site)
         probe.was_finite = finite
 

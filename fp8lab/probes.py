@@ -36,7 +36,6 @@ from fp8lab.recorder import (
     local,
     merged_kind,
     quantile,
-    tensor_row,
 )
 from fp8lab.sites import FeedForwardSite, GateSite, Role, cast_in_force
 
@@ -290,8 +289,7 @@ class FeedForwardProbe:
                 collected.pop(self.site.site(role), None)
             collected.pop(self.site.name, None)
             return [], []
-        product = tensor_row(name, kinds, self._recorder.names_of(name))
-        product["nonfinite"] = not np.isfinite(np.stack(kinds["sentinel"])[:, 0]).all()
+        product = self._recorder.row(name, kinds)
         if "hot_channel" in product:
             here = product["hot_channel"] - (self._first_channel or 0)
             self._follow({here: product["cur_amax"]})
@@ -301,7 +299,7 @@ class FeedForwardProbe:
             site = self.site.site(role)
             if role != "product" and site in collected:
                 parts[role] = collected.pop(site)
-                rows.append(tensor_row(site, parts[role], self._recorder.names_of(site)))
+                rows.append(self._recorder.row(site, parts[role]))
         if "channels" not in kinds:
             return rows, []
         product["seen"] = how_seen(self.site)
@@ -349,22 +347,18 @@ class FeedForwardProbe:
             if median > 0 and "product_amax" in row:
                 row["channel_ratio"] = row["product_amax"] / median
             if channel in sampled:
-                both = sampled[channel]
-                row["gate_weights"], row["up_weights"] = (
-                    both[: len(both) // 2],
-                    both[len(both) // 2 :],
-                )
+                row["gate_weights"], row["up_weights"] = sampled[channel]
             rows.append(row)
         return rows
 
     def _sampled_weights(self, channels: list[Vector], weights: Kinds) -> dict[int, Vector]:
-        """Weights of the hottest channel, and of those followed, from the micro-batch in which the
-        product peaked."""
+        """Weights [2, n] of gate and up, of the hottest channel and of those followed, from the
+        micro-batch in which the product peaked."""
         if "sampled" not in weights:
             return {}
         hottest = int(np.argmax([amaxes.max() for amaxes in channels]))
         rows = weights["sampled"][hottest].reshape(self._sampled, -1)
-        return {int(row[0]): row[1:] for row in rows}
+        return {int(row[0]): row[1:].reshape(2, -1) for row in rows}
 
 
 def _is_added_up(weight: Tensor, output: Tensor) -> bool:

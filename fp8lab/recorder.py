@@ -171,9 +171,8 @@ class Recorder:
         tensor = local(tensor.detach())
         summary = measure.summary(tensor)
         self.add(site, "summary", summary.packed)
-        names = tuple(
-            name for name in names if name not in statistics.PLAIN
-        )  # the summary has them
+        # The summary has the plain ones.
+        names = tuple(name for name in names if name not in statistics.PLAIN)
         if names:
             self._named[site] = names
             role = _operand_of(site)
@@ -193,6 +192,10 @@ class Recorder:
     def names_of(self, site: str) -> tuple[str, ...]:
         """The statistics that were measured of `site` by name."""
         return self._named.get(site, ())
+
+    def row(self, site: str, kinds: Kinds) -> dict[str, Any]:
+        """`tensor_row` of a tensor that was measured here."""
+        return tensor_row(site, kinds, self.names_of(site))
 
     def collect(self) -> dict[str, Kinds]:
         """Everything measured since the last call, on the host, by site and kind."""
@@ -278,7 +281,7 @@ def tensor_row(site: str, kinds: Kinds, names: tuple[str, ...] = ()) -> dict[str
         row |= finite_columns(("cur_amax", "max"), found["extremes"])
     if "statistics" in found:
         further = statistics.finish(names, found["statistics"])
-        row |= {name: value for name, value in further.items() if name in _COLUMNS - row.keys()}
+        row = {name: value for name, value in further.items() if name in _COLUMNS} | row
         row["statistics"] = [pair for pair in further.items() if pair[0] not in _COLUMNS]
     return row
 

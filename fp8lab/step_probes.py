@@ -75,6 +75,7 @@ class OptimizerProbe(_Guarded):
         self._optimizer = optimizer
         self._ranks = ranks
         self._before: list[tuple[nn.Parameter, Tensor]] = []
+        self._stride = 1  # between the elements of a parameter that are kept
         self._rms: list[Tensor | None] = []
         self.learning_rate: float | None = None
         self.is_sharded = False
@@ -105,8 +106,8 @@ class OptimizerProbe(_Guarded):
                 STEP, "grad_squares", self._weighted(parameters, squares).sum()[None]
             )
         if self._recorder.is_due:
-            stride = -(-sum(local(p).numel() for p in parameters) // SAMPLED_PARAMETERS)
-            self._before = [(p, _sample(p, stride).clone()) for p in parameters]
+            self._stride = -(-sum(local(p).numel() for p in parameters) // SAMPLED_PARAMETERS)
+            self._before = [(p, _sample(p, self._stride).clone()) for p in parameters]
             groups = self._optimizer.param_groups
             self._rms = [self._rms_of_stored(p, g) for g in groups for p in g["params"]]
 
@@ -115,8 +116,7 @@ class OptimizerProbe(_Guarded):
         if not self._before:
             return
         parameters = [p for p, _ in self._before]
-        stride = -(-sum(local(p).numel() for p in parameters) // SAMPLED_PARAMETERS)
-        changes = _squares((p, _sample(p, stride).double() - b) for p, b in self._before)
+        changes = _squares((p, _sample(p, self._stride).double() - b) for p, b in self._before)
         sums = torch.stack([changes, _squares(self._before)])
         self._recorder.add(STEP, "update", self._weighted(parameters, sums).sum(dim=1))
         self._before = []

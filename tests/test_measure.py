@@ -525,3 +525,13 @@ def test_amax_and_power_of_silu_are_those_of_torch() -> None:
     half = torch.randn(100).bfloat16()
     expected = measure.amax_and_power(torch.nn.functional.silu(half))
     assert torch.equal(measure.amax_and_power_of_silu(half), expected)
+
+
+def test_weights_of_another_width_are_refused_and_not_read() -> None:
+    gate, narrow, down = torch.randn(40, 8), torch.randn(3, 8), torch.randn(8, 40)
+    few, many = measure.summary(torch.randn(5, 3)), measure.summary(torch.randn(5, 40))
+    with pytest.raises(ValueError, match="channel_matrix: 3, 40, 40 channels, expected 40 in each"):
+        measure.channel_matrix(few, many, many, (gate, gate, down))
+    for product, up in ((few, gate), (many, narrow)):
+        with pytest.raises(ValueError, match="sampled_rows: weights"):
+            measure.sampled_rows(product, gate, up)
