@@ -139,10 +139,11 @@ class FeedForwardProbe:
             if self._first_channel is None:
                 self._first_channel = _first_row(self.site.down.weight, 1)
             how = cast_in_force(self.site.down.module, "input", tensor)
-            if not self._recorder.is_due:
-                self._add_sentinel(measure.sentinel_vector(tensor, how))
+            if self._recorder.is_due:
+                job = partial(self._measure_product, tensor, names, how)
+            else:
+                self._measure_sentinel(tensor, how)
                 return
-            job = partial(self._measure_product, tensor, names, how)
         elif self._recorder.is_due:
             job = partial(self._measure_part, role, tensor, names)
         else:
@@ -238,6 +239,16 @@ class FeedForwardProbe:
         self._summaries["product"] = summary
         if isinstance(self.site, GateSite):
             self._prove(product)
+
+    def _measure_sentinel(self, product: Tensor, how: Cast | None) -> None:
+        def job() -> None:
+            self._add_sentinel(measure.sentinel_vector(product, how))
+
+        self._recorder.settle()  # so that one product at most outlives its use
+        if how is None and self._runs_beside(product):  # a scale would change when the step ends
+            self._recorder.beside(product, partial(self._guarded, job), self._changed)
+        else:
+            job()
 
     def _add_sentinel(self, vector: Tensor) -> None:
         """With the channel's number in the whole product, of which a process may have a part."""
