@@ -23,10 +23,14 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fp8lab import measure
+from fp8lab.casting import Cast
 from fp8lab.observe import Leaving, eagerly, take_off
 from fp8lab.probes import counts_as_training
+from fp8lab.recipe import OPERANDS
 from fp8lab.recorder import Recorder, local
 from fp8lab.selection import BLOCK_TENSORS, LINEAR_TENSORS, PARAMETER_TENSORS
+from fp8lab.sites import cast_in_force
 from fp8lab.step_probes import gradient_scale, when_gradients_are_there
 
 # So many nodes behind a layer's output are searched for the one that reads its input.
@@ -48,7 +52,9 @@ class TensorTaps:
         self._failed: set[str] = set()
         self.sites: set[str] = set()  # rows that may come
         self._linears = [
-            (name, module) for name, module in modules if self._any(name, module, LINEAR_TENSORS)
+            (name, module)
+            for name, module in modules
+            if self._any(name, module, (*LINEAR_TENSORS, "weight"))
         ]
         self._blocks = [
             (f"{name}.{child_name}".lstrip("."), child)
@@ -95,34 +101,67 @@ class TensorTaps:
             handles.append(self._optimizer.register_step_post_hook(self._after_step))
         return handles
 
-    def _record(self, layer: str, name: str, tensor: Tensor | None) -> None:
+    def _record(
+        self, layer: str, name: str, tensor: Tensor | None, caster: nn.Module | None = None
+    ) -> None:
+        """`caster` is the layer that casts the tensor, and may say how."""
         names = self._recorder.due(layer, name)
         if names is None or tensor is None or not tensor.numel() or layer in self._failed:
             return
         try:
             whole = name in PARAMETER_TENSORS
-            self._recorder.record(f"{layer}:{name}", tensor, names, whole=whole)
+            how = self._cast(f"{layer}:{name}", name, tensor, caster)
+            self._recorder.record(f"{layer}:{name}", tensor, names, how, whole=whole)
         except Exception as error:  # what cannot be measured must not end the training
-            self._failed.add(layer)
-            self._recorder.fail(layer, f"{name}: {type(error).__name__}: {error}")
+            self._fail(layer, name, error)
 
-    def _record_gradient(self, layer: str, name: str) -> Callable[[Tensor], None]:
-        return lambda gradient: self._record(layer, name, gradient)
+    def _fail(self, layer: str, name: str, error: Exception) -> None:
+        self._failed.add(layer)
+        self._recorder.fail(layer, f"{name}: {type(error).__name__}: {error}")
+
+    @torch.no_grad()
+    def _cast(self, site: str, name: str, tensor: Tensor, caster: nn.Module | None) -> Cast | None:
+        """What the cast of an operand does, as part of its row."""
+        part = local(tensor.detach())
+        how = cast_in_force(caster, name, part) if name in OPERANDS else None
+        if isinstance(how, Cast):
+            self._recorder.add(site, "sentinel", measure.sentinel_vector(part, how))
+            self._recorder.add(site, "operand", measure.operand_vector(how))
+            self._recorder.note_cast(site, how)
+        return how
+
+    def _record_gradient(
+        self, layer: str, name: str, caster: nn.Module | None = None
+    ) -> Callable[[Tensor], None]:
+        return lambda gradient: self._record(layer, name, gradient, caster)
 
     def _linear_ran(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             input, result = _first_tensor((*args, *kwargs.values())), _first_tensor(output)
             if counts_as_training(module):
-                self._record(name, "input", input)
+                self._record(name, "input", input, module)
                 self._record(name, "output", result)
+                self._cast_weight(name, module)
             if result is None or not result.requires_grad:
                 return
             if self._recorder.due(name, "grad_output") is not None:
-                result.register_hook(self._record_gradient(name, "grad_output"))  # type: ignore[no-untyped-call]
+                result.register_hook(self._record_gradient(name, "grad_output", module))  # type: ignore[no-untyped-call]
             if input is not None and self._recorder.due(name, "grad_input") is not None:
                 _hook_share_of(input, result, self._record_gradient(name, "grad_input"))
 
         return hook
+
+    def _cast_weight(self, name: str, module: nn.Module) -> None:
+        """When the layer runs: at the optimizer's step, when the row's other columns are measured,
+        a delayed scale has moved on."""
+        weight = getattr(module, "weight", None)
+        if self._recorder.due(name, "weight") is None or name in self._failed:
+            return
+        try:
+            if isinstance(weight, Tensor):
+                self._cast(f"{name}:weight", "weight", weight, module)
+        except Exception as error:
+            self._fail(name, "weight", error)
 
     def _block_ran(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:

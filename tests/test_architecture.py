@@ -70,7 +70,8 @@ TABLE: dict[str, set[str]] = {
     "recorder": {"recipe", "record", "sketch", "casting", "measure", "statistics", "selection"},
     "ranks": {"sketch", "recorder"},
     "probes": {"casting", "gating", "kernels", "measure", "sites", "observe", "recorder"},
-    "taps": {"observe", "probes", "recorder", "selection", "step_probes"},
+    "taps": {"casting", "measure", "observe", "probes", "recipe", "recorder", "selection", "sites"}
+    | {"step_probes"},
     "step_probes": {"observe", "probes", "recorder"},
     "monitor": NECK | SITES | (MONITOR - {"measure", "statistics", "observe"}) | {"casting"},
     "segments": {"record"},

@@ -112,10 +112,17 @@ def test_wind_up_is_measured_against_the_clipped_steps_before_the_peak(
 def test_a_loss_that_tells_after_the_clipping_makes_it_as_bad_but_not_as_sure(
     paths: Iterator[Path],
 ) -> None:
-    for step, severity in ((55, "high"), (56, "medium"), (6, "high"), (5, "medium"), (4, "medium")):
+    for step, severity in ((55, "high"), (56, "medium"), (6, "high"), (5, "medium")):
         events = [{"step": step, "kind": "diverged", "detail": "it did"}]
         found = findings(next(paths), clipped(5, 10.0), events=events, precision=FP8)[0]
         assert (found.severity, found.confidence) == (severity, "medium")
+
+
+def test_what_begins_after_the_loss_told_is_no_cause(paths: Iterator[Path]) -> None:
+    for alarm, severity in ((5, "medium"), (4, "low")):
+        events = [{"step": alarm, "kind": "diverged", "detail": "it did"}]
+        found = findings(next(paths), clipped(5, 10.0), events=events, precision=FP8)[0]
+        assert found.severity == severity
 
 
 def test_of_several_processes_a_step_counts_once(paths: Iterator[Path]) -> None:

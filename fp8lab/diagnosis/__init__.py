@@ -16,8 +16,16 @@ from typing import Any
 
 from fp8lab.diagnosis import bulk_underflow, delayed_saturation, not_fp8
 from fp8lab.diagnosis.loss import loss_alarm
+from fp8lab.diagnosis.rows import Loaded, Rows
 from fp8lab.record import SEVERITIES, Finding
 from fp8lab.store import Run, open_run
+
+# Causes that low precision brings, and those that it has no part in.
+OF_PRECISION = (
+    delayed_saturation,
+    bulk_underflow,
+)
+OF_TRAINING: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +71,37 @@ def diagnose(run: Run | str | Path, twin: Run | str | Path | None = None) -> Dia
     """
     run = run if isinstance(run, Run) else open_run(run)
     twin = twin if twin is None or isinstance(twin, Run) else open_run(twin)
-    findings = [*delayed_saturation.find(run), *bulk_underflow.find(run)]
-    excluded = not_fp8.find(run, twin)
+    return judge(Loaded(run), None if twin is None else Loaded(twin))
+
+
+def judge(rows: Rows, twin: Rows | None = None) -> Diagnosis:
+    """What all rules find in these rows, ranked."""
+    findings = [finding for rule in OF_PRECISION for finding in rule.find(rows, twin)]
+    others = [finding for rule in OF_TRAINING for finding in rule.find(rows, twin)]
+    excluded = not_fp8.find(rows, twin)
     if excluded:
         # What precision cannot have caused, it can only have accompanied.
         findings = [replace(f, severity="medium", confidence="low") for f in findings]
-    findings += excluded
-    # Among equally bad ones the earliest first: a cause precedes its effects.
-    findings.sort(key=lambda f: (SEVERITIES.index(f.severity), f.since or 0))
-    return Diagnosis(run=str(run.path), findings=tuple(findings), loss_alarm=loss_alarm(run))
+    if not any(found.severity == "high" for found in others):
+        others += excluded  # it says of no cause which
+    alarm = loss_alarm(rows)
+    return Diagnosis(
+        run=str(rows.path), findings=ranked([*findings, *others], alarm), loss_alarm=alarm
+    )
+
+
+def ranked(findings: list[Finding], alarm: int | None) -> tuple[Finding, ...]:
+    """Worst first, then surest, then earliest: a cause precedes its effects.
+
+    What begins after the loss has told is an effect of what the loss told of: low.
+    """
+    ordered = [
+        replace(found, severity="low", confidence="low")
+        if alarm is not None and found.since is not None and found.since > alarm
+        else found
+        for found in findings
+    ]
+    ordered.sort(
+        key=lambda f: (SEVERITIES.index(f.severity), SEVERITIES.index(f.confidence), f.since or 0)
+    )
+    return tuple(ordered)

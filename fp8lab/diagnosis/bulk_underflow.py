@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import pandas as pd
 
+from fp8lab.diagnosis.rows import Rows
 from fp8lab.record import Evidence, Finding
 from fp8lab.runs import hottest
-from fp8lab.store import Run
 
 # E4M3's own rounding is 0.027. Four times that: two octaves of mantissa are gone.
 DAMAGED = 0.11
@@ -28,7 +28,7 @@ UNDERFLOWN = 0.2
 REMEDY = "SmoothSwiGLU, or keep the product in BF16: both treat the channels apart"
 
 
-def find(run: Run) -> list[Finding]:
+def find(run: Rows, twin: Rows | None) -> list[Finding]:
     """One finding for every scaled gate product whose bulk error rose above `DAMAGED`."""
     tensors = run.tensors()
     products = tensors[

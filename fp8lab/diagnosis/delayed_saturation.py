@@ -19,9 +19,9 @@ from __future__ import annotations
 import pandas as pd
 
 from fp8lab.diagnosis.loss import loss_alarm
+from fp8lab.diagnosis.rows import Rows
 from fp8lab.record import CLIPPED_STALENESS, Evidence, Finding
 from fp8lab.runs import hottest
-from fp8lab.store import Run
 
 # The product is quadratic in the two rows: two octaves are one octave of growth in each. In the
 # rare-token experiment, seeds 0 to 9, 14 of the 20 runs that diverged reached 4.2 to 334 and six
@@ -38,7 +38,7 @@ REMEDY = (
 )
 
 
-def find(run: Run) -> list[Finding]:
+def find(run: Rows, twin: Rows | None) -> list[Finding]:
     """One finding for every gate product that was clipped."""
     tensors = run.tensors()
     products = tensors[tensors["site"].str.endswith(":product", na=False)]

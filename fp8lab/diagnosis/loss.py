@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from fp8lab.store import Run
+from fp8lab.diagnosis.rows import Rows
 
 EXCESS = 10.0
 
 
-def loss_alarm(run: Run) -> int | None:
+def loss_alarm(run: Rows) -> int | None:
     """The first step at which the loss told, None if it never did."""
     events = run.events()
     told = events.loc[events["kind"].isin(["diverged", "nonfinite_loss"]), "step"]

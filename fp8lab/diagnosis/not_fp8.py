@@ -7,13 +7,13 @@ well. Learning rate, data and the model itself are then the place to look.
 from __future__ import annotations
 
 from fp8lab.diagnosis.loss import loss_alarm
+from fp8lab.diagnosis.rows import Rows
 from fp8lab.record import Evidence, Finding, Severity
-from fp8lab.store import Run
 
 _WIDE = ("BF16", "FP16", "FP32")
 
 
-def uses_fp8(run: Run) -> bool | None:
+def uses_fp8(run: Rows) -> bool | None:
     """Whether any operand of any recorded layer was cast to less than 16 bits; None where no layer
     said how it casts: a plain model, or one that another library made FP8."""
     layers = run.info.get("precision")
@@ -22,7 +22,7 @@ def uses_fp8(run: Run) -> bool | None:
     return any(not cast.startswith(_WIDE) for cast in said) if said else None
 
 
-def find(run: Run, twin: Run | None) -> list[Finding]:
+def find(run: Rows, twin: Rows | None) -> list[Finding]:
     """A finding if the run went wrong and precision cannot be the reason."""
     alarm = loss_alarm(run)
     if alarm is None:

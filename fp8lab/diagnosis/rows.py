@@ -1,0 +1,64 @@
+"""What rules read: the tables of a run, by the same methods, whether on disk or as they come.
+
+A rule names the columns and sites that it needs and nothing else is loaded; what several rules ask
+for alike is loaded once. `guard` holds the last rows of a run that goes on, as frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+
+from fp8lab.runs import Run
+
+Names = str | Collection[str] | None
+
+
+class Rows(Protocol):
+    """The part of `runs.Run` that rules use; its methods and columns mean the same."""
+
+    path: Path
+    info: dict[str, Any]
+
+    def steps(self, columns: Names = None) -> pd.DataFrame: ...
+
+    def tensors(self, columns: Names = None, *, sites: Names = None) -> pd.DataFrame: ...
+
+    def channels(self, columns: Names = None, *, sites: Names = None) -> pd.DataFrame: ...
+
+    def events(self) -> pd.DataFrame: ...
+
+
+class Loaded:
+    """A run of which each part is loaded once. Frames are shared: rules leave them as they are."""
+
+    def __init__(self, run: Run) -> None:
+        self.path, self.info = run.path, run.info
+        self._run = run
+        self._frames: dict[Any, pd.DataFrame] = {}
+
+    def steps(self, columns: Names = None) -> pd.DataFrame:
+        return self._once("steps", columns)
+
+    def tensors(self, columns: Names = None, *, sites: Names = None) -> pd.DataFrame:
+        return self._once("tensors", columns, sites)
+
+    def channels(self, columns: Names = None, *, sites: Names = None) -> pd.DataFrame:
+        return self._once("channels", columns, sites)
+
+    def events(self) -> pd.DataFrame:
+        return self._once("events", None)
+
+    def _once(self, table: str, columns: Names, sites: Names = None) -> pd.DataFrame:
+        key = table, _as_tuple(columns), _as_tuple(sites)
+        if key not in self._frames:
+            chosen = {} if sites is None else {"sites": sites}
+            self._frames[key] = getattr(self._run, table)(columns, **chosen)
+        return self._frames[key]
+
+
+def _as_tuple(names: Names) -> tuple[str, ...] | None:
+    return names if names is None else ((names,) if isinstance(names, str) else tuple(names))
