@@ -10,10 +10,10 @@ export OMP_NUM_THREADS := 1
 PYTEST := -m pytest -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reports test test-full test-lowest check fmt bench clean
+.PHONY: help demo reports test test-full test-lowest check fmt bench bench-diagnosis clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(SETUP) ## Let SwiGLU diverge in FP8, then write the report that says why
 	$(BIN)/fp8lab run swiglu_divergence --out runs/demo
@@ -46,6 +46,9 @@ fmt: $(SETUP) ## Format, and fix what ruff can fix
 
 bench: $(SETUP) ## Time the casts and the watching
 	$(BIN)/python tests/bench.py
+
+bench-diagnosis: $(SETUP) ## Diagnose trainings whose cause is known, and count what is right
+	$(BIN)/python tests/bench_diagnosis.py
 
 clean: ## Remove the environments, the build outputs and the caches; keep runs/
 	rm -rf .venv $(LOWEST) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

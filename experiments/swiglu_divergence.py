@@ -139,6 +139,9 @@ def regress(job: Job, progress: Progress) -> None:
         steps=steps, clip_norm=clip, judged_by="common_loss", diverged_above=COMMON_LOSS_LIMIT
     )
     config = job.config(steps=steps, learning_rate=rate, clip_norm=clip)
+    first = 0
+    if job.start is not None:
+        first = load_checkpoint(job.start, model, optimizer, other_precision=True)
     with watch(model, job.path, optimizer=optimizer, config=config) as watching:
         diverged = train(
             model,
@@ -146,6 +149,8 @@ def regress(job: Job, progress: Progress) -> None:
             task,
             schedule,
             watch=watching,
+            first_step=first,
+            stop=job.stop,
             progress=lambda step, loss: progress(step + 1, steps, loss, watching.alarms),
         )
         common, rare = task.common[-LAST:], task.rare[-5:]
@@ -296,6 +301,7 @@ EXPERIMENT = Experiment(
             title="A rare token, learnt in every precision",
             seeds=SEEDS,
             run=regress,
+            restarts=True,
             arms=(
                 BF16_ARM,
                 DELAYED_ARM,
@@ -322,6 +328,7 @@ EXPERIMENT = Experiment(
             title="What prevents it at this size",
             seeds=(0, 7),
             run=regress,
+            restarts=True,
             arms=(
                 Arm(
                     name="bf16-adam",

@@ -12,15 +12,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fp8lab import formats as formats
     from fp8lab import mitigations as mitigations
+    from fp8lab.bisection import Bisection as Bisection
+    from fp8lab.bisection import bisect as bisect
     from fp8lab.casting import Quantized as Quantized
     from fp8lab.casting import fake_quantize as fake_quantize
     from fp8lab.casting import quantize as quantize
+    from fp8lab.checkpoint import audit as audit
+    from fp8lab.checkpoint.audited import Audit as Audit
     from fp8lab.conversion import convert as convert
     from fp8lab.diagnosis import Diagnosis as Diagnosis
     from fp8lab.diagnosis import diagnose as diagnose
     from fp8lab.ffn import FeedForward as FeedForward
     from fp8lab.ffn import GatedFeedForward as GatedFeedForward
+    from fp8lab.forecast import Forecast as Forecast
+    from fp8lab.forecast import replay as replay
     from fp8lab.formats import FloatFormat as FloatFormat
+    from fp8lab.guard import Checkpoints as Checkpoints
+    from fp8lab.guard import Guard as Guard
     from fp8lab.monitor import watch as watch
     from fp8lab.optim import Fp8AdamW as Fp8AdamW
     from fp8lab.plan import Plan as Plan
@@ -50,11 +58,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "bisection": ("Bisection", "bisect"),
     "casting": ("Quantized", "fake_quantize", "quantize"),
+    "checkpoint": ("Audit", "audit"),
     "conversion": ("convert",),
     "diagnosis": ("Diagnosis", "diagnose"),
     "ffn": ("FeedForward", "GatedFeedForward"),
+    "forecast": ("Forecast", "replay"),
     "formats": ("FloatFormat",),
+    "guard": ("Checkpoints", "Guard"),
     "monitor": ("watch",),
     "optim": ("Fp8AdamW",),
     "plan": ("Plan", "load_recipe"),

@@ -1,8 +1,9 @@
 """The command line: verbs over runs and experiments, each a thin layer over the library.
 
 `--json` gives any listing as data. Exit codes: 0 fine, 1 when `diagnose` found something of high
-severity or a run of an experiment failed, 2 for wrong usage or bad input (one line on stderr that
-names the file, the key and what was expected), 130 after Ctrl-C (what was recorded is kept).
+severity, a run of an experiment failed or `bisect` can name nothing, 2 for wrong usage or bad input
+(one line on stderr that names the file, the key and what was expected), 130 after Ctrl-C (what was
+recorded is kept).
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from fp8lab.progress import Bars
 from fp8lab.recipe import GEMMS, gemm_in_words
 from fp8lab.store import Run, RunError, find_runs, open_run
 
@@ -98,7 +99,7 @@ def run(
         read_text(text)
     out = out or Path("runs") / value.name
     console = Console(stderr=as_json, markup=False)
-    with _Progress(console) as progress:
+    with Bars(console) as progress:
         failures = run_experiment(
             file,
             value,
@@ -198,6 +199,117 @@ def diagnose_runs(
         for one in diagnoses:
             typer.echo(str(one))
     if any(finding.severity == "high" for one in diagnoses for finding in one.findings):
+        raise typer.Exit(1)
+
+
+@app.command("bisect")
+def bisect_training(
+    training: Annotated[
+        str, typer.Argument(metavar="TRAINING", help="An experiment, or SCRIPT.py:FUNCTION.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the reruns; goes on with what it holds.")],
+    arm: Annotated[str | None, typer.Option(help="Of an experiment: the arm that breaks.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of an experiment.")] = 0,
+    part: Annotated[str | None, typer.Option(help="Where several have the arm.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of every training.")] = None,
+    start: Annotated[
+        int | None, typer.Option("--from", min=1, help="Reruns start at a checkpoint of that step.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Of a script: YAML, or a recipe's name.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Of a script: its third argument.")
+    ] = None,
+    site: Annotated[
+        list[str] | None, typer.Option(help="Only LAYERS or LAYERS:OPERAND; repeatable.")
+    ] = None,
+    breaks: Annotated[bool, typer.Option("--break", help="What breaks a BF16 run?")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Reruns at the same time.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Name the operands that break a run, by reruns; exit code 1 if none can be named."""
+    from fp8lab.bisection import bisect
+    from fp8lab.lab.reruns import training_of
+    from fp8lab.lab.workers import Workers
+
+    console = Console(stderr=as_json, markup=False)
+    with Bars(console) as progress, Workers(workers) as pool:
+        train = training_of(
+            training,
+            out,
+            pool,
+            progress.reported,
+            of_arm=(arm, seed, part, steps, start),
+            of_script=(recipe, checkpoint),
+        )
+        found = bisect(
+            train,
+            train.plan,
+            site or ["*"],
+            path=out,
+            direction="breaks" if breaks else "saves",
+            checkpoint=train.checkpoint,
+            about=train.about,
+            on_start=progress.started,
+            on_end=progress.ended,
+            on_bound=progress.bounded,
+        )
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        typer.echo(str(found))
+    if found.stopped is not None:
+        raise typer.Exit(1)
+
+
+@app.command("replay")
+def replay_run(
+    run: RunPath,
+    recipe: Annotated[str, typer.Option(help="A recipe's name, or a plan in a YAML file.")],
+    as_json: Json = False,
+) -> None:
+    """What FP8 would have done to a recorded run; exit code 1 if it would have been trouble."""
+    from fp8lab.forecast import replay
+    from fp8lab.plan import Plan, load_recipe
+    from fp8lab.recipe import RECIPES
+
+    opened = open_run(run)
+    if recipe not in RECIPES and not Path(recipe).exists():
+        choice = ", ".join(RECIPES)
+        raise ValueError(f"--recipe: {recipe!r}, expected a YAML file or one of {choice}")
+    plan = Plan(recipe=RECIPES[recipe]()) if recipe in RECIPES else load_recipe(recipe)
+    forecast = replay(opened, plan)
+    if as_json:
+        _print_json(forecast.to_dict())
+    else:
+        typer.echo(str(forecast))
+    if forecast.serious:
+        raise typer.Exit(1)
+
+
+@app.command("audit")
+def audit_checkpoint(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A .safetensors, a folder, or torch's.")
+    ],
+    top: Annotated[int, typer.Option(min=1, help="Channels to watch of each layer.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """What a checkpoint's weights say before it is run; exit code 1 if something is severe."""
+    from fp8lab.checkpoint import audit
+
+    found = audit(checkpoint, top=top)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        rows = found.rows()
+        table = _table(rows[0] if rows else ())
+        for row in rows:
+            table.add_row(*(_cell(cell) for cell in row.values()))
+        Console(markup=False).print(table)
+        typer.echo(str(found))
+    if found.severe:
         raise typer.Exit(1)
 
 
@@ -368,57 +480,3 @@ def _without_nan(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [_without_nan(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
-class _Progress:
-    """A bar over all runs and a line for each one that is under way."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self._console = console
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        )
-        self._all = self._bars.add_task("runs", total=0, numbers="")
-        self._jobs: dict[int, tuple[str, Any, float]] = {}
-        self._alarms: dict[int, int] = {}
-
-    def __enter__(self) -> _Progress:
-        if self._console.is_terminal:  # else the bars, though never drawn, end in an empty line
-            self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._console.is_terminal:
-            self._bars.stop()
-
-    def started(self, index: int, label: str) -> None:
-        self._jobs[index] = (label, None, 0.0)
-        self._bars.update(self._all, total=len(self._jobs))
-
-    def reported(self, report: Any) -> None:
-        label, task, began = self._jobs[report.index]
-        if task is None:
-            began = time.monotonic()
-            task = self._bars.add_task(label, total=report.steps, numbers="")
-            self._jobs[report.index] = (label, task, began)
-        self._alarms[report.index] = report.alarms
-        speed = report.step / max(time.monotonic() - began, 0.1)
-        numbers = f"{speed:.0f} steps/s  loss {report.loss:.4g}  alarms {report.alarms}"
-        self._bars.update(task, completed=report.step, numbers=numbers)
-        self._bars.update(self._all, numbers=f"alarms {sum(self._alarms.values())}")
-
-    def ended(self, index: int, error: str | None) -> None:
-        label, task, _ = self._jobs[index]
-        if task is not None:
-            self._bars.remove_task(task)
-        self._bars.advance(self._all)
-        if not self._console.is_terminal:
-            self._console.print(error or f"done: {label}", highlight=False, soft_wrap=True)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fp8lab import kernels
+from fp8lab.accumulation import error_of_sums, multiply_in_steps
 from fp8lab.casting import Cast, FusedProduct, cast_for, rotated_back
 from fp8lab.formats import FloatFormat
 from fp8lab.recipe import (
@@ -46,6 +47,7 @@ from fp8lab.recipe import (
     Recipe,
     direction_of,
     operand_format,
+    recipe_in_words,
 )
 from fp8lab.regions import register, steps
 from fp8lab.scaling import absolute_maximum, is_the_same_both_ways, scale_for
@@ -151,7 +153,7 @@ class Fp8Linear(nn.Linear):
             short = self.accumulation if self._is_short(gemm) else None
             for operand in operands:
                 recipe, fmt = self.recipe_for(operand, gemm), self.format_for(operand, gemm)
-                uses[f"{operand}@{gemm}"] = f"{fmt.name} {type(recipe).__name__}"
+                uses[f"{operand}@{gemm}"] = f"{fmt.name} {recipe_in_words(recipe)}"
                 if short is not None:
                     uses[f"{operand}@{gemm}"] += f", summed in {short.bits} bits"
                 if operand == "input" and self.channel_scale is not None:
@@ -314,13 +316,26 @@ class Fp8Linear(nn.Linear):
             )
         if self.accumulation is None or not self._is_short(gemm):
             return functional.linear(left, right, bias)
-        product = _multiply_in_steps(left, right.t(), self.accumulation)
+        product = multiply_in_steps(left, right.t(), self.accumulation)
         return product if bias is None else product + bias
 
     def _is_short(self, gemm: Gemm) -> bool:
         # A GEMM with a wide operand runs in BF16, which accumulates in FP32.
         narrow = all(self.format_for(operand, gemm).bits <= 8 for operand in GEMMS[gemm])
         return narrow and self.accumulation is not None and gemm in self.accumulation.gemms
+
+    def gemm_error(self, gemm: Gemm, tensor: Tensor, other: Tensor | None = None) -> Tensor | None:
+        """`error_of_sums` of a GEMM (`other`: grad_weight's input), None if they are FP32's."""
+        if self.accumulation is None or not self._is_short(gemm):
+            return None
+        how = self.cast_in_force("input" if gemm == "output" else "grad_output", tensor, gemm)
+        left = how.fake_quantized().flatten(0, -2)
+        if other is not None:
+            right = self.cast_in_force("input", other, gemm).fake_quantized().flatten(0, -2)
+            return error_of_sums(left.t(), right, self.accumulation)
+        weight = self.weight if how.channel_scale is None else self.weight / how.channel_scale
+        right = self._cast("weight", weight, gemm).fake_quantized()
+        return error_of_sums(left, right.t() if gemm == "output" else right, self.accumulation)
 
     def running_amaxes(self, *operands: Operand) -> list[Tensor]:
         """float32 [] views of this step's amaxes that all ranks share."""
@@ -417,21 +432,6 @@ def _amax_and_rolled(history: Tensor, recipe: DelayedScaling) -> tuple[Tensor, T
     if recipe.scaling_factor_compute_algo is not None:
         return amax, rolled
     return torch.where(latest == 0, latest, amax), torch.where(latest == 0, history, rolled)
-
-
-def _multiply_in_steps(left: Tensor, right: Tensor, accumulation: Accumulation) -> Tensor:
-    """The GEMM with a short accumulator. Each step of 32 is summed in FP32 first: of codes of at
-    most 8 bits that sum is nearly exact, and what hardware loses in it is part of `bits`."""
-    kept = -(1 << (24 - accumulation.bits))
-    total = left.new_zeros(len(left), right.shape[1])
-    running = torch.zeros_like(total)
-    for start in range(0, left.shape[1], 32):
-        if accumulation.promote_every and start and start % accumulation.promote_every == 0:
-            total += running
-            running = torch.zeros_like(total)
-        running = running + left[:, start : start + 32] @ right[start : start + 32]
-        running = (running.view(torch.int32) & kept).view(torch.float32)
-    return total + running
 
 
 class _Gemms(torch.autograd.Function):

@@ -20,14 +20,11 @@ Rejected: keeping tensors until the step ends (memory), and `.item()` in hooks (
 
 from __future__ import annotations
 
-import platform
-import sys
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,8 +33,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fp8lab.about import describe
 from fp8lab.casting import Cast
-from fp8lab.probes import FeedForwardProbe, how_seen
+from fp8lab.probes import FeedForwardProbe
 from fp8lab.ranks import (
     Reduction,
     job_at,
@@ -56,6 +54,7 @@ from fp8lab.store import RunWriter
 from fp8lab.taps import TensorTaps
 
 Listener = Callable[[int, dict[str, float]], None]
+Observer = Callable[[StepRows], None]
 
 _STEP_COLUMNS = {column.name for column in STEPS}
 
@@ -74,6 +73,7 @@ def watch(
     config: Mapping[str, Any] | None = None,
     flush_seconds: float = 5.0,
     resume_at: int | None = None,
+    inference: bool = False,
 ) -> Watch:
     """Record the training of `model` into the run directory `path`; use it in a `with`.
 
@@ -94,32 +94,43 @@ def watch(
     written. `listeners` are called after each recorded step with its number and its numbers.
 
     Each process of a distributed training watches its own part and writes its own rows. With a
-    `group` (of torch.distributed, for instance `dist.group.WORLD`) all of its processes must watch,
-    and each `every`-th step costs one all-reduce that adds the rows of all processes together;
-    process 0 writes them as rank -1.
+    `group` (such as `torch.distributed.group.WORLD`) all of its processes must watch, and each
+    `every`-th step costs one all-reduce that adds their rows; process 0 writes these as rank -1.
 
     `config` (JSON-able) is kept in run.json. `resume_at` goes on with an existing run from that
     step on; what differs then (precision, `every`, versions) replaces what run.json said.
+    With `inference` the run is one of a model in use: forwards without gradients are recorded too.
 
-    Raises ValueError if the model has no feed-forward that can be seen or a selection is none,
-    RunError if `path` exists.
+    Raises ValueError if the model has no feed-forward that can be seen, a selection is none, or an
+    optimizer is given with `inference`; RunError if `path` exists.
     """
-    for name, value, least in (("every", every, 1), ("channels", channels, 1), ("burst", burst, 0)):
-        if value < least:
-            raise ValueError(f"watch: {name}={value}, expected at least {least}")
+    _check_numbers(every=(every, 1), channels=(channels, 1), burst=(burst, 0))
     model = unwrapped(model)
     recorder = Recorder(every, as_selections(select), resume_at or 0, always=burst > 0)
+    recorder.inference = _is_inference(inference, optimizer)
     sites = _feed_forwards(model)
     taps = TensorTaps(watched_modules(model), recorder, optimizer)
     _check_selections(recorder, sites, taps)
-    info = _describe(model, sites) | {"every": every, "config": dict(config or {})}
-    writer = _writer(path, info, resume_at)
+    of_watch = {"every": every, "inference": inference, "config": dict(config or {})}
+    writer = _writer(path, describe(model, sites) | of_watch, resume_at)
     reduction = None if group is None else Reduction(group)
     probes = [FeedForwardProbe(site, channels, recorder) for site in sites]
     watching = Watch(model, recorder, probes, taps, writer, reduction, burst, flush_seconds)
     watching.listeners.extend(listeners)
     watching.attach(optimizer)
     return watching
+
+
+def _check_numbers(**numbers: tuple[int, int]) -> None:
+    for name, (value, least) in numbers.items():
+        if value < least:
+            raise ValueError(f"watch: {name}={value}, expected at least {least}")
+
+
+def _is_inference(inference: bool, optimizer: torch.optim.Optimizer | None) -> bool:
+    if inference and optimizer is not None:
+        raise ValueError("watch: inference with optimizer=, expected one of them")
+    return inference
 
 
 def _writer(path: str | Path, info: dict[str, Any], resume_at: int | None) -> RunWriter:
@@ -154,47 +165,6 @@ def _check_selections(
             )
 
 
-def _describe(model: nn.Module, sites: list[GateSite | FeedForwardSite]) -> dict[str, Any]:
-    # A method of the class: a module of that name, or a text, is somebody else's.
-    precision = {
-        name: module.precision()  # type: ignore[operator]
-        for name, module in watched_modules(model)
-        if callable(getattr(type(module), "precision", None))
-    }
-    return {
-        "created": time.time(),
-        "versions": {
-            "fp8lab": version("fp8lab"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": f"{platform.system()} {platform.machine()}, {_device_name(model)}",
-        "command": " ".join([Path(sys.argv[0]).name, *map(_without_place, sys.argv[1:])]),
-        "precision": precision,
-        "sites": [_describe_site(site) for site in sites],
-    }
-
-
-def _describe_site(site: GateSite | FeedForwardSite) -> dict[str, Any]:
-    facts: dict[str, Any] = {"site": site.name}
-    facts |= {"gate": site.gate.name} if isinstance(site, GateSite) else {"gated": False}
-    facts |= {"up": site.up.name, "down": site.down.name, "activation": site.activation}
-    if isinstance(site, GateSite):
-        facts["up_activation"] = site.up_activation
-    facts |= {"channels": site.channels, "product": how_seen(site)}
-    return facts | ({"experts": site.experts} if site.experts else {})
-
-
-def _without_place(argument: str) -> str:
-    """A run is passed on to others: where on this machine a file lies is nobody's business."""
-    return Path(argument).name if Path(argument).is_absolute() else argument
-
-
-def _device_name(model: nn.Module) -> str:
-    device = next(model.parameters()).device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 class Watch:
     """A recording; made by `watch`. Leaves no hook behind when the `with` ends."""
 
@@ -226,7 +196,9 @@ class Watch:
         self._last_flush = time.monotonic()
         self._warned: set[str] = set()
         self._loss_was_finite = True
+        self._happened: list[dict[str, Any]] = []  # events that no step's rows have told of yet
         self.listeners: list[Listener] = []
+        self.observers: list[Observer] = []  # called with each step's rows before they are written
         self.alarms = 0  # steps in which a product was clipped or something was not finite
 
     def attach(self, optimizer: torch.optim.Optimizer | None) -> None:
@@ -251,6 +223,29 @@ class Watch:
     def path(self) -> Path:
         """The run directory."""
         return self._writer.path
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What run.json says of this process."""
+        return self._writer.info
+
+    @property
+    def rank(self) -> int:
+        """The number of this process."""
+        return self._rank
+
+    def feed_forward(self, name: str) -> nn.Module:
+        """The watched feed-forward of that name. Raises ValueError if there is none."""
+        for probe in self._probes:
+            if probe.site.name == name:
+                return probe.site.module
+        names = ", ".join(probe.site.name for probe in self._probes)
+        raise ValueError(f"feed-forward {name!r:.60}: expected one of {names}")
+
+    def record_in_full(self, steps: int) -> None:
+        """Record the next `steps` steps in full, whatever `every` says."""
+        last = self._recorder.step + steps
+        self._recorder.full_until = max(self._recorder.full_until, last)
 
     def see(self, site: str, tensor: Tensor, how: Cast | None = None) -> None:
         """Record a tensor that no hook sees, any shape and floating dtype, as the row of `site`
@@ -299,7 +294,11 @@ class Watch:
         self._note_loss(step, row.get("loss"))
         alarming = alarming or not self._loss_was_finite
         self.alarms += alarming
+        rows.is_alarming = alarming
         self._keep(rows, alarming)
+        rows.events, self._happened = self._happened, []
+        for observer in self.observers:
+            observer(rows)
         if merged is not None:
             self._write_merged(step, merged)
         self._note_failures(step)
@@ -382,6 +381,7 @@ class Watch:
         """Record that something happened, and flush."""
         row = {"step": step, "rank": self._rank, "kind": kind, "site": site, "detail": str(detail)}
         self._writer.append("events", [row])
+        self._happened.append(row)
         self._flush()
 
     def set_result(self, **result: Any) -> None:
@@ -414,6 +414,10 @@ class Watch:
         """Once, after a step that trained: which feed-forwards no hook has seen."""
         trained = "grad_squares" in collected.get(STEP, {})
         seen = {name for name in self._unseen if f"{name}:product" in collected}
+        passed_over, self._recorder.passed_over = self._recorder.passed_over, False
+        if passed_over and not (seen or trained) and len(self._unseen) == len(self._probes):
+            told = "only forwards without gradients ran, which a training's run leaves out"
+            self._warn(f"{told}; watch(..., inference=True) records them", once="inference")
         if not self._unseen or not (seen or trained):
             return
         unseen, self._unseen = sorted(self._unseen - seen), set()

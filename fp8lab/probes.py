@@ -36,6 +36,7 @@ from fp8lab.recorder import (
     local,
     merged_kind,
     quantile,
+    version_of,
 )
 from fp8lab.sites import FeedForwardSite, GateSite, Role, cast_in_force
 
@@ -57,6 +58,13 @@ def counts_as_training(module: nn.Module) -> bool:
     recomputed = torch._C._current_graph_task_id() != -1
     in_function = not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
     return not recomputed and (torch.is_grad_enabled() or (in_function and module.training))
+
+
+def counts(module: nn.Module, recorder: Recorder) -> bool:
+    """Whether the forward that runs now is recorded."""
+    counted = recorder.inference or counts_as_training(module)
+    recorder.passed_over = recorder.passed_over or not counted
+    return counted
 
 
 def how_seen(site: GateSite | FeedForwardSite) -> str:
@@ -97,7 +105,7 @@ class FeedForwardProbe:
 
     def wants(self, module: nn.Module, role: Role) -> bool:
         """Asked by `observe` before any work is done."""
-        if self._is_refused or not counts_as_training(module):
+        if self._is_refused or not counts(module, self._recorder):
             # A checkpoint's second forward is the one whose gradients come, in its older kind.
             return not self._is_refused and self._wants_gradient(role)
         return role == "product" or self._recorder.is_due or self._wants_gradient(role)
@@ -120,7 +128,7 @@ class FeedForwardProbe:
     def _sees(self, module: nn.Module, role: Role, tensor: Tensor) -> None:
         if self._wants_gradient(role) and tensor.requires_grad:
             self._hook_gradient(role, tensor)
-        if not counts_as_training(module):
+        if not counts(module, self._recorder):
             return
         if role == "output" and _is_added_up(self.site.down.weight, tensor):
             self._recorder.copies.add(self.site.site(role))
@@ -215,7 +223,7 @@ class FeedForwardProbe:
             self._recorder.add(self.site.site("product"), f"activated_{role}", vector)
             if self._unproved is not None:
                 # An activation may work in place.
-                self._unproved[role] = tensor.clone(), tensor, tensor._version
+                self._unproved[role] = tensor.clone(), tensor, version_of(tensor)
 
     def _factor(
         self, site: GateSite, role: Role, tensor: Tensor, summary: measure.Summary
@@ -262,7 +270,7 @@ class FeedForwardProbe:
         if not seen or "gate" not in seen or "up" not in seen:
             return
         assert isinstance(self.site, GateSite)
-        self._is_steady = all(tensor._version == version for _, tensor, version in seen.values())
+        self._is_steady = all(version_of(tensor) == version for _, tensor, version in seen.values())
         error = observe.agrees(self.site, seen["gate"][0], seen["up"][0], product)
         if not error <= observe.tolerance(product.dtype) and product.isfinite().all():
             self._refuse(f"the product differs from act(gate) * up by {error:.1e} of its size")

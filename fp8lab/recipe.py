@@ -371,6 +371,12 @@ def operand_format(
     return recipe.fp8_format.of(operand, direction)
 
 
+def recipe_in_words(recipe: Recipe) -> str:
+    """Its class, and how it rounds shared exponents where that is not up."""
+    rounding = getattr(recipe, "scale_rounding", "up")
+    return type(recipe).__name__ + ("" if rounding == "up" else f", scales rounded {rounding}")
+
+
 def gemm_in_words(precision: Mapping[str, Any], gemm: Gemm) -> str:
     """What a GEMM multiplies, from what a layer says of itself (`input@output` → format, recipe):
     `E5M2 × E4M3 DelayedScaling`, or both in full where they differ."""

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class Column(NamedTuple):
@@ -64,6 +64,7 @@ TENSORS = (
     Column("kurtosis", _F64, "", "mean(x^4) / mean(x^2)^2, uncentred"),
     Column("histogram_start", pa.int32(), "bin", "bin of the first count; 4 bins an octave"),
     Column("histogram", pa.list_(_I64), "elements", "of non-zero magnitudes, see sketch.bin_edge"),
+    Column("bins", pa.binary(), "elements", "of them in 8 bins an octave, see Sketch.packed_bins"),
     Column("token_ratio", _F64, "", "per-token amax: 99.9th percentile / median"),
     Column("channel_ratio", _F64, "", "largest channel amax / median channel amax"),
     Column("hot_channel", pa.int32(), "channel", "the channel with the largest amax"),
@@ -81,6 +82,7 @@ TENSORS = (
     Column("sqnr_db", _F64, "dB", "10 log10(signal power / error power) of the cast"),
     Column("cosine", _F64, "", "between the operand and its cast"),
     Column("bulk_error", _F64, "", "relative l2 error of the cast, outlier channels left out"),
+    Column("gemm_error", _F64, "", "relative l2 error of its GEMM's sums (grad_weight: to it)"),
     Column("seen", _TEXT, "", "how the product came: seen, or recomputed from what was seen"),
     Column("statistics", pa.map_(_TEXT, _F64), "", "further ones, by name, see fp8lab.statistics"),
 )

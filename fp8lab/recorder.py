@@ -52,6 +52,8 @@ class Recorder:
             statistics.check(selection.statistics)
         self.step = first_step  # counted by `advance`: the caller may number steps otherwise
         self.full_until = -1  # steps up to this one are recorded whatever `every` says
+        self.inference = False  # every forward counts, with gradients or without
+        self.passed_over = False  # a forward did not count, since this was last looked at
         self._every = every
         self._always = always
         self.selections = selections
@@ -66,7 +68,7 @@ class Recorder:
         self.copies: set[str] = set()
         self.wholes: set[str] = set()
         self.failures: list[tuple[str, str]] = []  # (layer, why) since they were last looked at
-        self.casts: dict[str, dict[str, str]] = {}  # site -> recipe and format of its last cast
+        self.casts: dict[str, dict[str, str]] = {}  # site -> recipe, format in this step
 
     @property
     def is_due(self) -> bool:
@@ -104,6 +106,7 @@ class Recorder:
         """The step is over."""
         self.step += 1
         self._due.clear()
+        self.casts.clear()  # a layer may be put back to high precision
 
     def add(self, site: str, kind: str, vector: Tensor) -> None:
         """Keep a vector, int64 or floating, of the row of `site` until the step ends."""
@@ -128,7 +131,7 @@ class Recorder:
 
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "fp8lab-measure")
-        version = tensor._version
+        version = version_of(tensor)
         self._jobs.append((self._thread.submit(run), tensor, version, changed))
 
     def settle(self) -> None:
@@ -140,7 +143,7 @@ class Recorder:
         jobs, self._jobs = self._jobs, []
         for job, tensor, version, changed in jobs:
             measured = job.result()
-            if tensor._version == version:
+            if version_of(tensor) == version:
                 self._vectors.extend(measured)
             else:
                 changed()
@@ -216,6 +219,11 @@ def _operand_of(site: str) -> Operand:
     return "grad_output" if name.startswith("grad_") else "input"
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been written to; one made in inference mode does not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def has_idle_core() -> bool:
     """Whether torch leaves one of the cores that this process may use idle."""
     affinity = getattr(os, "sched_getaffinity", None)
@@ -277,6 +285,10 @@ def tensor_row(site: str, kinds: Kinds, names: tuple[str, ...] = ()) -> dict[str
         row |= finite_columns(("token_ratio",), _peak_ratio(found["tokens"], 0.999))
     if "operand" in found:
         row |= measure.operand_statistics(found["operand"])
+    if "gemm" in found:
+        with np.errstate(all="ignore"):
+            errors = np.sqrt(found["gemm"][:1] / found["gemm"][1:])
+        row |= finite_columns(("gemm_error",), errors)
     if "extremes" in found:
         row |= finite_columns(("cur_amax", "max"), found["extremes"])
     if "statistics" in found:
@@ -306,7 +318,7 @@ def merged_kind(kind: str, vectors: list[Vector], names: tuple[str, ...] = ()) -
         return np.array(merged)
     if kind.startswith("activated"):
         return np.array([stacked[:, 0].max(), *stacked[:, 1:].sum(axis=0)])
-    if kind in ("operand", "grad_squares", "update", "rms_t"):
+    if kind in ("operand", "gemm", "grad_squares", "update", "rms_t"):
         return np.asarray(np.sum(stacked, axis=0))
     return vectors[-1]  # of weights, the loss: the last
 
@@ -363,6 +375,8 @@ class StepRows:
         self.tensors: list[dict[str, Any]] = []
         self.channels: list[dict[str, Any]] = []
         self.steps: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
+        self.is_alarming = False
 
     def sentinels(self) -> list[dict[str, Any]]:
         """What is kept of the tensors of a step that nobody asked for."""

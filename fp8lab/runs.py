@@ -139,12 +139,7 @@ class Run:
         ranks: Numbers = None,
     ) -> pa.Table:
         """A table, or what is wanted of it, in the order of recording, rank by rank."""
-        wanted = Wanted(
-            columns=(columns,) if isinstance(columns, str) else columns,
-            sites=(sites,) if isinstance(sites, str) else sites,
-            steps=(steps,) if isinstance(steps, int) else steps,
-            ranks=(ranks,) if isinstance(ranks, int) else ranks,
-        )
+        wanted = wanted_of(columns, sites, steps, ranks)
         schema = TABLES[table]
         fields = [schema.field(name) for name in wanted.names(schema)]
         none = pa.schema(fields, metadata=schema.metadata).empty_table()
@@ -210,6 +205,16 @@ class Run:
         except OSError:
             flushed = 0.0
         return "running" if time.time() - flushed < HEARTBEAT_SECONDS else "unknown"
+
+
+def wanted_of(columns: Names, sites: Names, steps: Numbers, ranks: Numbers) -> Wanted:
+    """What a reader asks for; one thing is as good as several."""
+    return Wanted(
+        columns=(columns,) if isinstance(columns, str) else columns,
+        sites=(sites,) if isinstance(sites, str) else sites,
+        steps=(steps,) if isinstance(steps, int) else steps,
+        ranks=(ranks,) if isinstance(ranks, int) else ranks,
+    )
 
 
 def _spread(column: pa.ChunkedArray) -> dict[str, NDArray[np.float64]]:

@@ -268,10 +268,29 @@ class Sketch:
         histogram[0] -= self.zeros if first == 0 else 0
         return histogram
 
-    def statistics(self) -> dict[str, float | int | list[int] | None]:
+    def packed_bins(self) -> bytes:
+        """What a row keeps of the bins: `counts`, `edges` and `near` of the finite elements that
+        are not zero. `magnitudes` reads it.
+
+        Two bytes say the first bin, one says how many bytes w a number has; then come the numbers
+        of the used bins [3, n], little-endian, all their first bytes, all their second ones, …: so
+        they compress best. Empty if there are none.
+        """
+        bins = self._of_used(self.bins[: NEAR + 1]).copy()
+        bins[:NEAR, 0] -= self.zeros if self._used[0] == 0 else 0
+        used = np.flatnonzero(bins[COUNTS])
+        if not len(used):
+            return b""
+        bins = bins[:, used[0] : used[-1] + 1]
+        width = next(w for w in (1, 2, 4, 8) if w == 8 or int(bins[COUNTS].max()) < 1 << 8 * w)
+        planes = bins.ravel().astype(f"<u{width}").view(np.uint8).reshape(-1, width).T
+        start = 8 * self._used[0] + int(used[0])
+        return start.to_bytes(2, "little") + bytes([width]) + planes.tobytes()
+
+    def statistics(self) -> dict[str, float | int | list[int] | bytes | None]:
         """The columns of a tensor row that follow from the sketch; missing where undefined."""
         n = self.finite
-        row: dict[str, float | int | list[int] | None] = {
+        row: dict[str, float | int | list[int] | bytes | None] = {
             "count": self.count,
             "zeros": self.zeros,
             "nans": self.nans,
@@ -301,6 +320,7 @@ class Sketch:
             used = np.flatnonzero(histogram)
             row["histogram_start"] = int(used[0])
             row["histogram"] = histogram[used[0] : used[-1] + 1].tolist()
+            row["bins"] = self.packed_bins()
         return row
 
     # Questions about a cast with one scale for the whole tensor, to nearest even.

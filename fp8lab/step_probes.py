@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8lab.observe import eagerly
-from fp8lab.probes import counts_as_training
+from fp8lab.probes import counts
 from fp8lab.recorder import Kinds, Recorder, local, merged_kind
 
 STEP = ""  # the site of what belongs to the whole step
@@ -59,7 +59,7 @@ class OutputProbe(_Guarded):
         return [self._model.register_forward_hook(eagerly(hook))]
 
     def _returned(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._recorder.is_due and counts_as_training(module):
+        if self._recorder.is_due and counts(module, self._recorder):
             logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
             if isinstance(logits, Tensor) and logits.is_floating_point() and logits.numel():
                 peak = local(logits.detach()).aminmax()

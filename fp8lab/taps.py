@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from fp8lab import measure
 from fp8lab.casting import Cast
 from fp8lab.observe import Leaving, eagerly, take_off
-from fp8lab.probes import counts_as_training
+from fp8lab.probes import counts
 from fp8lab.recipe import OPERANDS
 from fp8lab.recorder import Recorder, local
 from fp8lab.selection import BLOCK_TENSORS, LINEAR_TENSORS, PARAMETER_TENSORS
@@ -111,7 +111,10 @@ class TensorTaps:
         try:
             whole = name in PARAMETER_TENSORS
             how = self._cast(f"{layer}:{name}", name, tensor, caster)
-            self._recorder.record(f"{layer}:{name}", tensor, names, how, whole=whole)
+            summary = self._recorder.record(f"{layer}:{name}", tensor, names, how, whole=whole)
+            if name == "residual":  # a massive activation has a channel
+                found = measure.sentinel_vector(local(tensor.detach()), None, summary)
+                self._recorder.add(f"{layer}:{name}", "sentinel", found)
         except Exception as error:  # what cannot be measured must not end the training
             self._fail(layer, name, error)
 
@@ -128,7 +131,17 @@ class TensorTaps:
             self._recorder.add(site, "sentinel", measure.sentinel_vector(part, how))
             self._recorder.add(site, "operand", measure.operand_vector(how))
             self._recorder.note_cast(site, how)
+            if name != "weight":
+                gemm = "output" if name == "input" else "grad_input"
+                self._sum(site, caster, gemm, part)
         return how
+
+    def _sum(self, site: str, layer: Any, gemm: str, *operands: Tensor) -> None:
+        """What a short accumulator does in a GEMM of these, as part of the row of `site`."""
+        ask = getattr(layer, "gemm_error", None)
+        error = None if ask is None else ask(gemm, *operands)
+        if error is not None:
+            self._recorder.add(site, "gemm", error)
 
     def _record_gradient(
         self, layer: str, name: str, caster: nn.Module | None = None
@@ -138,7 +151,7 @@ class TensorTaps:
     def _linear_ran(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             input, result = _first_tensor((*args, *kwargs.values())), _first_tensor(output)
-            if counts_as_training(module):
+            if counts(module, self._recorder):
                 self._record(name, "input", input, module)
                 self._record(name, "output", result)
                 self._cast_weight(name, module)
@@ -146,8 +159,24 @@ class TensorTaps:
                 return
             if self._recorder.due(name, "grad_output") is not None:
                 result.register_hook(self._record_gradient(name, "grad_output", module))  # type: ignore[no-untyped-call]
+            if input is not None and getattr(module, "accumulation", None) is not None:
+                result.register_hook(self._sums_over_tokens(name, module, input.detach()))  # type: ignore[no-untyped-call]
             if input is not None and self._recorder.due(name, "grad_input") is not None:
                 _hook_share_of(input, result, self._record_gradient(name, "grad_input"))
+
+        return hook
+
+    def _sums_over_tokens(
+        self, name: str, module: nn.Module, input: Tensor
+    ) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            if self._recorder.due(name, "grad_weight") is None or name in self._failed:
+                return
+            try:
+                with torch.no_grad():
+                    self._sum(f"{name}:grad_weight", module, "grad_weight", gradient, input)
+            except Exception as error:  # what cannot be measured must not end the training
+                self._fail(name, "grad_weight", error)
 
         return hook
 
@@ -168,7 +197,7 @@ class TensorTaps:
             stream = _first_tensor(output)
             if stream is None:
                 return
-            if counts_as_training(module):
+            if counts(module, self._recorder):
                 self._record(name, "residual", stream)
             if stream.requires_grad and self._recorder.due(name, "grad_residual") is not None:
                 stream.register_hook(self._record_gradient(name, "grad_residual"))  # type: ignore[no-untyped-call]
@@ -277,7 +306,7 @@ class _LogitsTap(TorchFunctionMode):
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         due = self._recorder.due(self._name, "attention_logits") is not None
-        due = due and not self._is_refused and counts_as_training(module)
+        due = due and not self._is_refused and counts(module, self._recorder)
         if due and not torch.compiler.is_compiling():
             self._entered += 1
             self.__enter__()  # type: ignore[no-untyped-call]

@@ -299,11 +299,14 @@ def use_run(folder: Path, draw: Draw) -> None:
         if code == 2:
             invoke("runs", "report", folder / "runs", "-o", folder / "page.html")
     flags = ("--json",) if draw.random() < 0.5 else ()
-    verb = pick(draw, ("show", "diagnose", "compare", "ls", "twin"))
+    verb = pick(draw, ("show", "diagnose", "compare", "ls", "twin", "replay"))
     if verb == "ls":
         demand(invoke("runs", "ls", folder, *flags) == 0, "ls never fails")
     elif verb == "twin":
         invoke("mine", "diagnose", folder / "runs" / "other", "--twin", mine, *flags)
+    elif verb == "replay":
+        recipe = pick(draw, ("DelayedScaling", "Float8CurrentScaling", "MXFP8BlockScaling"))
+        invoke("mine", "replay", mine, "--recipe", recipe, *flags)
     else:
         invoke("mine", verb, mine, *flags)
 

@@ -26,18 +26,19 @@ FUNCTION_LINES = 60
 IMPORT_SECONDS = 0.1
 
 ARITHMETIC = {"formats", "recipe", "plan", "rounding", "kernels", "casting", "regions", "linear"}
-ARITHMETIC |= {"scaling", "optim"}
+ARITHMETIC |= {"scaling", "optim", "accumulation"}
 STORE = {"store", "runs", "segments"}
 NECK = {"formats", "recipe", "sketch", "record"} | STORE
 SITES = {"sites", "tracing", "probing", "gating", "te_modules", "te_inside", "te_casts"}
 MONITOR = {"monitor", "probes", "taps", "step_probes", "recorder", "ranks", "selection"}
-MONITOR |= {"measure", "statistics", "observe"}
+MONITOR |= {"measure", "statistics", "observe", "about"}
 LAB = (
     (ARITHMETIC | NECK | SITES | MONITOR)
     | {"ffn", "conversion", "mitigations"}
-    | {"forecast", "diagnosis", "guard", "checkpoint"}
+    | {"forecast"}
+    | {"diagnosis", "guard", "checkpoint"}
 )
-ALL = LAB | {"lab", "bisection", "report", "integrations"}
+ALL = LAB | {"lab", "bisection", "progress", "report", "integrations"}
 
 # A room may always import itself.
 TABLE: dict[str, set[str]] = {
@@ -51,7 +52,8 @@ TABLE: dict[str, set[str]] = {
     "scaling": {"formats", "recipe", "kernels"},
     "casting": {"formats", "recipe", "plan", "rounding", "kernels", "scaling"},
     "regions": {"recipe"},
-    "linear": {"formats", "recipe", "kernels", "scaling", "casting", "regions"},
+    "accumulation": {"recipe"},
+    "linear": {"formats", "recipe", "kernels", "scaling", "casting", "regions", "accumulation"},
     "optim": {"formats", "scaling"},
     "ffn": {"formats", "rounding"},
     "tracing": set(),
@@ -73,15 +75,18 @@ TABLE: dict[str, set[str]] = {
     "taps": {"casting", "measure", "observe", "probes", "recipe", "recorder", "selection", "sites"}
     | {"step_probes"},
     "step_probes": {"observe", "probes", "recorder"},
+    "about": {"probes", "ranks", "sites"},
     "monitor": NECK | SITES | (MONITOR - {"measure", "statistics", "observe"}) | {"casting"},
     "segments": {"record"},
     "runs": {"record", "segments"},
     "store": {"record", "runs", "segments"},
-    "forecast": NECK,
-    "diagnosis": NECK,
-    "guard": {"monitor", "diagnosis", "mitigations", "store", "record"},
-    "bisection": {"recipe", "record", "store"},
-    "checkpoint": NECK | {"sites", "monitor", "diagnosis"},
+    "forecast": {"formats", "recipe", "plan", "record", "runs", "segments", "sketch"},
+    "diagnosis": NECK | {"plan"},
+    "guard": {"monitor", "ranks", "recorder", "diagnosis", "record", "runs"},
+    "progress": set(),
+    "bisection": {"recipe", "plan", "store", "diagnosis"},
+    "checkpoint": {"formats", "recipe", "rounding", "scaling", "casting", "kernels", "record"}
+    | {"sites", "monitor", "store"},
     "report": NECK | {"forecast", "diagnosis"},
     "integrations": {"monitor", "guard", "sites", "store", "recipe", "record", "statistics"}
     | {"casting", "plan"},

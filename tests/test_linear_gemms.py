@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fp8lab import formats, kernels
+from fp8lab.accumulation import multiply_in_steps
 from fp8lab.casting import fake_quantize, quantize
 from fp8lab.conversion import convert
 from fp8lab.ffn import GatedFeedForward
-from fp8lab.linear import Fp8Linear, _multiply_in_steps
+from fp8lab.linear import Fp8Linear
 from fp8lab.recipe import (
     OPERANDS,
     Accumulation,
@@ -198,7 +199,10 @@ def check_gemms(
     if hasattr(layer, "scale"):
         layer.scale.copy_(torch.tensor(SCALES[: len(layer.scale)]))
     gradient = (0.01 * torch.randn(*x.shape[:-1], layer.out_features)).to(x.dtype)
-    said = [f"{name} {type(r).__name__}" for r, name in zip(recipes, names, strict=True)]
+    floor = ", scales rounded ocp_floor"
+    added = [floor if getattr(r, "scale_rounding", "up") == "ocp_floor" else "" for r in recipes]
+    classes = [type(r).__name__ + more for r, more in zip(recipes, added, strict=True)]
+    said = [f"{name} {words}" for name, words in zip(names, classes, strict=True)]
     assert layer.precision() == {"@".join(u): s for u, s in zip(USES, said, strict=True)}
     caught = Caught(layer, x, gradient, patch)
 
@@ -555,7 +559,7 @@ def test_the_accumulator_is_a_scalar_program(bits: int, every: int | None, lengt
     accumulation = Accumulation(bits=bits, promote_every=every)
     columns = right.t().tolist()
     wanted = [[in_steps(a, b, bits, every) for b in columns] for a in left.tolist()]
-    assert _multiply_in_steps(left, right, accumulation).tolist() == wanted
+    assert multiply_in_steps(left, right, accumulation).tolist() == wanted
 
 
 def test_24_bits_never_promoted_are_plain_sums_in_steps() -> None:
@@ -564,7 +568,7 @@ def test_24_bits_never_promoted_are_plain_sums_in_steps() -> None:
     for start in range(0, 170, 32):
         total = total + left[:, start : start + 32] @ right[start : start + 32]
     every = Accumulation(bits=24, promote_every=None)
-    assert torch.equal(_multiply_in_steps(left, right, every), total)
+    assert torch.equal(multiply_in_steps(left, right, every), total)
 
 
 def test_fewer_bits_err_more() -> None:
@@ -572,7 +576,7 @@ def test_fewer_bits_err_more() -> None:
     exact = left.double() @ right.double()
     for every in (None, 128):
         errors = [
-            (_multiply_in_steps(left, right, Accumulation(bits=b, promote_every=every)) - exact)
+            (multiply_in_steps(left, right, Accumulation(bits=b, promote_every=every)) - exact)
             .abs()
             .max()
             .item()
@@ -580,7 +584,7 @@ def test_fewer_bits_err_more() -> None:
         ]
         assert all(2 * less < more for less, more in pairwise(errors)), errors
     short = [Accumulation(bits=11, promote_every=every) for every in (32, 128, None)]
-    lost = [(exact - _multiply_in_steps(left, right, a)).mean().item() for a in short]
+    lost = [(exact - multiply_in_steps(left, right, a)).mean().item() for a in short]
     assert 0 < 2 * lost[0] < lost[1]  # cut off, so too small, and promotion helps
     assert 2 * lost[1] < lost[2]
 
@@ -619,9 +623,9 @@ def test_a_short_gemm_is_that_of_its_operands(monkeypatch: pytest.MonkeyPatch) -
     x.requires_grad_()
     output = layer(x)
     output.backward(gradient)
-    assert torch.equal(output, _multiply_in_steps(a, w.t(), told) + layer.bias)
-    assert torch.equal(x.grad, _multiply_in_steps(g, w_again, told))  # type: ignore[arg-type]
-    assert torch.equal(layer.weight.grad, _multiply_in_steps(g_again.t(), a_again, told))
+    assert torch.equal(output, multiply_in_steps(a, w.t(), told) + layer.bias)
+    assert torch.equal(x.grad, multiply_in_steps(g, w_again, told))  # type: ignore[arg-type]
+    assert torch.equal(layer.weight.grad, multiply_in_steps(g_again.t(), a_again, told))
 
 
 WIDE: dict[str, tuple[Any, list[str]]] = {

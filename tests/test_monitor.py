@@ -26,7 +26,7 @@ from fp8lab.ffn import GatedFeedForward
 from fp8lab.lab.model import Block, LanguageModel, ModelConfig
 from fp8lab.monitor import Watch, watch
 from fp8lab.plan import Plan
-from fp8lab.recipe import DelayedScaling, Float8CurrentScaling
+from fp8lab.recipe import Accumulation, DelayedScaling, Float8CurrentScaling
 from fp8lab.record import TABLES
 from fp8lab.store import RunError, RunWriter, open_run
 
@@ -450,9 +450,9 @@ def test_every_key_of_every_row_is_a_column(
         appending(self, table, rows)
 
     monkeypatch.setattr(RunWriter, "append", noting)
-    model = fp8lab.convert(plain(), DELAYED)
+    model = fp8lab.convert(plain(), DELAYED, accumulation=Accumulation())
     optimizer = torch.optim.AdamW(model.parameters())
-    select = fp8lab.Selection(tensors=("product",), statistics=("mxfp8_mse",))
+    select = fp8lab.Selection(tensors=("product", "input"), statistics=("mxfp8_mse",))
     with watch(model, tmp_path / "run", optimizer=optimizer, every=1, select=select) as watching:
         train(model, optimizer, range(3), watching)
         watching.event(2, "diverged")

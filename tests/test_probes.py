@@ -367,6 +367,7 @@ def test_micro_batches_merge_into_the_whole_batch(converted: bool, tmp_path: Pat
     for role in expected:
         histogram = merged[role].pop("histogram")
         assert histogram == expected[role].pop("histogram"), role
+        assert merged[role].pop("bins") == expected[role].pop("bins"), role
         for name in ("recipe", "format"):
             assert merged[role].pop(name, None) == expected[role].pop(name, None)
         assert merged[role] == pytest.approx(expected[role], rel=1e-12), role

@@ -207,6 +207,23 @@ def test_version_1_opens(old: Path) -> None:
     assert closed.events()["kind"].tolist() == ["diverged"]
 
 
+def test_version_2_opens(tmp_path: Path) -> None:
+    with tarfile.open(Path(__file__).parent / "data" / "runs_of_version_2.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    closed, killed = map(open_run, sorted(find_runs(tmp_path)))
+    assert [run.info["schema_version"] for run in (closed, killed)] == [2, 2]
+    assert (closed.state, killed.state) == ("finished", "killed")
+    for run, steps in ((closed, range(8)), (killed, range(3))):
+        assert run.steps()["step"].tolist() == list(steps)
+        products = run.tensors(["histogram", "bins"], sites="*:product")
+        assert products["step"].tolist() == list(steps)
+        assert products["bins"].isna().all()  # newer than the run
+    RunWriter.resume(tmp_path / "runs" / "killed", 2).close()
+    again = open_run(tmp_path / "runs" / "killed")
+    assert again.info["schema_version"] == record.SCHEMA_VERSION
+    assert again.tensors("histogram")["histogram"].map(sum).tolist() == [8, 8]
+
+
 @pytest.mark.parametrize("name", ["closed", "killed"])
 def test_version_1_goes_on_as_today(name: str, old: Path) -> None:
     writer = RunWriter.resume(old / name, 2)

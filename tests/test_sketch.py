@@ -143,6 +143,17 @@ def test_every_number_is_its_definition(name: str) -> None:
     assert_is_sketch_of(sketch(TENSORS[name]), TENSORS[name])
 
 
+def assert_are_bins_of(packed: Any, magnitude: NDArray[np.float64]) -> None:
+    start, width = int.from_bytes(packed[:2], "little"), packed[2]
+    planes = np.frombuffer(packed, np.uint8)[3:].reshape(width, 3, -1)
+    bins = (planes.astype(np.int64) << 8 * np.arange(width)[:, None, None]).sum(axis=0)
+    codes = magnitude.astype(np.float32).view(np.int32)
+    index, low = codes >> 20, codes & 0xFFFFF
+    for got, where in zip(bins, (low >= 0, low == 0, (low == 1) | (low == 2)), strict=True):
+        assert got.tolist() == [int((index[where] == start + i).sum()) for i in range(len(got))]
+    assert (start, start + bins.shape[1] - 1) == (index.min(), index.max())
+
+
 FLOATS = hnp.arrays(
     np.float32,
     hnp.array_shapes(min_dims=1, max_dims=2, min_side=0, max_side=24),
@@ -188,6 +199,7 @@ def test_every_statistic_is_its_definition(name: str) -> None:
         used = np.flatnonzero(counted)
         assert row.pop("histogram_start") == used[0]
         assert row.pop("histogram") == counted[used[0] : used[-1] + 1].tolist()
+        assert_are_bins_of(row.pop("bins"), magnitude[magnitude > 0])
     assert set(row) == {*counts, *expected}
     for quantity in ("cur_amax", "min", "max"):
         assert row[quantity] == expected[quantity], quantity

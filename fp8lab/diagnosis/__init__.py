@@ -14,9 +14,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fp8lab.diagnosis import bulk_underflow, delayed_saturation, not_fp8
+from fp8lab.diagnosis import (
+    attention_logits,
+    bulk_underflow,
+    cold_start,
+    corrupt_batch,
+    delayed_saturation,
+    floor_saturation,
+    gradient_overflow,
+    gradient_underflow,
+    learning_rate,
+    massive_activation,
+    missing_clamp,
+    not_fp8,
+    output_logits,
+    precision_label,
+    rank_local_amax,
+    second_moment_lag,
+    shared_exponent,
+    short_accumulator,
+    stale_scale,
+    token_outlier,
+)
 from fp8lab.diagnosis.loss import loss_alarm
 from fp8lab.diagnosis.rows import Loaded, Rows
+from fp8lab.diagnosis.twin import Divergence, first_divergence
 from fp8lab.record import SEVERITIES, Finding
 from fp8lab.store import Run, open_run
 
@@ -24,18 +46,38 @@ from fp8lab.store import Run, open_run
 OF_PRECISION = (
     delayed_saturation,
     bulk_underflow,
+    cold_start,
+    stale_scale,
+    token_outlier,
+    floor_saturation,
+    gradient_overflow,
+    gradient_underflow,
+    rank_local_amax,
+    shared_exponent,
+    short_accumulator,
 )
-OF_TRAINING: tuple[Any, ...] = ()
+OF_TRAINING: tuple[Any, ...] = (
+    massive_activation,
+    attention_logits,
+    output_logits,
+    precision_label,
+    learning_rate,
+    second_moment_lag,
+    corrupt_batch,
+    missing_clamp,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
     """The findings on one run, worst first; `loss_alarm` is the step at which its loss or a
-    recorded event said by itself that something is wrong, None if it never did."""
+    recorded event said by itself that something is wrong, None if it never did; `divergence` is
+    where the run first parted from its twin, None without one or if it never did."""
 
     run: str
     findings: tuple[Finding, ...]
     loss_alarm: int | None
+    divergence: Divergence | None = None
 
     @property
     def first_alarm(self) -> int | None:
@@ -49,19 +91,21 @@ class Diagnosis:
             "run": self.run,
             "loss_alarm": self.loss_alarm,
             "first_alarm": self.first_alarm,
+            "divergence": None if self.divergence is None else self.divergence.to_dict(),
             "findings": [finding.to_dict() for finding in self.findings],
         }
 
     def __str__(self) -> str:
+        parted = "" if self.divergence is None else f"\n{self.divergence}"
         if not self.findings:
             told = "" if self.loss_alarm is None else f"; the loss told at step {self.loss_alarm}"
-            return f"{self.run}: nothing found{told}"
+            return f"{self.run}: nothing found{told}{parted}"
         text = "\n".join(str(finding) for finding in self.findings)
         if self.loss_alarm is not None:
             text += f"\nthe loss told at step {self.loss_alarm}"
             if self.first_alarm is not None and self.first_alarm < self.loss_alarm:
                 text += f", {self.loss_alarm - self.first_alarm} steps after the first alarm"
-        return f"{self.run}:\n{text}"
+        return f"{self.run}:\n{text}{parted}"
 
 
 def diagnose(run: Run | str | Path, twin: Run | str | Path | None = None) -> Diagnosis:
@@ -81,12 +125,18 @@ def judge(rows: Rows, twin: Rows | None = None) -> Diagnosis:
     excluded = not_fp8.find(rows, twin)
     if excluded:
         # What precision cannot have caused, it can only have accompanied.
-        findings = [replace(f, severity="medium", confidence="low") for f in findings]
+        findings = [
+            replace(f, severity="low" if f.severity == "low" else "medium", confidence="low")
+            for f in findings
+        ]
     if not any(found.severity == "high" for found in others):
         others += excluded  # it says of no cause which
     alarm = loss_alarm(rows)
     return Diagnosis(
-        run=str(rows.path), findings=ranked([*findings, *others], alarm), loss_alarm=alarm
+        run=str(rows.path),
+        findings=ranked([*findings, *others], alarm),
+        loss_alarm=alarm,
+        divergence=None if twin is None else first_divergence(rows, twin),
     )
 
 

@@ -10,7 +10,7 @@ from fp8lab.diagnosis.loss import loss_alarm
 from fp8lab.diagnosis.rows import Rows
 from fp8lab.record import Evidence, Finding, Severity
 
-_WIDE = ("BF16", "FP16", "FP32")
+WIDE = ("BF16", "FP16", "FP32")
 
 
 def uses_fp8(run: Rows) -> bool | None:
@@ -19,7 +19,7 @@ def uses_fp8(run: Rows) -> bool | None:
     layers = run.info.get("precision")
     operands = layers.values() if isinstance(layers, dict) else ()
     said = [str(cast) for casts in operands if isinstance(casts, dict) for cast in casts.values()]
-    return any(not cast.startswith(_WIDE) for cast in said) if said else None
+    return any(not cast.startswith(WIDE) for cast in said) if said else None
 
 
 def find(run: Rows, twin: Rows | None) -> list[Finding]:

@@ -6,7 +6,7 @@ for alike is loaded once. `guard` holds the last rows of a run that goes on, as 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,6 +58,15 @@ class Loaded:
             chosen = {} if sites is None else {"sites": sites}
             self._frames[key] = getattr(self._run, table)(columns, **chosen)
         return self._frames[key]
+
+
+def facts_of(info: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    """A part of run.json that says something of each of several layers; what is not of that form,
+    for a run.json may hold anything, is left out."""
+    part = info.get(key)
+    if not isinstance(part, dict):
+        return {}
+    return {str(name): facts for name, facts in part.items() if isinstance(facts, dict)}
 
 
 def _as_tuple(names: Names) -> tuple[str, ...] | None:

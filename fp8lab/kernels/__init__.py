@@ -66,6 +66,12 @@ _SIGNATURES = {
     "fp8lab_power_of_packed": [*[_POINTER] * 2],
     "fp8lab_weights": [*[_POINTER] * 3, _INT, *[_INT64] * 4, *[_POINTER] * 4],
     "fp8lab_samples": [*[_POINTER] * 2, _INT, *[_INT64] * 3, *[_POINTER] * 2, _INT64, _POINTER],
+    "fp8lab_scan": [_POINTER, _INT, *[_INT64] * 2, *[_POINTER] * 6],
+    "fp8lab_cast_weights": [
+        *[_POINTER, _INT, *[_INT64] * 2, *[_POINTER] * 2],
+        *[*[_REAL] * 2, *[_POINTER] * 7],
+    ],
+    "fp8lab_pairs": [*[_POINTER] * 3, _INT, *[_INT64] * 2, *[_POINTER] * 2],
     "fp8lab_operand": [_POINTER, _INT, *[_INT64] * 4, *[_POINTER] * 4, _INT64, *[_POINTER] * 3],
 }
 _FLOAT = torch.zeros((), dtype=torch.float32, device="cpu")

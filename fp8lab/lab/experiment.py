@@ -114,6 +114,8 @@ class Job:
     seed: int
     path: Path
     settings: Settings
+    start: Path | None = None  # the checkpoint to go on from, of whatever plan
+    stop: tuple[int, Path] | None = None  # end before this step and write its checkpoint there
 
     def config(self, **more: Any) -> dict[str, Any]:
         """What identifies the run, for run.json."""
@@ -140,10 +142,11 @@ class Part:
     seeds: tuple[int, ...]
     run: Callable[[Job, Progress], None]
     prepare: Callable[[int, Path, Settings, Progress], None] | None = None
+    restarts: bool = False  # whether `run` heeds a job's `start` and `stop`
 
     def __post_init__(self) -> None:
         where = f"Part {shown(self.name)}"
-        _require_types(where, self, name=str, title=str, arms=tuple, seeds=tuple)
+        _require_types(where, self, name=str, title=str, arms=tuple, seeds=tuple, restarts=bool)
         _require_folder_names(f"{where}: arms", _all(Arm, where, self.arms))
         _require_seeds(where, self.seeds)
         for name, function in (("run", self.run), ("prepare", self.prepare or print)):
@@ -237,7 +240,7 @@ def load_experiment(name_or_path: str) -> tuple[Path, Experiment]:
         path = known[name_or_path]
     if not path.is_file():
         raise ValueError(f"experiment {called}: no such file")
-    experiment = getattr(_load_module(path), "EXPERIMENT", None)
+    experiment = getattr(load_module(path, "experiment"), "EXPERIMENT", None)
     if not isinstance(experiment, Experiment):
         raise ValueError(f"experiment {called}: expected a value EXPERIMENT of type Experiment")
     return path, experiment
@@ -250,11 +253,15 @@ def _own_experiments() -> Iterator[Path]:
             yield from folder.glob("*.py")
 
 
-def _load_module(path: Path) -> ModuleType:
-    name = f"fp8lab_experiment_{path.stem}"
+def load_module(path: Path, what: str) -> ModuleType:
+    """A Python file run anew as a module; `what` it is opens every error message.
+
+    Raises ValueError in one line if it does not run.
+    """
+    name = f"fp8lab_{what}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"experiment {path}: not a Python file")
+        raise ValueError(f"{what} {path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -269,7 +276,7 @@ def _load_module(path: Path) -> ModuleType:
             places.append((error.filename or "", error.lineno))
         lines = [f", line {line}" for file, line in places if file == spec.origin]
         where = "".join([str(path), *lines[-1:]])
-        raise ValueError(f"experiment {where}: {in_one_line(error)}") from None
+        raise ValueError(f"{what} {where}: {in_one_line(error)}") from None
     return module
 
 
@@ -284,6 +291,20 @@ class Report:
     alarms: int
 
 
+def reporting(send: Callable[[Report], None], index: int) -> Progress:
+    """In a worker: what a job tells of its progress, ten times a second at most."""
+    last_report = 0.0
+
+    def progress(step: int, steps: int, loss: float, alarms: int) -> None:
+        nonlocal last_report
+        now = time.monotonic()
+        if now - last_report > 0.1 or step == steps:
+            last_report = now
+            send(Report(index, step, steps, loss, alarms))
+
+    return progress
+
+
 def _do(
     send: Callable[[Report], None],
     index: int,
@@ -295,15 +316,7 @@ def _do(
     """In a worker: one job, or a seed's preparation where `arm_name` is None."""
     _, experiment = load_experiment(str(file))
     part = next(p for p in experiment.parts if p.name == part_name)
-    last_report = 0.0
-
-    def progress(step: int, steps: int, loss: float, alarms: int) -> None:
-        nonlocal last_report
-        now = time.monotonic()
-        if now - last_report > 0.1 or step == steps:
-            last_report = now
-            send(Report(index, step, steps, loss, alarms))
-
+    progress = reporting(send, index)
     seed, path, settings = about
     torch.manual_seed(seed)  # or what a run draws would depend on the runs before it in the process
     if arm_name is None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fp8lab.lab.data import read_text, stdlib_text
 from fp8lab.lab.model import LanguageModel
+from fp8lab.linear import Fp8Linear
 from fp8lab.monitor import Watch
 from fp8lab.plan import named
 from fp8lab.recipe import shown
@@ -107,12 +108,14 @@ def train(
     watch: Watch | None = None,
     checkpoints: Path | None = None,
     first_step: int = 0,
+    stop: tuple[int, Path] | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> int | None:
     """Train from `first_step`; returns the step at which the run diverged, None if it did not.
 
     With `checkpoint_every`, step n's checkpoint is `checkpoints/step-n.safetensors`: the state
-    before step n. Raises ValueError if only one of the two is given.
+    before step n. With `stop` the training ends before that step, whose checkpoint it writes to the
+    file. Raises ValueError if only one of `checkpoint_every` and `checkpoints` is given.
     """
     if (schedule.checkpoint_every is None) != (checkpoints is None):
         raise ValueError(
@@ -120,6 +123,9 @@ def train(
             f"expected both or neither"
         )
     for step in range(first_step, schedule.steps):
+        if stop is not None and step == stop[0]:
+            save_checkpoint(stop[1], model, optimizer, step)
+            return None
         if schedule.checkpoint_every and step % schedule.checkpoint_every == 0 and checkpoints:
             save_checkpoint(checkpoints / f"step-{step}.safetensors", model, optimizer, step)
         loss, metrics = task.loss(model, step)
@@ -168,8 +174,17 @@ def save_checkpoint(
     temporary.replace(path)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    other_precision: bool = False,
+) -> int:
     """Restore model, optimizer and random state in place; returns the step to go on with.
+
+    With `other_precision` the checkpoint may be from a training under another plan: of delayed
+    scaling's state a layer takes what it has room for, and what it lacks is as at its birth.
 
     Raises ValueError in one line if the file is damaged or belongs to another model or optimizer;
     then nothing has changed.
@@ -202,7 +217,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     if kind != _kind(optimizer):
         wanted = _kind(optimizer)
         raise ValueError(f"checkpoint {path}: optimizer {named(kind)}, expected {wanted}")
-    _compare(path, "", _shapes(tensors["model"]), _shapes(model.state_dict()))
+    weights = _with_state_fitted(tensors["model"], model, other_precision)
+    _compare(path, "", _shapes(weights), _shapes(model.state_dict()))
     after_a_step = _states_after_a_step(optimizer)
     for number, state in states.items():
         where = f"optimizer state {number}: "
@@ -214,10 +230,33 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         torch.set_rng_state(random)
     except (RuntimeError, TypeError):
         raise ValueError(f"checkpoint {path}: damaged: random state") from None
-    model.load_state_dict(tensors["model"])
+    model.load_state_dict(weights)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
     return step
+
+
+def _with_state_fitted(
+    tensors: dict[str, Tensor], model: nn.Module, other_precision: bool
+) -> dict[str, Tensor]:
+    """Histories and scales as this model's layers have them, if they may be of another precision;
+    every other tensor as it is.
+
+    A history's first rows are the same whatever its length, and so are a scale's first columns.
+    """
+    fitted = dict(tensors)
+    for layer, module in model.named_modules() if other_precision else ():
+        if not isinstance(module, Fp8Linear):
+            continue
+        for name in ("amax_history", "scale"):
+            key, fresh = f"{layer}.{name}".lstrip("."), getattr(module, name, None)
+            found = fitted.pop(key, None)
+            if isinstance(fresh, Tensor):
+                fitted[key] = fresh.clone()
+                if found is not None and found.ndim == fresh.ndim:
+                    part = tuple(map(slice, map(min, found.shape, fresh.shape)))
+                    fitted[key][part] = found[part]
+    return fitted
 
 
 def _compare(path: Path, where: str, found: dict[str, str], expected: dict[str, str]) -> None:

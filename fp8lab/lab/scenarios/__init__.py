@@ -34,6 +34,7 @@ from torch import nn
 
 from fp8lab.lab.workers import Workers
 from fp8lab.monitor import Watch, watch
+from fp8lab.plan import Plan, recipe_to_dict
 from fp8lab.recipe import shown
 from fp8lab.selection import Selection
 
@@ -69,15 +70,22 @@ class Draw:
         return float(weakest * (strongest / weakest) ** self.strength)
 
     def watch(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, *, twin: bool = False
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        twin: bool = False,
+        plan: Plan | None = None,
     ) -> Watch:
         """Record everything that rules may want of a training: feed-forwards, operands with what
-        their casts do, gradients, weights, residual stream, attention logits; every step."""
+        their casts do, gradients, weights, residual stream, attention logits; every step. `plan`
+        is what the training says of its precision."""
         select = [OPERANDS] if optimizer is not None else []
         if any(isinstance(module, nn.ModuleList) for module in model.modules()):
             select.append(BLOCKS)
         path = self.folder / ("twin" if twin else "run")
-        return watch(model, path, optimizer=optimizer, every=1, select=select)
+        config = None if plan is None else {"recipe": recipe_to_dict(plan)}
+        return watch(model, path, optimizer=optimizer, every=1, select=select, config=config)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,79 @@
+"""What run.json says of what was watched: software, machine, the precision of each layer, and the
+feed-forwards as they were found.
+
+A run is passed on to others, so nothing here says where on a machine a file lies.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fp8lab.probes import how_seen
+from fp8lab.ranks import watched_modules
+from fp8lab.sites import FeedForwardSite, GateSite
+
+
+def describe(model: nn.Module, sites: Sequence[GateSite | FeedForwardSite]) -> dict[str, Any]:
+    """JSON-able: versions, machine, command, the precision of every layer that says it, all linear
+    layers, sites."""
+    # A method of the class: a module of that name, or a text, is somebody else's.
+    precision = {
+        name: module.precision()  # type: ignore[operator]
+        for name, module in watched_modules(model)
+        if callable(getattr(type(module), "precision", None))
+    }
+    return {
+        "created": time.time(),
+        "versions": {
+            "fp8lab": version("fp8lab"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": f"{platform.system()} {platform.machine()}, {_device_name(model)}",
+        "command": " ".join([Path(sys.argv[0]).name, *map(_without_place, sys.argv[1:])]),
+        "precision": precision,
+        "linears": _linears(model),
+        "sites": [_describe_site(site) for site in sites],
+    }
+
+
+def _linears(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Linear layer -> its class and its sizes, whatever its precision."""
+    return {
+        name: {"class": type(module).__name__, "in": module.in_features, "out": module.out_features}
+        for name, module in watched_modules(model)
+        if isinstance(module, nn.Linear)
+    }
+
+
+def _describe_site(site: GateSite | FeedForwardSite) -> dict[str, Any]:
+    facts: dict[str, Any] = {"site": site.name}
+    facts |= {"gate": site.gate.name} if isinstance(site, GateSite) else {"gated": False}
+    facts |= {"up": site.up.name, "down": site.down.name, "activation": site.activation}
+    if isinstance(site, GateSite):
+        facts["up_activation"] = site.up_activation
+        formula = {"gate_limit": site.gate_limit, "up_limit": site.up_limit}
+        facts |= {name: limit for name, limit in formula.items() if limit is not None}
+        facts |= {"up_offset": site.up_offset} if site.up_offset else {}
+    facts |= {"beta": site.beta} if site.activation == "swish" else {}
+    facts |= {"channels": site.channels, "product": how_seen(site)}
+    return facts | ({"experts": site.experts} if site.experts else {})
+
+
+def _without_place(argument: str) -> str:
+    """A run is passed on to others: where on this machine a file lies is nobody's business."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
+def _device_name(model: nn.Module) -> str:
+    device = next(model.parameters()).device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,123 @@
+"""Cause: a batch that is garbage: other labels, noise, inputs of another size.
+
+The loss jumps from one step to the next, on weights that the step before changed no more than
+usual: so it is not the weights that are worse but the batch. In a training that had learnt
+something, the jump takes the loss above where it began: data may be hard, but a model that knows
+nothing does as well on hard data as on any.
+
+Then the loss comes down with the next good batch, or the update that the batch made has broken the
+model. What contradicts: jumps that come again and again (at a third one they are rare tokens, part
+of the data); an update before that was larger than usual, or a weight whose norm is not what the
+updates before would make of it; a loss that had begun to rise in the steps before. A gate product
+that was clipped then, or not long before, may have made the jump: the finding is low.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from fp8lab.diagnosis.growth import spread
+from fp8lab.diagnosis.loss import WINDOW, loss_alarm
+from fp8lab.diagnosis.rows import Rows
+from fp8lab.record import CLIPPED_STALENESS as CLIPPED
+from fp8lab.record import Evidence, Finding
+
+JUMP = 8.0  # standard deviations of the loss before: noise of 80 steps does not reach it
+SOON = 50  # steps for which a clipped product is suspected, as in delayed_saturation
+RECURS = 3  # separate jumps
+SUDDEN = 0.1  # of the jump: by so much the loss may have been up in the step before
+USUAL_UPDATE = 2.0  # times the median of the updates before
+USUAL_CHANGE = 6.0  # times the median change of a weight's norm: four standard deviations
+BEFORE = 2 * WINDOW  # steps that say what is usual
+
+REMEDY = "look at the data of this step; skip batches whose loss jumps (or whose gradient does)"
+
+
+def find(run: Rows, twin: Rows | None) -> list[Finding]:
+    """A finding for the first step whose batch no weights can explain."""
+    steps = run.steps(("loss", "grad_norm", "update_ratio")).groupby("step").max()
+    steps = steps[steps["loss"].notna()]
+    loss = steps["loss"].to_numpy(float)
+    jumps = [place for place in range(WINDOW, len(loss)) if _jumps(loss, place)]
+    if not jumps or len(jumps) >= RECURS or not _was_usual(steps, jumps[0]):
+        return []
+    if _other_weights(run, int(steps.index[jumps[0]])):
+        return []
+    return _judged(run, steps, jumps[0])
+
+
+def _jumps(loss: NDArray[np.float64], place: int) -> bool:
+    """Whether the loss jumps at this step, and not only is still up."""
+    before = loss[max(0, place - BEFORE) : place]
+    if not np.isfinite(before).all():
+        return False
+    usual = np.median(before)
+    up = loss[place - 2 : place + 1] - usual
+    at = np.arange(len(before))
+    trend = np.polynomial.Polynomial.fit(at, before, 1)(at)  # a loss comes down
+    noise = max(spread(before - trend), 1e-3 * abs(usual))
+    return bool(up[2] > JUMP * noise and up[:2].max() <= max(2.0 * noise, SUDDEN * up[2]))
+
+
+def _was_usual(steps: pd.DataFrame, place: int) -> bool:
+    """Whether the update before changed the weights no more than those before it."""
+    updates = steps["update_ratio"].to_numpy(float)[max(0, place - BEFORE) : place]
+    updates = updates[np.isfinite(updates)]
+    return len(updates) > 1 and bool(updates[-1] <= USUAL_UPDATE * np.median(updates))
+
+
+def _other_weights(run: Rows, step: int) -> bool:
+    """Whether some weight's norm changed before this step by more than it does else."""
+    rows = run.tensors("l2_norm", sites="*:weight")
+    rows = rows[(rows["rank"] >= 0) & rows["step"].between(step - BEFORE, step)]
+    norms = rows.pivot_table(index="step", columns="site", values="l2_norm", aggfunc="max")
+    changes = (norms / norms.shift() - 1.0).abs()
+    if len(changes) < WINDOW or norms.index[-1] != step:
+        return False
+    largest = USUAL_CHANGE * changes.iloc[1:-1].median()
+    return bool((changes.iloc[-1] > largest.clip(lower=1e-3)).any())
+
+
+def _judged(run: Rows, steps: pd.DataFrame, place: int) -> list[Finding]:
+    loss, since = steps["loss"].to_numpy(float), int(steps.index[place])
+    before = loss[max(0, place - BEFORE) : place]
+    usual, start = float(np.median(before)), float(np.max(loss[:WINDOW]))
+    after = loss[place + 1 : place + 1 + WINDOW]
+    alarm = loss_alarm(run)
+    stays = alarm is not None and alarm >= since
+    rows = run.tensors("staleness", sites="*:product")
+    clipped = rows[(rows["step"].between(since - SOON, since)) & (rows["staleness"] > CLIPPED)]
+    is_garbage = loss[place] > start and clipped.empty
+    told = f"the loss jumped from {usual:.3g} to {loss[place]:.3g} in one step"
+    told += ", on weights that the step before had changed as usual"
+    if len(after) and not stays:
+        told += f"; afterwards it was {np.median(after):.3g}"
+    return [
+        Finding(
+            cause="corrupt_batch",
+            summary=told,
+            severity=("high" if stays else "medium") if is_garbage else "low",
+            confidence="high" if is_garbage else "low",
+            since=since,
+            evidence=(
+                Evidence(
+                    step=since,
+                    site="",
+                    quantity="loss",
+                    value=float(loss[place]),
+                    threshold=start,
+                    source="where the training began",
+                ),
+                Evidence(
+                    step=since,
+                    site="",
+                    quantity="grad_norm",
+                    value=float(steps["grad_norm"].iloc[place]),
+                ),
+            ),
+            remedy=REMEDY,
+            cannot_exclude="that the data are right, rare and hard: look at them",
+        )
+    ]

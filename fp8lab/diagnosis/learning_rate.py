@@ -1,0 +1,102 @@
+"""Cause: a learning rate that is too high, in whatever precision.
+
+Seen: updates that are more than a tenth of the parameters' norm, in two recorded steps running. (A
+healthy ratio is about 1e-3; the small trainings of the lab begin at 0.005 to 0.03.) The onset is
+the first of them. An update can be large because the gradients are; it is the rate's doing where
+the updates are that large from the beginning, or where the rate itself has just become larger.
+
+What contradicts: a rate that did not change in a training that had been healthy, for then the
+gradients came first; and updates that moved few of the weights, for then it is those that learn too
+fast, or a single layer's trouble, and the finding names them and is no more than low. A twin in
+high precision that makes updates as large says that precision has no part in it.
+
+Harm is shown by the loss: an alarm, or a level that ends above where it was at the onset.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from fp8lab.diagnosis.loss import WINDOW, loss_alarm
+from fp8lab.diagnosis.rows import Rows
+from fp8lab.diagnosis.weights import moved
+from fp8lab.record import Evidence, Finding
+
+TOO_LARGE = 0.1  # of the parameters' norm; the usual rule of thumb is 0.001
+JUMPED = 2.0  # times the rate before
+MOST = 0.5  # share of the weights
+
+REMEDY = "a lower learning rate, a longer warm-up; look for a jump in the schedule"
+
+
+def find(run: Rows, twin: Rows | None) -> list[Finding]:
+    """A finding if the updates are too large and the rate is why."""
+    steps = _by_step(run)
+    onset = _onset(steps)
+    if onset is None:
+        return []
+    since, ratio = int(steps.index[onset]), float(steps["update_ratio"].iloc[onset])
+    before = steps["learning_rate"].iloc[:onset]
+    jumped = _jumped(steps["learning_rate"], onset)
+    if onset > 1 and not jumped:
+        return []
+    weights, known = moved(run, since)
+    is_general = not known or len(weights) >= MOST * known
+    harmed = _harmed(run, steps["loss"], onset)
+    told = f"updates are {ratio:.2g} of the parameters, hundreds of times what is usual"
+    if jumped:
+        rate = steps["learning_rate"].iloc[onset]
+        told += f"; the learning rate rose from {before.median():.3g} to {rate:.3g}"
+    if twin is not None and _onset(_by_step(twin)) is not None:
+        told += "; the twin in high precision does the same"
+    if not is_general:
+        told += f"; only {len(weights)} of {known} weights moved: {', '.join(weights[:4])}"
+    return [
+        Finding(
+            cause="learning_rate",
+            summary=told,
+            severity="low" if not is_general else ("high" if harmed else "medium"),
+            confidence="high" if known and is_general else "medium",
+            since=since,
+            evidence=(
+                Evidence(
+                    step=since,
+                    site="",
+                    quantity="update_ratio",
+                    value=ratio,
+                    threshold=TOO_LARGE,
+                    source="0.001 is the rule of thumb",
+                ),
+            ),
+            remedy=REMEDY,
+            cannot_exclude="that the parameters are too small for a rate that is right elsewhere",
+        )
+    ]
+
+
+def _by_step(run: Rows) -> pd.DataFrame:
+    steps = run.steps(("loss", "learning_rate", "update_ratio")).groupby("step").max()
+    return steps.dropna(subset=["update_ratio"])
+
+
+def _onset(steps: pd.DataFrame) -> int | None:
+    """The first of two recorded steps running in which the updates are too large."""
+    large = (steps["update_ratio"] > TOO_LARGE).to_numpy()
+    both = np.flatnonzero(large[:-1] & large[1:])
+    return int(both[0]) if len(both) else None
+
+
+def _jumped(rates: pd.Series, onset: int) -> bool:
+    """Whether the rate is larger than it was: at the onset or the step before it."""
+    before = rates.iloc[max(0, onset - WINDOW) : onset].median()
+    return bool(rates.iloc[onset] >= JUMPED * before)
+
+
+def _harmed(run: Rows, loss: pd.Series, onset: int) -> bool:
+    """Whether the loss ended, or told, above where it was."""
+    alarm = loss_alarm(run)
+    if alarm is not None and alarm >= loss.index[onset]:
+        return True
+    before = loss.iloc[max(0, onset + 1 - WINDOW) : onset + 1].median()
+    return bool(loss.iloc[onset:].tail(WINDOW).median() > before)

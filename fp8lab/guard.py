@@ -1,0 +1,244 @@
+"""`Guard`: the rules of `diagnosis`, asked while the training runs, and what then is done about it.
+
+    with fp8lab.watch(model, "runs/mine", optimizer=optimizer, burst=8) as watch:
+        guard = fp8lab.Guard(
+            watch,
+            checkpoints=Checkpoints(folder="safe", save=save, every=500),
+            mitigations={"delayed_saturation": AntiWindup()},
+        )
+
+It holds the rows of the last steps, puts them before the same rules as `diagnose` every so many
+steps and in every step that alarms (a clipped product, something not finite), and acts on each new
+finding once. An action is opt-in and a row among the run's events: `alarm`, `checkpoint_kept`,
+`burst`, `mitigated`; `guard_failed` where one could not be done, for nothing here ends a training.
+
+A checkpoint is worth something only if it is older than the trouble, and trouble is often older
+than its alarm. So the newest few stay and of the others the oldest of each doubling of age, and an
+alarm keeps for good the newest one from before its finding's onset: what was written after that
+step has the poison in it.
+
+Without mitigations a guarded training is the unguarded one to the bit. Cost: the rules read frames
+of a few thousand rows, some tens of milliseconds, every `every` steps. Rejected: rules of its own,
+quicker and other than those that the report shows.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+from torch import nn
+
+from fp8lab.diagnosis import judge
+from fp8lab.diagnosis.rows import Loaded
+from fp8lab.monitor import Watch
+from fp8lab.ranks import world_size
+from fp8lab.record import SEVERITIES, TABLES, Finding, Severity, Table
+from fp8lab.recorder import StepRows
+from fp8lab.runs import Names, Numbers, Run, wanted_of
+
+# Of the first steps the rows stay: a loss is held against them.
+FIRST_STEPS = 50
+
+
+class Mitigation(Protocol):
+    """What can be put on one feed-forward while the training goes on."""
+
+    def apply(self, model: nn.Module) -> nn.Module: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """Where checkpoints go, how one is written, and how many of them stay.
+
+    `save(path)` writes what a training needs to go on to `path`, a file or a folder of the name
+    `step-N`: the state before step N. It is called after every `every`-th step; the newest `keep`
+    stay, one for each doubling of age before those, and what an alarm has kept.
+    """
+
+    folder: str | Path
+    save: Callable[[Path], object]
+    every: int = 100
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"Checkpoints: {name}={value!r:.60}, expected at least 1")
+        if not callable(self.save):
+            raise ValueError(f"Checkpoints: save={self.save!r:.60}, expected a function of a path")
+
+
+class Guard:
+    """The rules online. It works from its making until the watch ends.
+
+    `every`: steps between two judgements; `window`: steps whose rows are judged; `least`: the
+    severity from which on a finding is an alarm; one that got worse is an alarm again. On an alarm,
+    in this order: the newest checkpoint from before it is kept; the next `burst` steps are recorded
+    in full; each of `on_alarm` is called with the finding and the step; the mitigation for the
+    finding's cause, if `mitigations` has one, is put on the feed-forward of the finding's site.
+
+    Raises ValueError for a number below 1, an unknown severity, and mitigations in a training of
+    several processes: each judges its own rows, and they would no longer hold the same model.
+    """
+
+    def __init__(
+        self,
+        watching: Watch,
+        *,
+        every: int = 10,
+        window: int = 200,
+        least: Severity = "medium",
+        burst: int = 0,
+        checkpoints: Checkpoints | None = None,
+        on_alarm: Iterable[Callable[[Finding, int], object]] = (),
+        mitigations: Mapping[str, Mitigation] | None = None,
+    ) -> None:
+        for name, value, lowest in (
+            ("every", every, 1),
+            ("window", window, 1),
+            ("burst", burst, 0),
+        ):
+            if type(value) is not int or value < lowest:
+                raise ValueError(f"Guard: {name}={value!r:.60}, expected at least {lowest}")
+        if least not in SEVERITIES:
+            raise ValueError(f"Guard: least={least!r:.60}, expected one of {SEVERITIES}")
+        if mitigations and world_size() > 1:
+            raise ValueError(f"Guard: mitigations in {world_size()} processes, expected one")
+        self._watch = watching
+        self._every, self._burst = every, burst
+        self._severities = SEVERITIES[: SEVERITIES.index(least) + 1]
+        self._checkpoints = checkpoints
+        self._written: list[tuple[int, Path]] = []
+        self._callbacks = tuple(on_alarm)
+        self._mitigations = dict(mitigations or {})
+        self._recent = _Recent(watching.path, watching.info, window)
+        self._told: dict[tuple[str, str | None], Severity] = {}
+        self._mitigated: set[tuple[str, str | None]] = set()
+        self._was_alarming = False
+        self.findings: list[Finding] = []
+        watching.observers.append(self._observe)
+
+    def _observe(self, rows: StepRows) -> None:
+        """Called by `watch` when a step is over."""
+        self._recent.add(rows, self._watch.rank)
+        begins, self._was_alarming = rows.is_alarming > self._was_alarming, rows.is_alarming
+        if begins or rows.step % self._every == 0:
+            self._attempt(rows.step, "the rules", lambda: self._judge(rows.step))
+        if self._checkpoints is not None and (rows.step + 1) % self._checkpoints.every == 0:
+            self._attempt(rows.step, "a checkpoint", lambda: self._save(rows.step + 1))
+
+    def _judge(self, step: int) -> None:
+        for finding in judge(Loaded(self._recent)).findings:
+            key = finding.cause, finding.site
+            # Those as bad as what was told of this, and those that do not count.
+            known = SEVERITIES[SEVERITIES.index(self._told.get(key, "low")) :]
+            if finding.severity in self._severities and (
+                key not in self._told or finding.severity not in known
+            ):
+                self._told[key] = finding.severity
+                self.findings.append(finding)
+                self._alarm(finding, step)
+
+    def _alarm(self, finding: Finding, step: int) -> None:
+        self._watch.event(step, "alarm", f"{finding.cause}: {finding.summary}", finding.site)
+        onset = step if finding.since is None else finding.since
+        self._attempt(step, "a checkpoint", lambda: self._keep(onset, step))
+        if self._burst:
+            # The step that is over still counts as the running one.
+            self._watch.record_in_full(self._burst)
+            self._watch.event(step, "burst", f"the next {self._burst} steps are recorded in full")
+        for callback in self._callbacks:
+            self._attempt(step, "a callback", lambda: callback(finding, step))  # noqa: B023
+        if (mitigation := self._mitigations.get(finding.cause)) is not None:
+            what = type(mitigation).__name__
+            self._attempt(step, what, lambda: self._mitigate(mitigation, finding, step))
+
+    def _attempt(self, step: int, what: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:  # a guard that ends what it guards is none
+            reason = f"{what}: {type(error).__name__}: {' '.join(str(error).split())}"
+            warnings.warn(f"{self._watch.path}: guard: {reason}", stacklevel=2)
+            self._watch.event(step, "guard_failed", reason)
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def _save(self, next_step: int) -> None:
+        assert self._checkpoints is not None
+        path = Path(self._checkpoints.folder) / f"step-{next_step}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._checkpoints.save(path)
+        self._written.append((next_step, path))
+        stay = dict(self._written[: -self._checkpoints.keep][::-1])
+        oldest = {(next_step - step).bit_length(): step for step in stay}
+        for step, old in stay.items():
+            if step not in oldest.values():
+                self._written.remove((step, old))
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+
+    def _keep(self, onset: int, step: int) -> None:
+        """The newest from before step `onset` ran leaves the turns and stays."""
+        before = [pair for pair in self._written if pair[0] <= onset]
+        if before:
+            self._written.remove(before[-1])
+            detail = f"{before[-1][1].name}: from before step {onset}"
+            self._watch.event(step, "checkpoint_kept", detail)
+
+    # --- mitigations ----------------------------------------------------------------------------
+
+    def _mitigate(self, mitigation: Mitigation, finding: Finding, step: int) -> None:
+        layer = (finding.site or "").rpartition(":")[0]
+        if (finding.cause, finding.site) in self._mitigated:
+            return
+        self._mitigated.add((finding.cause, finding.site))
+        mitigation.apply(self._watch.feed_forward(layer))
+        self._watch.event(step, "mitigated", type(mitigation).__name__, finding.site)
+
+
+class _Recent(Run):
+    """The rows of the last steps, read like those of a run."""
+
+    def __init__(self, path: Path, info: dict[str, Any], window: int) -> None:
+        super().__init__(path, info)
+        self._tables: dict[Table, deque[pa.Table]] = {name: deque(maxlen=window) for name in TABLES}
+        self._first: list[pa.Table] = []
+
+    def add(self, rows: StepRows, rank: int) -> None:
+        """Take in a step's rows."""
+        of_step: dict[Table, list[dict[str, Any]]] = {
+            "steps": rows.steps,
+            "tensors": rows.tensors,
+            "channels": rows.channels,
+            "events": rows.events,
+        }
+        where = {"step": rows.step, "rank": rank}
+        for name, found in of_step.items():
+            table = pa.Table.from_pylist([where | row for row in found], schema=TABLES[name])
+            if name == "steps" and len(self._first) < FIRST_STEPS:
+                self._first.append(table)
+            else:
+                self._tables[name].append(table)
+
+    def arrow(
+        self,
+        table: Table,
+        columns: Names = None,
+        *,
+        sites: Names = None,
+        steps: Numbers = None,
+        ranks: Numbers = None,
+    ) -> pa.Table:
+        wanted = wanted_of(columns, sites, steps, ranks)
+        first = self._first if table == "steps" else []
+        rows = pa.concat_tables([TABLES[table].empty_table(), *first, *self._tables[table]])
+        if wanted.keys():
+            rows = rows.filter(wanted.mask(rows))
+        return rows.select(wanted.names(TABLES[table]))

@@ -1,0 +1,98 @@
+"""What `weighing` asks of weights on a CPU, compiled: passes over whole rows, by `weights.c`.
+
+Every function is for usable tensors (see `kernels.usable`): its caller has asked, and has the same
+in plain torch for the others. Each runs on one thread and lets go of the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fp8lab import kernels
+from fp8lab.formats import E2M1, E4M3
+
+
+class Moments(NamedTuple):
+    """What the first pass over a matrix adds to.
+
+    `amax` of rows [rows], columns [columns] and tiles [rows / 16, columns / 16] are float32 (NaN
+    where there is one); `power`, sums of squares, and `fourth` [1], of x⁴, are float64.
+    """
+
+    row_amax: Tensor
+    column_amax: Tensor
+    tile_amax: Tensor
+    row_power: Tensor
+    column_power: Tensor
+    fourth: Tensor
+
+
+class Scales(NamedTuple):
+    """float32 scales of E4M3 for the tensor, [rows] and [rows / 128, columns / 128], these powers
+    of two; of E2M1 for [rows / 16, columns / 16], with their inverses."""
+
+    tensor: float
+    tensor_inv: float
+    rows: Tensor
+    squares: Tensor
+    tiles: Tensor
+    tiles_inv: Tensor
+
+
+class Losses(NamedTuple):
+    """What the second pass adds to: squared errors float64 [6], flushed and saturated int64 [6, 2],
+    zeros int64 [1]; of current, rowwise, block, MXFP8 (up, OCP's floor), NVFP4."""
+
+    errors: Tensor
+    counts: Tensor
+    zeros: Tensor
+
+
+def scan(rows: Tensor, first: int, to: Moments) -> None:
+    """Adds rows [n, columns] of a matrix, the `first` of them a multiple of 16, to its moments."""
+    kernels.library().fp8lab_scan(
+        rows.data_ptr(),
+        kernels.is_half(rows),
+        *rows.shape,
+        to.row_amax.data_ptr() + 4 * first,
+        to.column_amax.data_ptr(),
+        to.tile_amax.data_ptr() + 4 * to.tile_amax.shape[1] * (first // 16),
+        to.row_power.data_ptr() + 8 * first,
+        to.column_power.data_ptr(),
+        to.fourth.data_ptr(),
+    )
+
+
+def cast(rows: Tensor, first: int, scales: Scales, to: Losses) -> None:
+    """Adds what the casts do to rows [n, columns], the `first` a multiple of 128; all finite."""
+    squares, tiles = scales.squares.shape[1], scales.tiles.shape[1]
+    kernels.library().fp8lab_cast_weights(
+        rows.data_ptr(),
+        kernels.is_half(rows),
+        *rows.shape,
+        ctypes.addressof(kernels.format_of(E4M3)),
+        ctypes.addressof(kernels.format_of(E2M1)),
+        scales.tensor,
+        scales.tensor_inv,
+        scales.rows.data_ptr() + 4 * first,
+        scales.squares.data_ptr() + 4 * squares * (first // 128),
+        scales.tiles.data_ptr() + 4 * tiles * (first // 16),
+        scales.tiles_inv.data_ptr() + 4 * tiles * (first // 16),
+        *(part.data_ptr() for part in to),
+    )
+
+
+def pairs(gate: Tensor, up: Tensor, other: Tensor) -> Tensor:
+    """float64 [2, n]: scalar products of each row of gate [n, dim] with those of two more."""
+    found = torch.empty(2, len(gate), dtype=torch.float64)
+    kernels.library().fp8lab_pairs(
+        *(rows.data_ptr() for rows in (gate, up, other)),
+        kernels.is_half(gate),
+        *gate.shape,
+        *(dots.data_ptr() for dots in found),
+    )
+    return found

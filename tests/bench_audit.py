@@ -1,0 +1,123 @@
+"""What an audit costs beside reading the same file, and how much of it is in memory at once.
+
+The file is a gigabyte of random BF16 in a Llama's layout, in the page cache. Reading is what
+safetensors itself does: `safe_open`, `get_tensor` of every tensor. That call maps and reads
+nothing, so the bytes are touched, in three ways: cloned into memory of one's own (what loading a
+model does), summed in float32, and, the harshest, summed in torch's BF16 kernel, which is a read at
+the speed of memory. Sides take turns in one process; ratios are medians of paired turns.
+
+Memory is that of a process of its own: the peak of its resident set while it audits (VmHWM, reset
+before; Linux) less what was resident after it audited a small file, so that imports and kernels do
+not count. Resident pages of the mapped file count like any others, until they are given back. Run
+as a program; a minute, and a gigabyte of disk.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fp8lab.checkpoint import audit
+
+DIM, HIDDEN, VOCABULARY = 2048, 5504, 8192
+TURNS = 9
+MEASURED = """
+import json, sys
+from pathlib import Path
+from fp8lab.checkpoint import audit
+
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+audit(sys.argv[1])
+before = resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+audit(sys.argv[2])
+print(json.dumps(resident("VmHWM") - before))
+"""
+
+
+def llama(path: Path, layers: int, dim: int = DIM, hidden: int = HIDDEN) -> int:
+    """A file of random BF16 weights; the bytes of its largest tensor."""
+    tensors = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (VOCABULARY, dim))
+    for layer in range(layers):
+        for name in "qkvo":
+            tensors[f"model.layers.{layer}.self_attn.{name}_proj.weight"] = (dim, dim)
+        for name, shape in (
+            ("gate", (hidden, dim)),
+            ("up", (hidden, dim)),
+            ("down", (dim, hidden)),
+        ):
+            tensors[f"model.layers.{layer}.mlp.{name}_proj.weight"] = shape
+    generator = torch.Generator().manual_seed(0)
+    made = {
+        n: torch.randn(s, generator=generator).mul_(0.02).bfloat16() for n, s in tensors.items()
+    }
+    save_file(made, path)
+    return max(2 * tensor.numel() for tensor in made.values())
+
+
+def reading(path: Path, touch: Callable[[Tensor], object]) -> Callable[[], None]:
+    def read() -> None:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                touch(file.get_tensor(name))
+
+    return read
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def audit_lines(layers: int = 10, turns: int = TURNS) -> list[str]:
+    """Markdown: the audit beside three ways of reading, and its memory."""
+    readers: dict[str, Callable[[Tensor], object]] = {
+        "get_tensor and clone": lambda tensor: tensor.clone(),
+        "get_tensor and a float32 sum": lambda tensor: tensor.sum(dtype=torch.float32),
+        "get_tensor and a BF16 sum": lambda tensor: tensor.sum(),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path, small = Path(folder) / "large.safetensors", Path(folder) / "small.safetensors"
+        largest = llama(path, layers)
+        llama(small, 1, 64, 128)
+        size = path.stat().st_size
+        audit(path)
+        lines = [
+            f"A file of {size / 1e9:.2f} GB in the page cache, {torch.get_num_threads()} torch "
+            f"threads; medians of {turns} paired turns.",
+            "",
+            "| reading | reading, s | audit, s | audit's share of reading's speed |",
+            "|---|---|---|---|",
+        ]
+        for name, touch in readers.items():
+            read = reading(path, touch)
+            read()
+            pairs = [(seconds(read), seconds(lambda: audit(path))) for _ in range(turns)]
+            one, other = (statistics.median(side) for side in zip(*pairs, strict=True))
+            share = statistics.median(first / second for first, second in pairs)
+            lines.append(f"| {name} | {one:.3f} | {other:.3f} | {share:.0%} |")
+        command = [sys.executable, "-c", MEASURED, str(small), str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peak = json.loads(done.stdout)
+    lines += ["", f"Peak memory of the audit: {peak / largest:.2f} of the largest tensor "]
+    lines[-1] += f"({peak / 1e6:.0f} of {largest / 1e6:.0f} MB)."
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(audit_lines()))

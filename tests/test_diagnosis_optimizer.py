@@ -1,0 +1,329 @@
+"""Causes in the optimizer, the data and the use of a model: thresholds by hand, real trainings.
+
+As in `test_diagnosis_training`: rows on both sides of each threshold, then the scenarios, whose
+labels come from what they injected and not from what was recorded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fp8lab.diagnosis import (
+    corrupt_batch,
+    diagnose,
+    learning_rate,
+    missing_clamp,
+    second_moment_lag,
+)
+from fp8lab.diagnosis.rows import Loaded
+from fp8lab.diagnosis.weights import moved
+from fp8lab.lab.scenarios import Draw, scenarios
+from fp8lab.record import Finding
+from fp8lab.store import Run, RunWriter, open_run
+
+Row = dict[str, Any]
+
+
+def above(threshold: float) -> float:
+    return math.nextafter(threshold, math.inf)
+
+
+def below(threshold: float) -> float:
+    return math.nextafter(threshold, -math.inf)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Iterator[Path]:
+    return (tmp_path / f"run-{number}" for number in range(1000))
+
+
+def write(
+    path: Path,
+    *,
+    steps: Iterable[Row] = (),
+    tensors: Iterable[Row] = (),
+    events: Iterable[Row] = (),
+    info: Row | None = None,
+) -> Run:
+    """A run of these rows; step rows are numbered from 0 where they do not say."""
+    writer = RunWriter.create(path, info or {})
+    writer.append("steps", [{"step": i, "rank": 0} | row for i, row in enumerate(steps)])
+    writer.append("tensors", [{"rank": 0} | row for row in tensors])
+    writer.append("events", [{"rank": 0, "detail": ""} | row for row in events])
+    writer.close()
+    return open_run(path)
+
+
+def found_by(rule: Any, run: Run, twin: Run | None = None) -> list[Finding]:
+    findings: list[Finding] = rule.find(Loaded(run), None if twin is None else Loaded(twin))
+    return findings
+
+
+# --- learning rate ------------------------------------------------------------------------------
+
+
+def updated(path: Path, *ratios: float, **more: Any) -> list[Finding]:
+    rates = more.pop("rates", [0.1] * len(ratios))
+    loss = more.pop("loss", [3.0] * len(ratios))
+    triples = zip(ratios, rates, loss, strict=True)
+    rows = [{"update_ratio": u, "learning_rate": r, "loss": x} for u, r, x in triples]
+    return found_by(learning_rate, write(path, steps=rows, **more))
+
+
+def test_updates_of_a_tenth_of_the_parameters_twice_running(paths: Iterator[Path]) -> None:
+    assert updated(next(paths), 0.1, 0.1, 0.01) == []
+    assert updated(next(paths), above(0.1), 0.1, 0.01) == []
+    (found,) = updated(next(paths), above(0.1), above(0.1), 0.01)
+    assert (found.cause, found.severity, found.since) == ("learning_rate", "medium", 0)
+
+
+def test_updates_that_become_large_are_the_rates_doing_if_it_rose(paths: Iterator[Path]) -> None:
+    ratios = [0.01] * 10 + [0.2] * 5
+    assert updated(next(paths), *ratios) == []
+    for factor, expected in ((2.0, 1), (below(2.0), 0)):
+        rates = [0.001] * 10 + [0.001 * factor] * 5
+        assert len(updated(next(paths), *ratios, rates=rates)) == expected
+    assert len(updated(next(paths), 0.01, *[0.2] * 5)) == 1  # a first step may be small
+
+
+def test_a_learning_rate_moves_most_weights(paths: Iterator[Path]) -> None:
+    def weights(moving: int) -> list[Row]:
+        return [
+            {"step": step, "site": f"{name}:weight", "l2_norm": norm}
+            for name in range(4)
+            for step, norm in ((0, 1.0), (10, 1.2 if name < moving else 1.1), (11, 9.0))
+        ]
+
+    for moving, severity in ((1, "low"), (2, "medium")):
+        run = write(next(paths), tensors=weights(moving))
+        assert moved(Loaded(run), 0) == ([f"{name}:weight" for name in range(moving)], 4)
+        (found,) = updated(next(paths), *[0.2] * 5, tensors=weights(moving))
+        assert found.severity == severity
+
+
+def test_a_loss_above_where_it_was_is_the_harm(paths: Iterator[Path]) -> None:
+    for last, severity in ((3.0, "medium"), (above(3.0), "high")):
+        (found,) = updated(next(paths), *[0.2] * 20, loss=[3.0] * 8 + [last] * 12)
+        assert found.severity == severity
+    events = [{"step": 12, "kind": "diverged"}]
+    assert updated(next(paths), *[0.2] * 20, events=events)[0].severity == "high"
+
+
+# --- second moment ------------------------------------------------------------------------------
+
+
+def lagged(path: Path, rms: float = 6.0, **more: Any) -> list[Finding]:
+    """Twenty calm steps, RMS_t at step 20, loss from step 22 on."""
+    loss = [1.0, 1.1] * 11 + more.get("after", [2.0] * 10)
+    rms_t = [1.0] * 20 + [rms] + [1.0] * 11
+    updates = [0.01] * 20 + [more.get("update", 0.02)] * 12
+    rates = [0.1] * 20 + [more.get("rate", 0.1)] * 12
+    rows = [
+        {"loss": x, "rms_t": r, "update_ratio": u, "learning_rate": a}
+        for x, r, u, a in zip(loss, rms_t, updates, rates, strict=True)
+    ]
+    for step, changes in more.get("changed", {}).items():
+        rows[step] |= changes
+    return found_by(second_moment_lag, write(path, steps=rows))
+
+
+def test_a_spike_of_rms_before_one_of_the_loss(paths: Iterator[Path]) -> None:
+    assert lagged(next(paths), below(2.3)) == []
+    (found,) = lagged(next(paths), 2.3)
+    assert (found.cause, found.severity, found.since) == ("second_moment_lag", "medium", 20)
+    assert [e.step for e in found.evidence] == [20, 22]
+
+
+def test_rms_stands_out_of_what_it_was_before(paths: Iterator[Path]) -> None:
+    for before, expected in ((4.0, 1), (above(4.0), 0)):
+        changed = {5: {"rms_t": before}}
+        assert len(lagged(next(paths), 6.0, changed=changed)) == expected
+
+
+def test_the_loss_follows_within_eight_steps_and_not_at_once(paths: Iterator[Path]) -> None:
+    calm = [1.0] * 10
+    for first, expected in ((22, 1), (27, 1), (28, 0)):  # two of steps 21 to 28
+        after = calm.copy()
+        after[first - 22 :] = [2.0] * (32 - first)
+        assert len(lagged(next(paths), after=after)) == expected
+    assert lagged(next(paths), changed={20: {"loss": 2.0}}) == []
+    assert lagged(next(paths), after=[2.0, *[1.0] * 9]) == []
+
+
+def test_the_loss_spike_is_three_standard_deviations(paths: Iterator[Path]) -> None:
+    limit = np.tile([1.0, 1.1], 10).mean() + 3.2 * np.tile([1.0, 1.1], 10).std()
+    assert lagged(next(paths), after=[float(limit)] * 10) == []
+    assert len(lagged(next(paths), after=[above(float(limit))] * 10)) == 1
+
+
+def test_a_lag_needs_larger_updates_and_a_steady_rate(paths: Iterator[Path]) -> None:
+    for update, expected in ((0.015, 1), (below(0.015), 0)):
+        assert len(lagged(next(paths), update=update)) == expected
+    for rate, expected in ((0.1 * 1.5, 0), (0.1499, 1)):
+        assert len(lagged(next(paths), rate=rate)) == expected
+
+
+# --- corrupt batch ------------------------------------------------------------------------------
+
+
+def jumped(path: Path, loss: list[float], **more: Any) -> list[Finding]:
+    updates = more.pop("updates", [0.01] * len(loss))
+    rows = [
+        {"loss": x, "update_ratio": u, "grad_norm": 1.0} for x, u in zip(loss, updates, strict=True)
+    ]
+    return found_by(corrupt_batch, write(path, steps=rows, **more))
+
+
+NOISE = [2.0, 2.1, 2.2, 2.3, 2.4] * 2 + [2.4, 2.3, 2.2, 2.1, 2.0] * 2  # median 2.2, no trend
+START = [5.0] * 5
+
+
+def test_a_batch_on_which_the_model_is_worse_than_untrained(paths: Iterator[Path]) -> None:
+    for loss, severity, sure in ((above(5.0), "medium", "high"), (5.0, "low", "low")):
+        (found,) = jumped(next(paths), [*START, *NOISE, loss, *NOISE])
+        assert (found.cause, found.severity, found.confidence) == ("corrupt_batch", severity, sure)
+        assert found.since == 25
+    events = [{"step": 30, "kind": "diverged"}]
+    (found,) = jumped(next(paths), [*START, *NOISE, 9.0, *NOISE], events=events)
+    assert found.severity == "high"
+
+
+def test_a_jump_is_eight_standard_deviations(paths: Iterator[Path]) -> None:
+    limit = 2.2 + 8 * 0.14826
+    assert jumped(next(paths), [*START, *NOISE, limit - 1e-9, *NOISE]) == []
+    assert len(jumped(next(paths), [*START, *NOISE, limit + 1e-9, *NOISE])) == 1
+
+
+def test_a_loss_that_was_rising_is_no_jump(paths: Iterator[Path]) -> None:
+    for before, expected in ((3.19, 1), (3.21, 0)):  # a tenth of the jump from 2.2 to 12.2 is 1
+        loss = [*START, *NOISE, before, 12.2, *NOISE]
+        assert len(jumped(next(paths), loss)) == expected
+
+
+def test_what_comes_again_belongs_to_the_data(paths: Iterator[Path]) -> None:
+    for times, expected in ((2, 1), (3, 0)):
+        loss = [*START, *NOISE, *[9.0, *NOISE] * times]
+        assert len(jumped(next(paths), loss)) == expected
+
+
+def test_weights_that_changed_more_than_usual_may_explain_it(paths: Iterator[Path]) -> None:
+    loss = [*START, *NOISE, 9.0, *NOISE]
+    for update, expected in ((0.02, 1), (above(0.02), 0)):
+        updates = [0.01] * 24 + [update] + [0.01] * 21
+        assert len(jumped(next(paths), loss, updates=updates)) == expected
+    for change, expected in ((0.0599, 1), (0.0601, 0)):
+        norms = 100.0 * 1.01 ** np.arange(25)
+        norms = [*norms, norms[-1] * (1.0 + change)]
+        rows = [{"step": i, "site": "up:weight", "l2_norm": n} for i, n in enumerate(norms)]
+        assert len(jumped(next(paths), loss, tensors=rows)) == expected
+
+
+def test_a_clipped_product_is_suspected_first(paths: Iterator[Path]) -> None:
+    loss = [*START, *NOISE, *NOISE, *NOISE, 9.0, *NOISE]  # at step 65
+    for step, staleness, severity in ((15, 3.0, "low"), (14, 3.0, "medium"), (65, 2.0, "medium")):
+        rows = [{"step": step, "site": "mlp:product", "staleness": staleness, "cur_amax": 1.0}]
+        (found,) = jumped(next(paths), loss, tensors=rows)
+        assert found.severity == severity
+
+
+# --- missing clamp ------------------------------------------------------------------------------
+
+CLAMPED = {"site": "mlp", "activation": "silu", "gate_limit": 4.0, "up_limit": 2.0}
+FREE = {"site": "mlp", "activation": "silu"}
+ALLOWED = 4.0 / (1.0 + math.exp(-4.0)) * 2.0
+
+
+def used(path: Path, gate: float, up: float, product: float, site: Row = FREE) -> Run:
+    values = (("gate", gate), ("up", up), ("product", product))
+    rows = [
+        {"step": step, "site": f"mlp:{role}", "cur_amax": value + step, "max": value + step}
+        for step in range(2)
+        for role, value in values
+    ]
+    return write(path, tensors=rows, info={"sites": [site]})
+
+
+def test_a_gate_or_up_beyond_the_limit_of_the_twin(paths: Iterator[Path]) -> None:
+    twin = write(next(paths), info={"sites": [CLAMPED]})
+    rounded = 1.0 + 2.0**-8
+    assert found_by(missing_clamp, used(next(paths), 1.0, 0.5, 1.0), twin) == []
+    for gate, up, since in ((4.0 * rounded, 1.0, 1), (above(4.0 * rounded), 1.0, 0), (1.0, 2.1, 0)):
+        (found,) = found_by(missing_clamp, used(next(paths), gate, up, 1.0), twin)
+        assert (found.severity, found.site, found.since) == ("medium", "mlp:product", since)
+    beyond = ALLOWED * rounded - 1.0
+    for product, severity in ((beyond - 1e-9, "medium"), (beyond + 1e-9, "high")):
+        (found,) = found_by(missing_clamp, used(next(paths), 5.0, 1.0, product), twin)
+        assert found.severity == severity
+
+
+def test_a_clamp_needs_a_twin_that_has_it_and_a_run_that_has_not(paths: Iterator[Path]) -> None:
+    twin = write(next(paths), info={"sites": [CLAMPED]})
+    run = used(next(paths), 9.0, 9.0, 99.0)
+    assert len(found_by(missing_clamp, run, twin)) == 1
+    assert found_by(missing_clamp, run) == []
+    assert found_by(missing_clamp, run, write(next(paths), info={"sites": [FREE]})) == []
+    assert found_by(missing_clamp, used(next(paths), 9.0, 9.0, 9.0, CLAMPED), twin) == []
+    looser = CLAMPED | {"gate_limit": 4.5}
+    assert len(found_by(missing_clamp, used(next(paths), 9.0, 9.0, 99.0, looser), twin)) == 1
+
+
+def test_the_formula_of_a_clamp(paths: Iterator[Path]) -> None:
+    """gpt-oss's: slope 1.702, and one is added to up."""
+    sloped = CLAMPED | {"activation": "swish", "beta": 1.702, "up_offset": 1.0}
+    allowed = 4.0 / (1.0 + math.exp(-1.702 * 4.0)) * 3.0 * (1.0 + 2.0**-8) - 1.0
+    twin = write(next(paths), info={"sites": [sloped]})
+    for product, severity in ((allowed - 1e-9, "medium"), (allowed + 1e-9, "high")):
+        (found,) = found_by(missing_clamp, used(next(paths), 5.0, 1.0, product), twin)
+        assert found.severity == severity
+
+
+def test_a_clamp_from_outside_shows_in_the_rows(paths: Iterator[Path]) -> None:
+    for times, expected in ((2, 0), (3, 1)):
+        gates, ups = [4.0] * times + [3.0] * 3, [2.0] * times + [1.0] * 3
+        rows = [{"step": i, "site": "mlp:gate", "max": value} for i, value in enumerate(gates)]
+        rows += [{"step": i, "site": "mlp:up", "cur_amax": value} for i, value in enumerate(ups)]
+        twin = write(next(paths), tensors=rows, info={"sites": [FREE]})
+        assert len(found_by(missing_clamp, used(next(paths), 9.0, 9.0, 99.0), twin)) == expected
+
+
+def test_one_limit_for_gate_and_up_shows_in_both(paths: Iterator[Path]) -> None:
+    for up, times, expected in ((4.0, 2, 1), (4.0, 1, 0), (4.5, 2, 0)):
+        gates, ups = [4.0, 3.0, 3.0], [up] * times + [1.0] * 2
+        rows = [{"step": i, "site": "mlp:gate", "max": value} for i, value in enumerate(gates)]
+        rows += [{"step": i, "site": "mlp:up", "cur_amax": value} for i, value in enumerate(ups)]
+        twin = write(next(paths), tensors=rows, info={"sites": [FREE]})
+        assert len(found_by(missing_clamp, used(next(paths), 9.0, 9.0, 99.0), twin)) == expected
+
+
+# --- real trainings -----------------------------------------------------------------------------
+
+DRAWS = (
+    ("rate_from_start", 1),
+    ("rate_jump", 1),
+    ("second_moment", 1),
+    ("corrupt_text", 2),
+    ("corrupt_inputs", 1),
+    ("missing_clamp", 1),
+    ("missing_mitigation", 2),
+)
+
+
+@pytest.mark.parametrize(("name", "seed"), DRAWS)
+def test_the_cause_of_a_real_training_is_found(name: str, seed: int, tmp_path: Path) -> None:
+    torch.manual_seed(seed)
+    label = scenarios()[name].run(Draw(seed, seed / 9, tmp_path))
+    twin = tmp_path / "twin"
+    diagnosis = diagnose(tmp_path / "run", twin if twin.exists() else None)
+    found = diagnosis.findings[0]
+    steps = open_run(tmp_path / "run").steps("loss")["step"].nunique()
+    assert (found.cause, found.severity == "low") == (label.cause, False)
+    assert not label.sites or found.site in label.sites
+    assert found.since is not None and label.onset is not None
+    assert abs(found.since - label.onset) <= 0.1 * steps
