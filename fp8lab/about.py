@@ -71,7 +71,9 @@ def _describe_site(site: GateSite | FeedForwardSite) -> dict[str, Any]:
 
 def _without_place(argument: str) -> str:
     """A run is passed on to others: where on this machine a file lies is nobody's business."""
-    return Path(argument).name if Path(argument).is_absolute() else argument
+    option, is_given, value = argument.rpartition("=")
+    place = Path(value)
+    return f"{option}{is_given}{place.name}" if place.is_absolute() else argument
 
 
 def _device_name(model: nn.Module) -> str:

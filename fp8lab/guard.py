@@ -9,8 +9,9 @@
 
 It holds the rows of the last steps, puts them before the same rules as `diagnose` every so many
 steps and in every step that alarms (a clipped product, something not finite), and acts on each new
-finding once. An action is opt-in and a row among the run's events: `alarm`, `checkpoint_kept`,
-`burst`, `mitigated`; `guard_failed` where one could not be done, for nothing here ends a training.
+finding once. An action is opt-in and a row among the run's events: `alarm`, `checkpoint_kept` (or
+`no_checkpoint`), `burst`, `mitigated`; `guard_failed` where one could not be
+done, for nothing here ends a training.
 
 A checkpoint is worth something only if it is older than the trouble, and trouble is often older
 than its alarm. So the newest few stay and of the others the oldest of each doubling of age, and an
@@ -18,8 +19,9 @@ alarm keeps for good the newest one from before its finding's onset: what was wr
 step has the poison in it.
 
 Without mitigations a guarded training is the unguarded one to the bit. Cost: the rules read frames
-of a few thousand rows, some tens of milliseconds, every `every` steps. Rejected: rules of its own,
-quicker and other than those that the report shows.
+of a few thousand rows, some tens of milliseconds for one feed-forward and some hundreds for eight,
+every `every` steps and where alarms begin: choose `every` so that this is little beside a step.
+Rejected: rules of its own, quicker and other than those that the report shows.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class Checkpoints:
 
     `save(path)` writes what a training needs to go on to `path`, a file or a folder of the name
     `step-N`: the state before step N. It is called after every `every`-th step; the newest `keep`
-    stay, one for each doubling of age before those, and what an alarm has kept.
+    stay, and one for each doubling of age before those. What an alarm keeps becomes `kept-step-N`.
     """
 
     folder: str | Path
@@ -122,6 +124,8 @@ class Guard:
         self._recent = _Recent(watching.path, watching.info, window)
         self._told: dict[tuple[str, str | None], Severity] = {}
         self._mitigated: set[tuple[str, str | None]] = set()
+        # Of all findings, also those that were no alarm yet: the window forgets where one began.
+        self._since: dict[tuple[str, str | None], int] = {}
         self._was_alarming = False
         self.findings: list[Finding] = []
         watching.observers.append(self._observe)
@@ -138,6 +142,8 @@ class Guard:
     def _judge(self, step: int) -> None:
         for finding in judge(Loaded(self._recent)).findings:
             key = finding.cause, finding.site
+            since = step if finding.since is None else finding.since
+            self._since[key] = min(since, self._since.get(key, since))
             # Those as bad as what was told of this, and those that do not count.
             known = SEVERITIES[SEVERITIES.index(self._told.get(key, "low")) :]
             if finding.severity in self._severities and (
@@ -149,8 +155,9 @@ class Guard:
 
     def _alarm(self, finding: Finding, step: int) -> None:
         self._watch.event(step, "alarm", f"{finding.cause}: {finding.summary}", finding.site)
-        onset = step if finding.since is None else finding.since
-        self._attempt(step, "a checkpoint", lambda: self._keep(onset, step))
+        onset = self._since[finding.cause, finding.site]
+        if self._checkpoints is not None:
+            self._attempt(step, "a checkpoint", lambda: self._keep(onset, step))
         if self._burst:
             # The step that is over still counts as the running one.
             self._watch.record_in_full(self._burst)
@@ -176,6 +183,7 @@ class Guard:
         path = Path(self._checkpoints.folder) / f"step-{next_step}"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._checkpoints.save(path)
+        self._written = [pair for pair in self._written if pair[0] < next_step]  # it went back
         self._written.append((next_step, path))
         stay = dict(self._written[: -self._checkpoints.keep][::-1])
         oldest = {(next_step - step).bit_length(): step for step in stay}
@@ -185,12 +193,17 @@ class Guard:
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
     def _keep(self, onset: int, step: int) -> None:
-        """The newest from before step `onset` ran leaves the turns and stays."""
+        """The newest from before step `onset` ran leaves the turns and stays, by another name."""
         before = [pair for pair in self._written if pair[0] <= onset]
-        if before:
-            self._written.remove(before[-1])
-            detail = f"{before[-1][1].name}: from before step {onset}"
-            self._watch.event(step, "checkpoint_kept", detail)
+        if not before:
+            told = f"none was written before step {onset} by this guard"
+            self._watch.event(step, "no_checkpoint", told)
+            return
+        self._written.remove(before[-1])
+        path = before[-1][1]
+        kept = path.with_name(f"kept-{path.name}")
+        path.rename(kept)
+        self._watch.event(step, "checkpoint_kept", f"{kept.name}: from before step {onset}")
 
     # --- mitigations ----------------------------------------------------------------------------
 

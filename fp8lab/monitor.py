@@ -348,7 +348,7 @@ class Watch:
         """Write the rows, or hold them back until it is known whether an alarm follows."""
         self._held.append(rows)
         if alarming and self._burst:
-            self._recorder.full_until = self._recorder.step + self._burst
+            self.record_in_full(self._burst)
             for held in self._held:
                 held.is_full = True
         while len(self._held) > self._burst or (self._held and self._held[0].is_full):

@@ -15,6 +15,7 @@ library hides them, and then their row is missing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -109,9 +110,10 @@ class TensorTaps:
         if names is None or tensor is None or not tensor.numel() or layer in self._failed:
             return
         try:
-            whole = name in PARAMETER_TENSORS
-            how = self._cast(f"{layer}:{name}", name, tensor, caster)
-            summary = self._recorder.record(f"{layer}:{name}", tensor, names, how, whole=whole)
+            with _own_randomness(caster, tensor):
+                whole = name in PARAMETER_TENSORS
+                how = self._cast(f"{layer}:{name}", name, tensor, caster)
+                summary = self._recorder.record(f"{layer}:{name}", tensor, names, how, whole=whole)
             if name == "residual":  # a massive activation has a channel
                 found = measure.sentinel_vector(local(tensor.detach()), None, summary)
                 self._recorder.add(f"{layer}:{name}", "sentinel", found)
@@ -173,7 +175,7 @@ class TensorTaps:
             if self._recorder.due(name, "grad_weight") is None or name in self._failed:
                 return
             try:
-                with torch.no_grad():
+                with torch.no_grad(), _own_randomness(module, gradient):
                     self._sum(f"{name}:grad_weight", module, "grad_weight", gradient, input)
             except Exception as error:  # what cannot be measured must not end the training
                 self._fail(name, "grad_weight", error)
@@ -188,7 +190,8 @@ class TensorTaps:
             return
         try:
             if isinstance(weight, Tensor):
-                self._cast(f"{name}:weight", "weight", weight, module)
+                with _own_randomness(module, weight):
+                    self._cast(f"{name}:weight", "weight", weight, module)
         except Exception as error:
             self._fail(name, "weight", error)
 
@@ -225,6 +228,14 @@ class TensorTaps:
                 moments = _moments(self._optimizer, parameter)
                 for name in asked:
                     self._record(owner, name, moments.get(name))
+
+
+def _own_randomness(caster: nn.Module | None, tensor: Tensor) -> AbstractContextManager[None]:
+    """Measuring a cast that rounds stochastically draws random numbers: not the training's."""
+    if caster is None:
+        return nullcontext()
+    devices = [tensor.device] if tensor.is_cuda else []
+    return torch.random.fork_rng(devices)
 
 
 def _moments(optimizer: Any, parameter: nn.Parameter) -> dict[str, Tensor]:

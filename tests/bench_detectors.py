@@ -289,7 +289,8 @@ def detector_lines(gate_draws: Iterable[Drawn], healthy_draws: Iterable[Drawn]) 
         f"onset; {steps:,} steps of healthy controls. The lead is from the first alarm at the "
         "onset or later to the step in which the loss tells, the median over all of these runs: a "
         "run in which the detector is silent until then counts as 0. Every step of a healthy "
-        "control in which it is above its threshold is a false alarm.",
+        "control in which it is above its threshold is a false alarm. The onset is the first "
+        "clipped step, which is what the staleness tells by definition: no detector can lead it.",
         "",
         f"![lead time against false alarms](<{PICTURE.name}>)",
         "",

@@ -249,7 +249,8 @@ class _Search:
     def _cells_in_question(self, run: Run) -> list[Cell]:
         """Every operand of a GEMM that the run cast to less than 16 bits and a pattern covers."""
         precision = run.info.get("precision")
-        layers = precision if isinstance(precision, dict) else {}
+        said = precision.items() if isinstance(precision, dict) else ()
+        layers = {layer: casts for layer, casts in said if isinstance(casts, dict)}
         for pattern in self.patterns:
             if not any(fnmatchcase(layer, pattern.partition(":")[0]) for layer in layers):
                 known = ", ".join([*layers][:8]) or "none: nothing was converted"

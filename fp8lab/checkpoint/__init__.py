@@ -48,7 +48,16 @@ from fp8lab.checkpoint.audited import (
     survival_of,
 )
 from fp8lab.checkpoint.layouts import Layout, find_layouts
-from fp8lab.checkpoint.weighing import RECIPES, Array, Bands, Matrix, chance, chance_level, weigh
+from fp8lab.checkpoint.weighing import (
+    RECIPES,
+    Array,
+    Bands,
+    Matrix,
+    chance,
+    chance_level,
+    scales_fit,
+    weigh,
+)
 from fp8lab.checkpoint.weighing import pair as pair_rows
 from fp8lab.checkpoint.weights import FLOATS, Stored, Weights, open_weights
 from fp8lab.monitor import watch
@@ -150,6 +159,13 @@ def _of_file(weights: Weights) -> _Jobs:
         if stored.get is None
     }
     scales = {name: scale for name in readable if (scale := _scale_of(name, readable))}
+    for name, scale in list(scales.items()):
+        shapes = readable[scale].shape, readable[name].shape
+        if len(shapes[1]) < 2 or not scales_fit(*shapes):
+            told = f"its scale {scale!r:.100} is {list(shapes[0])}"
+            not_audited[name] = f"{told}, expected one, one for each row or for each 128 × 128"
+            del scales[name], readable[name]
+            readable.pop(scale, None)
     others = {n: s for n, s in readable.items() if n not in scales.values()}
 
     def bands(name: str, part: Callable[[Tensor], Tensor]) -> Callable[[], Bands]:
@@ -187,7 +203,8 @@ def _scale_of(name: str, stored: dict[str, Stored]) -> str | None:
 
 
 def _activation(config: Any) -> str:
-    config = config.get("text_config", config) if isinstance(config, dict) else {}
+    config = config if isinstance(config, dict) else {}
+    config = inner if isinstance(inner := config.get("text_config"), dict) else config
     keys = ("hidden_act", "hidden_activation", "activation_function", "hidden_act_fn")
     named = next((config[key] for key in keys if isinstance(config.get(key), str)), "unknown")
     limit = config.get("swiglu_limit")

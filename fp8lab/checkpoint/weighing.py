@@ -53,7 +53,7 @@ _CASTS: tuple[Recipe, ...] = (
 RECIPES: dict[str, Recipe] = dict(zip(RECIPE_NAMES, _CASTS, strict=True))
 BAND = 1 << 20  # elements of a band, about
 # Beyond, float32 has no room to round; no weight is there.
-LARGEST = 2.0**100
+LARGEST = 2.0**60  # whose square float32 holds
 
 Array = NDArray[np.float64]
 Release = Callable[[Tensor], None]
@@ -103,11 +103,21 @@ class Matrix:
         return float(self.row_power.sum())
 
 
+def scales_fit(scales: tuple[int, ...], matrix: tuple[int, ...]) -> bool:
+    """Whether these are one scale, one for each row, or one for each 128 × 128; of stacked experts,
+    so for each."""
+    *several, rows, columns = matrix
+    blocks = -(-rows // 128), -(-columns // 128)
+    each = [(*several, rows, 1), (*several, *blocks)] if rows and columns else []
+    return scales in each or (math.prod(scales) == 1 and len(scales) <= 2)
+
+
 class Bands:
     """A matrix by bands of rows, each contiguous, on the CPU and of a dtype that can be weighed.
 
     `matrix` is a view [rows, columns] of any float dtype and strides. `scale_inv` multiplies it, as
-    of an FP8 checkpoint: of one element, [rows, 1], or one for each 128 × 128.
+    of an FP8 checkpoint: of one element, [rows, 1], or one for each 128 × 128. Raises ValueError
+    for a scale of another shape.
     """
 
     def __init__(
@@ -116,6 +126,8 @@ class Bands:
         self.matrix, self.release = matrix.detach(), release
         self.shape = matrix.shape[0], matrix.shape[1]
         self.height = max(128, BAND // max(self.shape[1], 1) // 128 * 128)
+        if scale_inv is not None and not scales_fit(tuple(scale_inv.shape), self.shape):
+            raise ValueError(f"scale_inv {list(scale_inv.shape)} of a matrix {list(self.shape)}")
         self.scale_inv = None if scale_inv is None else scale_inv.detach().float()
 
     def rows(self, first: int, last: int) -> Tensor:

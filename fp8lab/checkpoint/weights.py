@@ -266,6 +266,9 @@ def _torch(path: Path) -> dict[str, Stored]:
         raise WeightsError(f"{path}: a broken zip: {error}, expected one of torch.save") from None
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise WeightsError(f"{path}: a compressed zip, expected torch.save's, which is stored")
+    if sys.byteorder not in _byte_orders(path, entries):
+        # torch swaps bytes in memory of its own, which must not be given back.
+        raise WeightsError(f"{path}: of another byte order, expected {sys.byteorder}-endian")
     total, size = sum(entry.file_size for entry in entries), path.stat().st_size
     pickles = [entry.file_size for entry in entries if entry.filename.endswith(".pkl")]
     if total > size or sum(pickles) > LARGEST_PICKLE:
@@ -276,6 +279,14 @@ def _torch(path: Path) -> dict[str, Stored]:
         reason = " ".join(str(error).split("\n")[0].split())[:200] or type(error).__name__
         raise WeightsError(f"{path}: torch.load(weights_only=True) refused: {reason}") from None
     return {name: _in_torch(tensor) for name, tensor in _state_dict(path, loaded)}
+
+
+def _byte_orders(path: Path, entries: list[zipfile.ZipInfo]) -> set[str]:
+    """What a checkpoint says of its byte order; older ones say nothing: this machine's."""
+    named = [e.filename for e in entries if e.filename.rpartition("/")[2] == "byteorder"]
+    with zipfile.ZipFile(path) as archive:
+        said = {archive.read(name)[:16].decode("ascii", "replace").strip() for name in named[:4]}
+    return said or {sys.byteorder}
 
 
 def _state_dict(path: Path, loaded: Any) -> Iterator[tuple[str, Tensor]]:
@@ -363,7 +374,8 @@ def _give_back(tensor: Tensor) -> None:
     advise = _madvise()
     if advise is None or not tensor.numel():
         return
-    length = (tensor.numel() - 1) * tensor.element_size() if tensor.is_contiguous() else 0
+    spans = ((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    length = sum(spans) * tensor.element_size()
     begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (tensor.data_ptr() + length) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > begin:

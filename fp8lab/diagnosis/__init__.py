@@ -123,7 +123,7 @@ def judge(rows: Rows, twin: Rows | None = None) -> Diagnosis:
     findings = [finding for rule in OF_PRECISION for finding in rule.find(rows, twin)]
     others = [finding for rule in OF_TRAINING for finding in rule.find(rows, twin)]
     excluded = not_fp8.find(rows, twin)
-    if excluded:
+    if any(found.confidence == "high" for found in excluded):
         # What precision cannot have caused, it can only have accompanied.
         findings = [
             replace(f, severity="low" if f.severity == "low" else "medium", confidence="low")

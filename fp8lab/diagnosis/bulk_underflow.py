@@ -15,9 +15,12 @@ goes: a channel stays hot, a token does not (`token_outlier`).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 
 from fp8lab.diagnosis.casts import forward_casts
+from fp8lab.diagnosis.loss import loss_alarm
 from fp8lab.diagnosis.rows import Rows
 from fp8lab.record import Evidence, Finding
 
@@ -33,6 +36,8 @@ HOT = 16.0
 FRESH = 1 / 8
 # Damaged steps, of all recorded since the first: more than a token in every other step.
 PERSISTENT = 0.5
+# So few steps before the loss tells, a hot channel is what blew up and not why.
+BLOWN = 3
 
 REMEDY = "SmoothSwiGLU, or keep the product in BF16: both treat the channels apart"
 
@@ -46,11 +51,13 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     below_normal = fresh["flushed"] + fresh["subnormal"]
     is_hot = ~(fresh["channel_ratio"] < HOT)  # which is recorded of products
     damaged = fresh[(fresh["bulk_error"] > DAMAGED) & (below_normal > UNDERFLOWN) & is_hot]
-    found = []
+    found, alarm = [], loss_alarm(run)
     for site, of in damaged.groupby("site"):
         since = fresh[(fresh["site"] == site) & (fresh["step"] >= of["step"].iloc[0])]
         if len(of) > PERSISTENT * len(since):
-            found.append(_judge(str(site), of))
+            finding = _judge(str(site), of)
+            blown = alarm is not None and alarm - of["step"].iloc[0] <= BLOWN
+            found.append(replace(finding, severity="low") if blown else finding)
     return found
 
 

@@ -89,9 +89,14 @@ def _judged(run: Rows, steps: pd.DataFrame, place: int) -> list[Finding]:
     stays = alarm is not None and alarm >= since
     rows = run.tensors("staleness", sites="*:product")
     clipped = rows[(rows["step"].between(since - SOON, since)) & (rows["staleness"] > CLIPPED)]
-    is_garbage = loss[place] > start and clipped.empty
+    # Without the update of the step before nobody knows that the weights were what they had been.
+    is_known = bool(np.isfinite(steps["update_ratio"].iloc[place - 1]))
+    is_garbage = loss[place] > start and clipped.empty and is_known
     told = f"the loss jumped from {usual:.3g} to {loss[place]:.3g} in one step"
     told += ", on weights that the step before had changed as usual"
+    if not is_known:
+        told = f"the loss jumped from {usual:.3g} to {loss[place]:.3g} in one step; what the step "
+        told += "before did to the weights was not recorded (every=1 does)"
     if len(after) and not stays:
         told += f"; afterwards it was {np.median(after):.3g}"
     return [

@@ -105,7 +105,7 @@ def _judge(run: Rows, clipped: pd.DataFrame, rows: pd.DataFrame, alarm: int | No
     return Finding(
         cause="delayed_saturation",
         summary=summary,
-        severity=_severity(len(harmful) > 0, wound_up or loss_told),
+        severity=_severity(harmful, int(rows["step"].max()), wound_up or loss_told),
         confidence="high" if wound_up or (loss_told and aligned) else "medium",
         site=site,
         channel=int(peak["hot_channel"]),
@@ -119,8 +119,10 @@ def _judge(run: Rows, clipped: pd.DataFrame, rows: pd.DataFrame, alarm: int | No
     )
 
 
-def _severity(harms: bool, grows: bool) -> Severity:
-    return "low" if not harms else "high" if grows else "medium"
+def _severity(harmful: pd.Series, last: int, grows: bool) -> Severity:
+    """A single harmful step that nothing has followed for long is a note."""
+    is_over = len(harmful) == 1 and last - harmful.iloc[0] > SOON
+    return "low" if harmful.empty or (is_over and not grows) else "high" if grows else "medium"
 
 
 def _growth(clipped: pd.DataFrame, rows: pd.DataFrame) -> float:

@@ -77,7 +77,8 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
 
 def _by_step(run: Rows) -> pd.DataFrame:
     steps = run.steps(("loss", "learning_rate", "update_ratio")).groupby("step").max()
-    return steps.dropna(subset=["update_ratio"])
+    # Of weights that begin at zero the first ratio is infinite, and says nothing.
+    return steps.replace({"update_ratio": {np.inf: np.nan}}).dropna(subset=["update_ratio"])
 
 
 def _onset(steps: pd.DataFrame) -> int | None:

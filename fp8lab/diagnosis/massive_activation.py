@@ -84,13 +84,15 @@ def _finding(
     amax = series.groupby("step")["cur_amax"].max().dropna()
     place = int(np.searchsorted(amax.index.to_numpy(), crossed["step"]))
     alarm = loss_alarm(run)
+    # Most large models have one, and train well with it: what counts is one that comes.
+    was_there = crossed["step"] == amax.index[0]
     told = f"the residual stream reached {worst['cur_amax']:.3g}, {worst['ratio']:.3g} times its "
     told += "median magnitude"
     told += "" if maker is None else f"; {maker['site'].iloc[0]} made it"
     return Finding(
         cause="massive_activation",
         summary=told,
-        severity="medium" if alarm is None else "high",
+        severity="high" if alarm is not None else "low" if was_there else "medium",
         confidence="high",
         site=str(crossed["site"]),
         channel=None if pd.isna(worst["hot_channel"]) else int(worst["hot_channel"]),

@@ -51,7 +51,10 @@ def _formulas(run: Rows) -> dict[str, dict[str, Any]]:
     gated = [site for site in described if site.get("gated", True) and "site" in site]
     found: dict[str, dict[str, Any]] = {str(site["site"]): _numbers(site) for site in gated}
     names = [f"{name}:{role}" for name in found for role in ("gate", "up")]
-    rows = run.tensors(("cur_amax", "max"), sites=tuple(names))
+    rows = run.tensors(("cur_amax", "max", "l2_norm"), sites=tuple(names))
+    # The same input again has the same largest value without a clamp.
+    again = rows.duplicated(["site", "l2_norm"]) & rows["l2_norm"].notna()
+    rows = rows[~again]
     for name, facts in found.items():
         gate = rows.loc[rows["site"] == f"{name}:gate", "max"]
         up = rows.loc[rows["site"] == f"{name}:up", "cur_amax"]

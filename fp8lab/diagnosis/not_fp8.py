@@ -13,12 +13,18 @@ from fp8lab.record import Evidence, Finding, Severity
 WIDE = ("BF16", "FP16", "FP32")
 
 
+# A twin that goes wrong later than this is no witness.
+SOON = 50
+
+
 def uses_fp8(run: Rows) -> bool | None:
-    """Whether any operand of any recorded layer was cast to less than 16 bits; None where no layer
-    said how it casts: a plain model, or one that another library made FP8."""
+    """Whether any operand of any recorded layer was cast to less than 16 bits, as layers or rows
+    say; None where none does: a plain model, or one that another library made FP8."""
     layers = run.info.get("precision")
     operands = layers.values() if isinstance(layers, dict) else ()
     said = [str(cast) for casts in operands if isinstance(casts, dict) for cast in casts.values()]
+    formats = run.tensors("format")["format"].dropna().unique()
+    said += [str(name) for name in formats]
     return any(not cast.startswith(WIDE) for cast in said) if said else None
 
 
@@ -33,10 +39,13 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
         unsure = "nothing in these rows"
         if not known:
             summary = "the run went wrong and no layer of it says that it is FP8"
-            unsure = "that another library made layers FP8: fp8lab does not see it yet"
+            unsure = (
+                "that another library made layers FP8; and that the loss is one that may rise, as "
+                "of a policy or an adversary"
+            )
         return [_finding(summary, alarm, alarm, "high" if known else "medium", unsure)]
     twin_alarm = None if twin is None else loss_alarm(twin)
-    if twin is None or twin_alarm is None or uses_fp8(twin):
+    if twin is None or twin_alarm is None or uses_fp8(twin) or twin_alarm > alarm + SOON:
         return []
     summary = "the twin in high precision went wrong too"
     unsure = "that FP8 made it earlier or worse: compare the two alarms"

@@ -37,9 +37,11 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
         return []
     values = logits.to_numpy(float)
     beyond = np.flatnonzero(values > COARSE)
-    if not len(beyond) or values[0] > UNCALIBRATED or len(values) - beyond[0] < DRIFTS:
+    last = len(values) - DRIFTS
+    stays = [c for c in beyond if c <= last and min(values[c : c + DRIFTS]) > COARSE]
+    if not stays or values[0] > UNCALIBRATED:
         return []
-    crossed = int(beyond[0])
+    crossed = int(stays[0])
     since = int(logits.index[departure(values, crossed, UNCALIBRATED)])
     alarm = loss_alarm(run)
     return [

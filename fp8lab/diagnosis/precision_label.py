@@ -18,6 +18,7 @@ not know (another library's), which say nothing either way; a run without a decl
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -133,10 +134,11 @@ def _later(run: Rows, layers: list[str]) -> list[Finding]:
         return []
     events = run.events()
     failed = set(events.loc[events["kind"] == "not_recorded", "site"])
-    last = int(rows["step"].max())
+    lasts = rows.groupby("rank")["step"].max()  # one process may be ahead of another
     rows = rows[rows["site"].isin(sites)]
     found = []
     for site, of_site in rows.groupby("site"):
+        last = int(lasts[of_site["rank"].unique()].min())
         layer = str(site).rpartition(":")[0]
         if layer not in failed:
             found += _turned(layer, of_site, last) or _vanished(layer, of_site, last)
@@ -162,7 +164,7 @@ def _vanished(layer: str, rows: pd.DataFrame, last: int) -> list[Finding]:
     seen = sorted(rows["step"].unique())
     if not rows["format"].notna().any() or len(seen) < 2:
         return []
-    pace = seen[-1] - seen[-2]
+    pace = max(after - before for before, after in pairwise(seen))
     missing = (last - seen[-1]) // pace
     if missing < STEPS:
         return []

@@ -132,7 +132,9 @@ class Forecast:
     def safer_plan(self) -> Plan:
         """The plan with the operands in serious trouble left in BF16."""
         kept = {f"{glob.escape(t.layer)}:{t.operand}": HighPrecision() for t in self.serious}
-        return replace(self.plan, overrides={**self.plan.overrides, **kept})
+        # Of overrides the last one wins: one that is there already moves to the end.
+        others = {key: recipe for key, recipe in self.plan.overrides.items() if key not in kept}
+        return replace(self.plan, overrides={**others, **kept})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: all but the frame, of which each operand's extremes are told."""

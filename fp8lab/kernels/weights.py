@@ -54,10 +54,12 @@ class Losses(NamedTuple):
 
 def scan(rows: Tensor, first: int, to: Moments) -> None:
     """Adds rows [n, columns] of a matrix, the `first` of them a multiple of 16, to its moments."""
+    height, width = rows.shape  # of two dimensions, or the call would be another
     kernels.library().fp8lab_scan(
         rows.data_ptr(),
         kernels.is_half(rows),
-        *rows.shape,
+        height,
+        width,
         to.row_amax.data_ptr() + 4 * first,
         to.column_amax.data_ptr(),
         to.tile_amax.data_ptr() + 4 * to.tile_amax.shape[1] * (first // 16),
@@ -70,10 +72,12 @@ def scan(rows: Tensor, first: int, to: Moments) -> None:
 def cast(rows: Tensor, first: int, scales: Scales, to: Losses) -> None:
     """Adds what the casts do to rows [n, columns], the `first` a multiple of 128; all finite."""
     squares, tiles = scales.squares.shape[1], scales.tiles.shape[1]
+    height, width = rows.shape
     kernels.library().fp8lab_cast_weights(
         rows.data_ptr(),
         kernels.is_half(rows),
-        *rows.shape,
+        height,
+        width,
         ctypes.addressof(kernels.format_of(E4M3)),
         ctypes.addressof(kernels.format_of(E2M1)),
         scales.tensor,
@@ -89,10 +93,12 @@ def cast(rows: Tensor, first: int, scales: Scales, to: Losses) -> None:
 def pairs(gate: Tensor, up: Tensor, other: Tensor) -> Tensor:
     """float64 [2, n]: scalar products of each row of gate [n, dim] with those of two more."""
     found = torch.empty(2, len(gate), dtype=torch.float64)
+    height, width = gate.shape
     kernels.library().fp8lab_pairs(
         *(rows.data_ptr() for rows in (gate, up, other)),
         kernels.is_half(gate),
-        *gate.shape,
+        height,
+        width,
         *(dots.data_ptr() for dots in found),
     )
     return found
