@@ -306,9 +306,10 @@ def audit_checkpoint(
         rows = found.rows()
         table = _table(rows[0] if rows else ())
         for row in rows:
-            table.add_row(*(_cell(cell) for cell in row.values()))
+            table.add_row(*(_printable(_cell(cell)) for cell in row.values()))
         Console(markup=False).print(table)
-        typer.echo(str(found))
+        for line in str(found).splitlines():  # with names out of a stranger's file
+            typer.echo(_printable(line))
     if found.severe:
         raise typer.Exit(1)
 

@@ -779,3 +779,23 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     code, out, error = run("audit", str(path))
     assert (code, out) == (2, "")
     assert error.startswith(f"error: {path}: a header of") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 128), (128,), (0,), (3, 2), (2, 2), (0, 4, 4)])
+def test_scales_of_another_shape_are_not_used(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """A kernel that took the third number of such a shape for a pointer wrote there."""
+    roles = ("gate", "up", "down")
+    tensors = {f"m.{r}_proj.weight": torch.randn(128, 128).to(torch.float8_e4m3fn) for r in roles}
+    tensors["m.gate_proj.weight_scale_inv"] = torch.ones(shape)
+    tensors["m.other.weight"] = torch.randn(8, 8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = audit(tmp_path / "model.safetensors")
+    assert "m.gate_proj.weight" in found.not_audited
+    assert "expected one, one for each row" in found.not_audited["m.gate_proj.weight"]
+
+
+def test_a_configuration_may_say_anything(tmp_path: Path) -> None:
+    save_file({"m.weight": torch.randn(8, 8)}, tmp_path / "model.safetensors")
+    for config in ({"text_config": "x"}, {"text_config": [1]}, []):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert audit(tmp_path).not_audited == {}

@@ -538,6 +538,11 @@ def test_most_becoming_zero_is_trouble(lost: int, expected: list[str], tmp_path:
         assert (trouble.worst, trouble.quantity) == (0.51, "flushed")
         assert forecast.safer_plan.overrides == {"q:grad_output": HighPrecision()}
         assert replay(path, forecast.safer_plan).serious == ()
+        # Of overrides the last one wins, and this one is there already, before another.
+        current = Float8CurrentScaling(fp8_format=Format.E4M3)
+        overrides = {"q:grad_output": current, "*:grad_output": current}
+        forecast = replay(path, Plan(recipe=plan.recipe, overrides=overrides))
+        assert replay(path, forecast.safer_plan).serious == ()
 
 
 @pytest.mark.parametrize(("octaves", "expected"), [(14, []), (17, ["underflows"])])

@@ -458,3 +458,16 @@ def test_every_key_of_every_row_is_a_column(
         watching.event(2, "diverged")
     for table, schema in TABLES.items():
         assert met[table] == set(schema.names), table
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [("/a/b/run", "run"), ("--out=/a/b/run", "--out=run"), ("--seeds=0,1", "--seeds=0,1")],
+)
+def test_no_argument_says_where_a_file_lies(
+    argument: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/usr/bin/train", argument])
+    with fp8lab.watch(nn.Sequential(fp8lab.GatedFeedForward(8, 16)), tmp_path / "run"):
+        pass
+    assert fp8lab.open_run(tmp_path / "run").info["command"] == f"train {said}"

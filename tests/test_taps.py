@@ -414,3 +414,36 @@ def test_a_selection_that_selects_nothing_is_refused_before_anything_exists(
     with pytest.raises(ValueError, match=reason):
         fp8lab.watch(LanguageModel(CONFIG, seed=0), tmp_path / "run", select=select)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("accumulation", [None, fp8lab.Accumulation()])
+def test_casts_that_round_at_random_leave_the_trainings_randomness_alone(
+    accumulation: fp8lab.Accumulation | None, tmp_path: Path
+) -> None:
+    """NVFP4's gradients are rounded stochastically, and so is the cast that is measured."""
+
+    def train(watched: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(GatedFeedForward(32, 64), GatedFeedForward(32, 64))
+        recipe = fp8lab.NVFP4BlockScaling()
+        fp8lab.convert(model, fp8lab.Plan(recipe=recipe, accumulation=accumulation))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def steps(after: Callable[[int], object]) -> None:
+            for step in range(3):
+                optimizer.zero_grad()
+                model(torch.randn(16, 32)).square().mean().backward()
+                optimizer.step()
+                after(step)
+
+        if not watched:
+            steps(lambda step: None)
+        else:
+            select = Selection(tensors=("input", "weight", "grad_output", "grad_weight"))
+            path = tmp_path / "run"
+            with fp8lab.watch(model, path, optimizer=optimizer, every=1, select=select) as watch:
+                steps(watch.step)
+        return [*model.state_dict().values(), torch.get_rng_state()]
+
+    for one, other in zip(train(True), train(False), strict=True):
+        assert torch.equal(one, other)
