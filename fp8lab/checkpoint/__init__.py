@@ -351,7 +351,8 @@ def _summarised(
     top: int,
 ) -> _Layer:
     median = float(np.median(found["gain"]))
-    ratio = found["gain"] / median if median > 0 else np.ones_like(found["gain"])
+    with np.errstate(invalid="ignore"):  # infinite weights are a finding of their own
+        ratio = found["gain"] / median if median > 0 else np.ones_like(found["gain"])
     width, dim = shape
     size = np.abs(found["cos"]) if job.gate else ratio
     best = int(size.argmax())
@@ -435,7 +436,9 @@ def _outlier(amax: Array, power: Array, length: int) -> tuple[float, int]:
 
 def _crest(amax: Array, power: Array, length: int) -> float:
     rms = np.sqrt(power / length)
-    return float(np.max(np.divide(amax, rms, out=np.zeros_like(amax), where=rms > 0), initial=0.0))
+    with np.errstate(invalid="ignore"):
+        crest = np.divide(amax, rms, out=np.zeros_like(amax), where=rms > 0)
+    return float(np.max(crest, initial=0.0))
 
 
 def _survival(recipe: str, found: list[Matrix]) -> Survival:
