@@ -5,6 +5,8 @@ The alternative, a generator in every test, cannot reach modules that initialise
 """
 
 import random
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,12 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - code outside this project may draw from numpy's global state
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Iterator[Path]:
+    """Places for so many runs as a test likes."""
+    return (tmp_path / f"run-{number}" for number in range(1000))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

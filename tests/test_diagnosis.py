@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from rows_by_hand import Row, above, below
 from torch import nn
 from torch.nn import functional
 
@@ -32,22 +33,8 @@ from fp8lab.recipe import Float8CurrentScaling, HighPrecision, Recipe
 from fp8lab.record import Finding, Severity
 from fp8lab.store import Run, RunError, RunWriter, open_run
 
-Row = dict[str, Any]
 FP8 = {"mlp.down": {"input": "E4M3 DelayedScaling", "weight": "E4M3 DelayedScaling"}}
 BF16 = {"mlp.down": {"input": "BF16 HighPrecision", "weight": "FP32 HighPrecision"}}
-
-
-def above(threshold: float) -> float:
-    return math.nextafter(threshold, math.inf)
-
-
-def below(threshold: float) -> float:
-    return math.nextafter(threshold, -math.inf)
-
-
-@pytest.fixture
-def paths(tmp_path: Path) -> Iterator[Path]:
-    return (tmp_path / f"run-{number}" for number in range(1000))
 
 
 def write(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rows_by_hand import Row, above, below
 from torch import nn
 
 from fp8lab.accumulation import SAMPLED_ROWS, error_of_sums
@@ -39,21 +40,6 @@ from fp8lab.record import Finding
 from fp8lab.scaling import power_of_two_scale
 from fp8lab.selection import Selection
 from fp8lab.store import RunWriter, open_run
-
-Row = dict[str, Any]
-
-
-def above(threshold: float) -> float:
-    return math.nextafter(threshold, math.inf)
-
-
-def below(threshold: float) -> float:
-    return math.nextafter(threshold, -math.inf)
-
-
-@pytest.fixture
-def paths(tmp_path: Path) -> Iterator[Path]:
-    return (tmp_path / f"run-{number}" for number in range(1000))
 
 
 def found(

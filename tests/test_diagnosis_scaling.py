@@ -7,13 +7,13 @@ labels come from their own tensors.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rows_by_hand import Row, above, below
 
 from fp8lab.diagnosis import (
     bulk_underflow,
@@ -30,22 +30,8 @@ from fp8lab.record import Finding
 from fp8lab.runs import Run, open_run
 from fp8lab.store import RunWriter
 
-Row = dict[str, Any]
 GATE, UP, DOWN, PRODUCT = "a.mlp.gate:input", "a.mlp.up:input", "a.mlp.down:input", "a.mlp:product"
 WEIGHT = "a.mlp.up:weight"
-
-
-def above(threshold: float) -> float:
-    return math.nextafter(threshold, math.inf)
-
-
-def below(threshold: float) -> float:
-    return math.nextafter(threshold, -math.inf)
-
-
-@pytest.fixture
-def paths(tmp_path: Path) -> Iterator[Path]:
-    return (tmp_path / f"run-{number}" for number in range(1000))
 
 
 def cast(step: int, site: str = GATE, staleness: float | None = 1.0, **more: Any) -> Row:

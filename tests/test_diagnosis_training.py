@@ -7,14 +7,14 @@ injected and not from what was recorded.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rows_by_hand import Row, above, below, found_by, write
 from torch import nn
 
 import fp8lab
@@ -31,45 +31,7 @@ from fp8lab.diagnosis.twin import first_divergence
 from fp8lab.lab.scenarios import Draw, scenarios
 from fp8lab.record import Finding
 from fp8lab.sketch import bin_edge
-from fp8lab.store import Run, RunWriter, open_run
-
-Row = dict[str, Any]
-
-
-def above(threshold: float) -> float:
-    return math.nextafter(threshold, math.inf)
-
-
-def below(threshold: float) -> float:
-    return math.nextafter(threshold, -math.inf)
-
-
-@pytest.fixture
-def paths(tmp_path: Path) -> Iterator[Path]:
-    return (tmp_path / f"run-{number}" for number in range(1000))
-
-
-def write(
-    path: Path,
-    *,
-    steps: Iterable[Row] = (),
-    tensors: Iterable[Row] = (),
-    events: Iterable[Row] = (),
-    info: Row | None = None,
-) -> Run:
-    """A run of these rows; step rows are numbered from 0 where they do not say."""
-    writer = RunWriter.create(path, info or {})
-    writer.append("steps", [{"step": i, "rank": 0} | row for i, row in enumerate(steps)])
-    writer.append("tensors", [{"rank": 0} | row for row in tensors])
-    writer.append("events", [{"rank": 0, "detail": ""} | row for row in events])
-    writer.close()
-    return open_run(path)
-
-
-def found_by(rule: Any, run: Run, twin: Run | None = None) -> list[Finding]:
-    findings: list[Finding] = rule.find(Loaded(run), None if twin is None else Loaded(twin))
-    return findings
-
+from fp8lab.store import Run, open_run
 
 # --- growth -------------------------------------------------------------------------------------
 
