@@ -273,7 +273,7 @@ def test_cells_are_the_results(page: str) -> None:
     cells = [text_of("<i>" + row) for row in rows]
     assert cells[0] == "the high arm 0.25 1.25 –"
     assert cells[1] == "the delayed arm diverged at 47 diverged at 47 –"
-    assert cells[2] == "the high arm – 0 of 2 0.75 Corrupt batch, medium: 2 of 2"
+    assert cells[2] == "the high arm – 0 of 2 0.75 Corrupt batch, low: 2 of 2"
 
 
 def test_doses_are_the_results(page: str) -> None:
