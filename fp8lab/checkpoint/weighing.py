@@ -53,7 +53,7 @@ _CASTS: tuple[Recipe, ...] = (
 RECIPES: dict[str, Recipe] = dict(zip(RECIPE_NAMES, _CASTS, strict=True))
 BAND = 1 << 20  # elements of a band, about
 # Beyond, float32 has no room to round; no weight is there.
-LARGEST = 2.0**60  # whose square float32 holds
+LARGEST = 2.0**100
 
 Array = NDArray[np.float64]
 Release = Callable[[Tensor], None]

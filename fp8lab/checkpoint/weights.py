@@ -284,8 +284,12 @@ def _torch(path: Path) -> dict[str, Stored]:
 def _byte_orders(path: Path, entries: list[zipfile.ZipInfo]) -> set[str]:
     """What a checkpoint says of its byte order; older ones say nothing: this machine's."""
     named = [e.filename for e in entries if e.filename.rpartition("/")[2] == "byteorder"]
-    with zipfile.ZipFile(path) as archive:
-        said = {archive.read(name)[:16].decode("ascii", "replace").strip() for name in named[:4]}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            read = [archive.read(name)[:16] for name in named[:4]]
+    except Exception as error:  # of a damaged entry zipfile raises what it likes
+        raise WeightsError(f"{path}: a broken zip: {' '.join(str(error).split())[:120]}") from None
+    said = {octets.decode("ascii", "replace").strip() for octets in read}
     return said or {sys.byteorder}
 
 
