@@ -50,6 +50,7 @@ from fp8lab.recipe import (
     recipe_in_words,
 )
 from fp8lab.regions import register, steps
+from fp8lab.rewriting import Rewrite
 from fp8lab.scaling import absolute_maximum, is_the_same_both_ways, scale_for
 
 
@@ -58,8 +59,8 @@ class Fp8Linear(nn.Linear):
 
     `recipes` gives each operand its recipe and may be changed between steps (but not to
     `DelayedScaling` where there was none: its history is allocated at birth); `gemm_recipes` does
-    so for an operand of one GEMM. `channel_scale` maps an input to float32 [in_features], without a
-    gradient; the input is multiplied by it and the weight's columns divided, before either is cast.
+    so for an operand of one GEMM. `rewrite` makes other operands of input and weight, whose product
+    is the same, before either is cast (see `rewriting`).
     `gradient_of_saturated` says what an input element that saturated receives: its gradient
     ("straight_through", as TE) or none ("zero"). `product_in` and `product_out` are set on the
     layers around a product that is fused as in TE.
@@ -114,7 +115,7 @@ class Fp8Linear(nn.Linear):
         self.recipes = dict(recipes)
         self.gemm_recipes = dict(gemm_recipes)
         self.accumulation = accumulation
-        self.channel_scale: Callable[[Tensor], Tensor] | None = None
+        self.rewrite: Rewrite | None = None
         self.gradient_of_saturated: Literal["straight_through", "zero"] = "straight_through"
         self.product_in: FusedProduct | None = None
         self.product_out: FusedProduct | None = None
@@ -156,8 +157,8 @@ class Fp8Linear(nn.Linear):
                 uses[f"{operand}@{gemm}"] = f"{fmt.name} {recipe_in_words(recipe)}"
                 if short is not None:
                     uses[f"{operand}@{gemm}"] += f", summed in {short.bits} bits"
-                if operand == "input" and self.channel_scale is not None:
-                    uses[f"{operand}@{gemm}"] += ", channels balanced"
+                if operand == "input" and self.rewrite is not None:
+                    uses[f"{operand}@{gemm}"] += f", {self.rewrite.words}"
         if self.gradient_of_saturated == "zero":
             uses["input@output"] += ", no gradient where saturated"
         return uses
@@ -177,17 +178,17 @@ class Fp8Linear(nn.Linear):
         """How this layer casts `tensor` now, for the first of the operand's GEMMs unless another is
         given; changes no state.
 
-        An input is multiplied by the channel scale first, if there is one.
+        An input is rewritten first, if it is to be.
         """
-        channel_scale = None
-        if operand == "input" and self.channel_scale is not None:
-            channel_scale = self.channel_scale(tensor)
-            tensor = tensor * channel_scale
-        first = "grad_input" if operand == "grad_output" else "output"
-        how = self._cast(operand, tensor, gemm or cast(Gemm, first))
-        return how._replace(channel_scale=channel_scale)
+        if operand != "input" or self.rewrite is None:
+            first = "grad_input" if operand == "grad_output" else "output"
+            return self.cast_as_given(operand, tensor, gemm or cast(Gemm, first))
+        rewritten = self.rewrite(tensor, self.weight)
+        how = self.cast_as_given(operand, rewritten.input, gemm or "output")
+        return how._replace(channel_scale=rewritten.channel_scale)
 
-    def _cast(self, operand: Operand, tensor: Tensor, gemm: Gemm) -> Cast:
+    def cast_as_given(self, operand: Operand, tensor: Tensor, gemm: Gemm) -> Cast:
+        """`cast_in_force` of what is no longer rewritten."""
         recipe, scale = self.recipe_for(operand, gemm), None
         direction = self._direction(operand, gemm)
         if operand == "input" and self.product_in is not None:
@@ -205,24 +206,22 @@ class Fp8Linear(nn.Linear):
         return cast_for(tensor, recipe, operand, scale, direction)
 
     def forward(self, input: Tensor) -> Tensor:
-        fused = None if self.product_in is None else self.product_in.dtype
+        fused = self.product_in and self.product_in.dtype
         if torch.is_autocast_enabled(input.device.type) and fused is None:
             input = input.to(torch.get_autocast_dtype(input.device.type))
-        inputs, weight = self.cast_in_force("input", input), self.weight
-        if inputs.channel_scale is not None:
-            weight = weight / inputs.channel_scale
-        weights = self.cast_in_force("weight", weight)
-        counts = steps.forward_counts()
-        dtype, graph = fused or input.dtype, torch.is_grad_enabled()
-        if inputs.channel_scale is not None:
-            input = input * inputs.channel_scale
+        dtype, output_scale, weight = fused or input.dtype, None, self.weight
+        if self.rewrite is not None:
+            input, weight, _, output_scale = self.rewrite(input, weight)
+        bias = self.bias if output_scale is None else None
+        inputs = self.cast_as_given("input", input, "output")
+        weights = self.cast_as_given("weight", weight, "output")
+        counts, graph = steps.forward_counts(), torch.is_grad_enabled()
         with torch.autocast(input.device.type, enabled=False):
-            output = cast(
-                Tensor,
-                _Gemms.apply(  # type: ignore[no-untyped-call]
-                    input, weight, self.bias, inputs, weights, self, dtype, counts, graph
-                ),
-            )
+            operands = input, weight, bias, inputs, weights
+            output: Tensor = _Gemms.apply(*operands, self, dtype, counts, graph)  # type: ignore
+        if output_scale is not None:
+            added = 0.0 if self.bias is None else self.bias
+            output = (output * output_scale + added).to(dtype)
         if counts:
             steps.forward_ran(self)
         if self.product_in is not None:
@@ -293,7 +292,7 @@ class Fp8Linear(nn.Linear):
         """The operand for the second of its GEMMs: `first` itself, if one cast does for both."""
         if not self._is_cast_twice(operand):
             return first
-        again = self._cast(operand, tensor, gemm)
+        again = self.cast_as_given(operand, tensor, gemm)
         values = self.quantized(again, operand, counts)
         # Turned by a Hadamard transform only where the GEMM's other operand is turned too.
         if again.rotated and not self._both_rotate():
@@ -333,8 +332,9 @@ class Fp8Linear(nn.Linear):
         if other is not None:
             right = self.cast_in_force("input", other, gemm).fake_quantized().flatten(0, -2)
             return error_of_sums(left.t(), right, self.accumulation)
-        weight = self.weight if how.channel_scale is None else self.weight / how.channel_scale
-        right = self._cast("weight", weight, gemm).fake_quantized()
+        rewrite = self.rewrite if gemm == "output" else None
+        weight = self.weight if rewrite is None else rewrite(tensor, self.weight).weight
+        right = self.cast_as_given("weight", weight, gemm).fake_quantized()
         return error_of_sums(left, right.t() if gemm == "output" else right, self.accumulation)
 
     def running_amaxes(self, *operands: Operand) -> list[Tensor]:

@@ -26,7 +26,7 @@ FUNCTION_LINES = 60
 IMPORT_SECONDS = 0.1
 
 ARITHMETIC = {"formats", "recipe", "plan", "rounding", "kernels", "casting", "regions", "linear"}
-ARITHMETIC |= {"scaling", "optim", "accumulation"}
+ARITHMETIC |= {"scaling", "optim", "accumulation", "rewriting"}
 STORE = {"store", "runs", "segments"}
 NECK = {"formats", "recipe", "sketch", "record"} | STORE
 SITES = {"sites", "tracing", "probing", "gating", "te_modules", "te_inside", "te_casts"}
@@ -53,7 +53,9 @@ TABLE: dict[str, set[str]] = {
     "casting": {"formats", "recipe", "plan", "rounding", "kernels", "scaling"},
     "regions": {"recipe"},
     "accumulation": {"recipe"},
-    "linear": {"formats", "recipe", "kernels", "scaling", "casting", "regions", "accumulation"},
+    "rewriting": set(),
+    "linear": {"formats", "recipe", "kernels", "scaling", "casting", "regions", "accumulation"}
+    | {"rewriting"},
     "optim": {"formats", "scaling"},
     "ffn": {"formats", "rounding"},
     "tracing": set(),

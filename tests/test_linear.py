@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fp8lab import formats
 from fp8lab.linear import Fp8Linear
 from fp8lab.recipe import OPERANDS, DelayedScaling, Float8CurrentScaling, Format, HighPrecision
+from fp8lab.rewriting import Rewritten
 
 FLOAT32_MAX = np.finfo(np.float32).max
 INPUT, WEIGHT, GRADIENT = range(3)
@@ -212,7 +213,7 @@ def test_a_channel_scale_of_powers_of_two_changes_nothing_in_fp32(dtype: torch.d
     layer = layer_with(FP32)
     twin = copy.deepcopy(layer)
     powers = torch.tensor([2.0**k for k in range(-8, 8)])
-    layer.channel_scale = lambda tensor: powers
+    layer.rewrite = lambda tensor, weight: Rewritten(tensor * powers, weight / powers, powers)
     x, gradient = torch.randn(5, 16).to(dtype), torch.randn(5, 8)
     ours, theirs = run(layer, x, gradient), run(twin, x, gradient)
     for what in ours:
@@ -222,7 +223,8 @@ def test_a_channel_scale_of_powers_of_two_changes_nothing_in_fp32(dtype: torch.d
 
 def test_a_channel_scale_moves_what_is_cast() -> None:
     layer = layer_with(CURRENT, 2, 1, bias=False)
-    layer.channel_scale = lambda tensor: torch.tensor([2.0**-10, 1.0])
+    scale = torch.tensor([2.0**-10, 1.0])
+    layer.rewrite = lambda tensor, weight: Rewritten(tensor * scale, weight / scale, scale)
     x = torch.tensor([[1024.0, 1.0]])
     how = layer.cast_in_force("input", x)
     assert torch.equal(how.tensor, torch.tensor([[1.0, 1.0]]))

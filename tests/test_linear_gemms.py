@@ -44,6 +44,7 @@ from fp8lab.recipe import (
     Recipe,
     RowwiseScaling,
 )
+from fp8lab.rewriting import Rewritten
 from fp8lab.scaling import power_of_two_scale, spread
 
 BF16, FP32 = HighPrecision(), HighPrecision(format=formats.FP32)
@@ -279,7 +280,7 @@ def test_channel_scales_reach_every_use(name: str, monkeypatch: pytest.MonkeyPat
     recipe = CASES[name][0]
     layer = Fp8Linear(40, 24, recipes=dict.fromkeys(OPERANDS, recipe))
     channels = torch.rand(40) + 0.5
-    layer.channel_scale = lambda tensor: channels
+    layer.rewrite = lambda tensor, weight: Rewritten(tensor * channels, weight / channels)
     x, gradient = torch.randn(37, 40), torch.randn(37, 24)
     operands = Caught(layer, x, gradient, monkeypatch).operands
     weight = layer.weight.detach() / channels

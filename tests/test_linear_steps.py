@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from fp8lab import formats
 from fp8lab.casting import fake_quantize
 from fp8lab.linear import Fp8Linear
+from fp8lab.mitigations.smooth_swiglu import ChannelsBalanced
 from fp8lab.recipe import OPERANDS, DelayedScaling, Float8CurrentScaling, HighPrecision
 from fp8lab.regions import autocast, close_region, open_region, steps
 
@@ -423,7 +424,7 @@ def test_adopting_keeps_hooks_parameters_and_references() -> None:
 
 def test_precision_says_what_is_put_on_top() -> None:
     layer = layer_with(Float8CurrentScaling())
-    layer.channel_scale = lambda tensor: torch.ones(1)
+    layer.rewrite = ChannelsBalanced()
     layer.gradient_of_saturated = "zero"
     recipe, balanced = "E4M3 Float8CurrentScaling", "channels balanced"
     precision = layer.precision()

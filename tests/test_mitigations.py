@@ -26,7 +26,7 @@ from fp8lab.ffn import FeedForward, GatedFeedForward
 from fp8lab.lab.model import LanguageModel, ModelConfig
 from fp8lab.linear import Fp8Linear
 from fp8lab.mitigations import AntiWindup, ClampedSwiGLU, HighPrecisionProduct, SmoothSwiGLU
-from fp8lab.mitigations.smooth_swiglu import channel_scale
+from fp8lab.mitigations.smooth_swiglu import ChannelsBalanced, channel_scale
 from fp8lab.recipe import DelayedScaling, Float8CurrentScaling, Format, HighPrecision, Recipe
 
 ALL: list[Any] = [AntiWindup(), ClampedSwiGLU(), HighPrecisionProduct(), SmoothSwiGLU()]
@@ -131,7 +131,7 @@ def test_a_product_in_high_precision_is_refused_and_nothing_changed(
         mitigation.apply(model)
     for layer in model.layers:
         assert layer.mlp.down.gradient_of_saturated == "straight_through"
-        assert layer.mlp.down.channel_scale is None
+        assert layer.mlp.down.rewrite is None
         assert layer.mlp.down.recipes["weight"] == DelayedScaling()
 
 
@@ -144,7 +144,7 @@ def test_every_layer_gets_it_and_the_same_model_comes_back(mitigation: Any) -> N
             "AntiWindup": layer.mlp.down.gradient_of_saturated != "straight_through",
             "ClampedSwiGLU": len(layer.mlp.gate._forward_hooks) == 1,
             "HighPrecisionProduct": layer.mlp.down.recipes["input"] == HighPrecision(),
-            "SmoothSwiGLU": layer.mlp.down.channel_scale is channel_scale,
+            "SmoothSwiGLU": layer.mlp.down.rewrite == ChannelsBalanced(),
         }
         assert [name for name, it_is in changed.items() if it_is] == [type(mitigation).__name__]
         for name, other in before.named_modules():

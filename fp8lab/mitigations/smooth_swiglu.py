@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fp8lab.conversion import converted_downs
 from fp8lab.recipe import DelayedScaling, Float8CurrentScaling, HighPrecision
+from fp8lab.rewriting import Rewritten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +56,24 @@ class SmoothSwiGLU:
             if isinstance(down.recipes["input"], HighPrecision):
                 raise ValueError(f"SmoothSwiGLU: the product of {name} is not FP8")
         for _, down in downs:
-            down.channel_scale = channel_scale
+            down.rewrite = ChannelsBalanced()
             weight = down.recipes["weight"]
             if isinstance(weight, DelayedScaling):
                 down.recipes["weight"] = Float8CurrentScaling(fp8_format=weight.fp8_format)
         return model
+
+
+@dataclass(frozen=True)
+class ChannelsBalanced:
+    """The product times `channel_scale`, the columns of down divided by it."""
+
+    def __call__(self, product: Tensor, weight: Tensor) -> Rewritten:
+        scale = channel_scale(product)
+        return Rewritten(product * scale, weight / scale, channel_scale=scale)
+
+    @property
+    def words(self) -> str:
+        return "channels balanced"
 
 
 @torch.no_grad()
