@@ -10,7 +10,7 @@ export OMP_NUM_THREADS := 1
 PYTEST := -m pytest -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reports test test-full test-lowest check fmt bench bench-diagnosis clean
+.PHONY: help demo reports test test-full test-lowest check fmt bench bench-diagnosis experiments experiments-quick clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,7 +27,7 @@ reports: demo ## Renew what reports/ holds, from a demo
 test: $(SETUP) ## Run the tests that take seconds
 	$(BIN)/python $(PYTEST) -m "not slow"
 
-test-full: $(SETUP) ## Run every test
+test-full: $(SETUP) experiments-quick ## Run every test
 	$(BIN)/python $(PYTEST)
 
 test-lowest: $(LOWEST)/.installed ## Run the tests on the oldest libraries that pyproject.toml allows
@@ -49,6 +49,17 @@ bench: $(SETUP) ## Time the casts and the watching
 
 bench-diagnosis: $(SETUP) ## Diagnose trainings whose cause is known, and count what is right
 	$(BIN)/python tests/bench_diagnosis.py
+
+# Each experiment that has a conclusion; finished runs are kept, so that this goes on where it stopped.
+EXPERIMENTS := $(sort $(notdir $(basename $(wildcard experiments/e[0-9][0-9]_*.py))))
+experiments: $(SETUP) ## Run every experiment, one thread a run, and write their pages into reports/
+	@for name in $(EXPERIMENTS); do echo "$$name, of $(words $(EXPERIMENTS))"; \
+	  $(BIN)/fp8lab run $$name --out runs/experiments/$$name --report reports || exit 1; done
+	$(BIN)/python -c 'from pathlib import Path as P; from fp8lab.lab.result import write_log as w; w(P("reports"), P("experiments/LOG.md"))'
+
+experiments-quick: $(SETUP) ## See that every experiment runs: one seed, few steps; nothing follows
+	@for name in $(EXPERIMENTS); do rm -rf runs/quick/$$name; \
+	  $(BIN)/fp8lab run $$name --quick --out runs/quick/$$name --report runs/quick || exit 1; done
 
 clean: ## Remove the environments, the build outputs and the caches; keep runs/
 	rm -rf .venv $(LOWEST) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -27,7 +27,8 @@ from torch import nn
 
 from fp8lab import HighPrecision, Plan, watch
 from fp8lab.formats import FORMATS
-from fp8lab.lab.experiment import Arm, Experiment, Job, Part, Progress
+from fp8lab.lab.arm import Arm
+from fp8lab.lab.experiment import Experiment, Job, Part, Progress
 from fp8lab.lab.model import LanguageModel, ModelConfig
 from fp8lab.lab.train import NextByte, Schedule, train
 from fp8lab.optim import Fp8AdamW

@@ -43,7 +43,8 @@ import torch
 from torch import nn
 
 from fp8lab import Accumulation, Float8CurrentScaling, GatedFeedForward, HighPrecision, Plan, watch
-from fp8lab.lab.experiment import Arm, Experiment, Job, Part, Progress
+from fp8lab.lab.arm import Arm
+from fp8lab.lab.experiment import Experiment, Job, Part, Progress
 from fp8lab.lab.model import LanguageModel, ModelConfig
 from fp8lab.lab.train import NextByte, Schedule, train
 from fp8lab.linear import Fp8Linear

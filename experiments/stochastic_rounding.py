@@ -52,7 +52,8 @@ from fp8lab import (
     watch,
 )
 from fp8lab.formats import FP32
-from fp8lab.lab.experiment import Arm, Experiment, Job, Part, Progress, Settings
+from fp8lab.lab.arm import Arm
+from fp8lab.lab.experiment import Experiment, Job, Part, Progress, Settings
 from fp8lab.lab.model import LanguageModel, ModelConfig
 from fp8lab.lab.train import NextByte, Schedule, load_checkpoint, save_checkpoint, train
 from fp8lab.recipe import Recipe

@@ -34,8 +34,9 @@ from fp8lab import (
     convert,
     watch,
 )
+from fp8lab.lab.arm import Arm
 from fp8lab.lab.data import RareToken
-from fp8lab.lab.experiment import Arm, Experiment, Job, Part, Progress, Settings
+from fp8lab.lab.experiment import Experiment, Job, Part, Progress, Settings
 from fp8lab.lab.model import LanguageModel, ModelConfig, amplify
 from fp8lab.lab.train import NextByte, Schedule, load_checkpoint, save_checkpoint, train
 from fp8lab.mitigations import AntiWindup, ClampedSwiGLU, HighPrecisionProduct, SmoothSwiGLU

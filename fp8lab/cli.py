@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from fp8lab.comparison import config_of, number_of, side_by_side, told_of
 from fp8lab.progress import Bars
 from fp8lab.recipe import GEMMS, gemm_in_words
 from fp8lab.store import Run, RunError, find_runs, open_run
@@ -88,13 +88,23 @@ def run(
     seed: Annotated[list[int] | None, typer.Option(help="Only this seed; repeatable.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of every training.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text for the language model.")] = None,
+    quick: Annotated[
+        bool, typer.Option(help="One seed, few steps: does it run? Nothing follows from it.")
+    ] = False,
+    ray: Annotated[str | None, typer.Option(help="A Ray cluster's address, or auto.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write the verdict's page there.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run an experiment, arms x seeds; go on where it stopped."""
     from fp8lab.lab.data import read_text
     from fp8lab.lab.experiment import Settings, load_experiment, run_experiment
+    from fp8lab.lab.result import write_page
 
     file, value = load_experiment(experiment)
+    if report is not None and value.conclude is None:
+        raise ValueError(f"--report: {value.name} has no conclusion, expected none")
     if text is not None:
         read_text(text)
     out = out or Path("runs") / value.name
@@ -105,9 +115,12 @@ def run(
             value,
             out,
             workers=workers,
+            ray=ray,
             arms=arm,
             seeds=seed,
-            settings=Settings(steps=steps, text=None if text is None else str(text.resolve())),
+            settings=Settings(
+                steps=steps, text=None if text is None else str(text.resolve()), quick=quick
+            ),
             on_start=progress.started,
             on_report=progress.reported,
             on_end=progress.ended,
@@ -117,7 +130,7 @@ def run(
         _print_json([_summary(one) for one in runs])
     else:
         for part in value.parts:
-            if any(_config(one).get("part") == part.name for one in runs):
+            if any(config_of(one).get("part") == part.name for one in runs):
                 titles = {one.name: one.title for one in part.arms}
                 console.print(_grid(part.title, titles, part.name, runs))
         console.print(f"runs: {out}", highlight=False, soft_wrap=True)
@@ -125,6 +138,9 @@ def run(
         typer.echo(f"failed: {failure}", err=True)
     if failures:
         raise typer.Exit(1)
+    if report is not None:
+        page = write_page(value, file, out, report)
+        typer.echo(f"page: {page}", err=as_json)
 
 
 @app.command("ls")
@@ -167,14 +183,14 @@ def show(run: RunPath, as_json: Json = False) -> None:
     table = Table(show_header=False, box=None)
     for key in ("run", "state", "steps", "loss", "machine", "command", "every"):
         table.add_row(key, _cell(info.get(key)))
-    versions = _mapping(opened, "versions")
+    versions = told_of(opened, "versions")
     table.add_row("versions", ", ".join(f"{k} {v}" for k, v in versions.items()))
     sites = info.get("sites")
     for site in sites if isinstance(sites, list) else []:
         if isinstance(site, dict):
             parts = ", ".join(f"{role} {site.get(role)}" for role in ("gate", "up", "down"))
             table.add_row(f"site {site.get('site')}", f"{parts}; {site.get('activation')}")
-    for layer, casts in _mapping(opened, "precision").items():
+    for layer, casts in told_of(opened, "precision").items():
         if isinstance(casts, dict):
             gemms = (f"{gemm} {gemm_in_words(casts, gemm)}" for gemm in GEMMS)
             table.add_row(layer, "; ".join(gemms))
@@ -329,20 +345,21 @@ def report(
 
 
 @app.command()
-def compare(runs: RunPaths, as_json: Json = False) -> None:
+def compare(
+    runs: RunPaths,
+    against: Annotated[
+        str, typer.Option(metavar="ARM", help="What losses and speeds are compared with.")
+    ] = "bf16",
+    as_json: Json = False,
+) -> None:
     """One table of arms: diverged, final loss, what the casts did to the product, speed.
 
     Losses and speeds are medians over runs; staleness, saturated, flushed and bulk error are the
-    largest that were recorded.
+    largest that were recorded. The loss gap is the median, over the seeds that both have, of the
+    final loss less that of the arm named by --against in the same part; the step time ratio is
+    that of the median step times.
     """
-    groups: dict[str, list[Run]] = {}
-    for path in _expand(runs):
-        opened = open_run(path)
-        config = _config(opened)
-        named = "part" in config and "arm" in config
-        key = f"{config['part']}/{config['arm']}" if named else str(path)
-        groups.setdefault(key, []).append(opened)
-    rows = [_comparison(arm, members) for arm, members in groups.items()]
+    rows = side_by_side([open_run(path) for path in _expand(runs)], against)
     if as_json:
         _print_json(rows)
         return
@@ -372,32 +389,16 @@ def _expand(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def _config(run: Run) -> dict[str, Any]:
-    return _mapping(run, "config")
-
-
-def _mapping(run: Run, key: str) -> dict[str, Any]:
-    """A part of run.json, empty where a run has none."""
-    found = run.info.get(key)
-    return found if isinstance(found, dict) else {}
-
-
-def _number(value: Any) -> float | None:
-    """A number of run.json, None where it has something else."""
-    small = type(value) is int and abs(value) < 1 << 1000
-    return float(value) if small or isinstance(value, float) else None
-
-
 def _summary(run: Run) -> dict[str, Any]:
     steps = run.steps("loss")
-    result = _mapping(run, "result")
+    result = told_of(run, "result")
     losses = steps.dropna(subset="loss").drop_duplicates("step")["loss"]  # of the first process
     return {
         "run": str(run.path),
         "state": run.state,
-        "part": _config(run).get("part"),
-        "arm": _config(run).get("arm"),
-        "seed": _config(run).get("seed"),
+        "part": config_of(run).get("part"),
+        "arm": config_of(run).get("arm"),
+        "seed": config_of(run).get("seed"),
         "steps": steps["step"].nunique(),
         "loss": float(losses.iloc[-1]) if len(losses) else None,
         "diverged_at": result.get("diverged_at"),
@@ -409,10 +410,10 @@ def _grid(title: str, arms: dict[str, str], part: str, runs: list[Run]) -> Table
     """Arms x seeds: the step at which a run diverged, or its final loss."""
     cells: dict[tuple[str, int], str | Text] = {}
     for one in runs:
-        config, summary = _config(one), _summary(one)
+        config, summary = config_of(one), _summary(one)
         where = (config.get("arm"), config.get("seed"))
         if config.get("part") == part and isinstance(where[0], str) and isinstance(where[1], int):
-            diverged, final = summary["diverged_at"], _number(summary["final_loss"])
+            diverged, final = summary["diverged_at"], number_of(summary["final_loss"])
             cell: str | Text = summary["state"] if final is None else f"{final:.3f}"
             if diverged is not None:
                 cell = Text(f"✗ {diverged}", style="bold red")
@@ -427,33 +428,6 @@ def _grid(title: str, arms: dict[str, str], part: str, runs: list[Run]) -> Table
         if any((arm, seed) in cells for seed in seeds):
             table.add_row(arm_title, *(cells.get((arm, seed), "") for seed in seeds))
     return table
-
-
-def _comparison(arm: str, runs: list[Run]) -> dict[str, Any]:
-    results = [_mapping(run, "result") for run in runs]
-    products = [run.tensors() for run in runs]
-    products = [frame[frame["site"].str.endswith(":product", na=False)] for frame in products]
-    seconds = [run.steps()["seconds"].dropna() for run in runs]
-    medians = [float(measured.median()) for measured in seconds if len(measured)]
-
-    def largest(column: str) -> float | None:
-        values = [float(frame[column].max()) for frame in products if frame[column].notna().any()]
-        return max(values, default=None)
-
-    numbers = [_number(result.get("final_loss")) for result in results]
-    finals = [number for number in numbers if number is not None]
-    speeds = [1.0 / median for median in medians if median]
-    return {
-        "arm": arm,
-        "runs": len(runs),
-        "diverged": sum(result.get("diverged_at") is not None for result in results),
-        "final_loss": statistics.median(finals) if finals else None,
-        "staleness": largest("staleness"),
-        "saturated": largest("saturated"),
-        "flushed": largest("flushed"),
-        "bulk_error": largest("bulk_error"),
-        "steps_per_second": statistics.median(speeds) if speeds else None,
-    }
 
 
 def _table(names: Iterable[str]) -> Table:

@@ -33,7 +33,8 @@ from malformed_runs import warm_run
 EXPERIMENT = '''"""An experiment that does nothing."""
 
 from fp8lab import HighPrecision, Plan
-from fp8lab.lab.experiment import Arm, Experiment, Part
+from fp8lab.lab.arm import Arm
+from fp8lab.lab.experiment import Experiment, Part
 
 
 def run(job, progress):
@@ -293,8 +294,9 @@ def _done(self: Any, jobs: Any, on_report: Any, on_end: Any) -> None:
 def build(draw: Draw) -> None:
     """Frozen configurations with values of any kind: ValueError at birth, in one line."""
     from fp8lab import recipe
+    from fp8lab.lab.arm import Arm
     from fp8lab.lab.data import RareToken
-    from fp8lab.lab.experiment import Arm, Experiment, Part
+    from fp8lab.lab.experiment import Experiment, Part
     from fp8lab.lab.train import Schedule
     from fp8lab.plan import Plan
 

@@ -38,7 +38,7 @@ LAB = (
     | {"forecast"}
     | {"diagnosis", "guard", "checkpoint"}
 )
-ALL = LAB | {"lab", "bisection", "progress", "report", "integrations"}
+ALL = LAB | {"comparison", "lab", "bisection", "progress", "report", "integrations"}
 
 # A room may always import itself.
 TABLE: dict[str, set[str]] = {
@@ -89,6 +89,7 @@ TABLE: dict[str, set[str]] = {
     "bisection": {"recipe", "plan", "store", "diagnosis"},
     "checkpoint": {"formats", "recipe", "rounding", "scaling", "casting", "kernels", "record"}
     | {"sites", "monitor", "store"},
+    "comparison": {"runs"},
     "report": NECK | {"forecast", "diagnosis"},
     "integrations": {"monitor", "guard", "sites", "store", "recipe", "record", "statistics"}
     | {"casting", "plan"},
@@ -96,7 +97,7 @@ TABLE: dict[str, set[str]] = {
     "cli": ALL | {DOOR},
     DOOR: ALL,
 }
-TORCH_FREE = NECK | {"forecast", "diagnosis", "report"}
+TORCH_FREE = NECK | {"comparison", "forecast", "diagnosis", "report"}
 
 
 # module -> source, where a package is named by its file: `fp8lab.report.__init__`

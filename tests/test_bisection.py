@@ -789,7 +789,8 @@ def test_another_plan_takes_what_it_has_room_for(tmp_path: Path) -> None:
 EXPERIMENT = """
 from test_bisection import DELAYED, FP8, Invented, Reconstruction, Schedule, guilty_of, made
 from fp8lab import watch
-from fp8lab.lab.experiment import Arm, Experiment, Part
+from fp8lab.lab.arm import Arm
+from fp8lab.lab.experiment import Experiment, Part
 from fp8lab.lab.train import load_checkpoint, train
 from fp8lab.recipe import HighPrecision
 

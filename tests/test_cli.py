@@ -141,7 +141,7 @@ def test_a_run_that_fails_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.Mon
     assert result.stdout.splitlines()[:2] == ["done: first/prepare/seed-5", error]
     assert "FP8 failed" in spoken(result.stdout)
     described = json.loads(Path("runs/tiny/experiment.json").read_text())
-    assert described["settings"] == {"steps": None, "text": "text"}
+    assert described["settings"] == {"steps": None, "text": "text", "quick": False}
 
 
 def test_ls(runs: Path) -> None:
@@ -235,15 +235,18 @@ def test_compare(runs: Path, tmp_path: Path) -> None:
         "runs": 1,
         "diverged": 0,
         "final_loss": run.info["result"]["final_loss"],
+        "loss_gap": 0.0,
         "staleness": None,
         "saturated": products["saturated"].max(),
         "flushed": products["flushed"].max(),
         "bulk_error": products["bulk_error"].max(),
         "steps_per_second": 1 / run.steps()["seconds"].median(),
+        "step_time_ratio": 1.0,
+        "changes_function": False,
     }
     assert rows["second/hot"]["diverged"] == 1 and rows["second/hot"]["final_loss"] is None
     text = spoken(invoke("compare", runs).stdout)
-    assert f"second/bf16 1 0 {rows['second/bf16']['final_loss']:.3g} - 0 " in text
+    assert f"second/bf16 1 0 {rows['second/bf16']['final_loss']:.3g} 0 - 0 " in text
 
 
 def test_compare_takes_medians_and_maxima_over_the_runs_of_an_arm(tmp_path: Path) -> None:
@@ -263,6 +266,28 @@ def test_compare_takes_medians_and_maxima_over_the_runs_of_an_arm(tmp_path: Path
     assert row["final_loss"] == statistics.median(finals)
     assert row["staleness"] == max(peaks) and row["saturated"] is None
     assert row["steps_per_second"] == 1 / 2
+    assert row["loss_gap"] is row["step_time_ratio"] is row["changes_function"] is None
+
+
+def test_compare_pairs_the_seeds_of_two_arms(tmp_path: Path) -> None:
+    finals = {"bf16": {0: 1.0, 1: 2.0, 2: 9.0}, "smooth": {0: 1.5, 1: 2.25, 3: 0.0}}
+    for arm, losses in finals.items():
+        for seed, final in losses.items():
+            config = {"part": "p", "arm": arm, "seed": seed, "changes_function": arm == "smooth"}
+            writer = RunWriter.create(
+                tmp_path / arm / f"seed-{seed}",
+                {"config": config, "result": {"final_loss": final}},
+            )
+            seconds = 2.0 if arm == "bf16" else 3.0
+            writer.append("steps", [{"step": s, "rank": 0, "seconds": seconds} for s in range(2)])
+            writer.close()
+    rows = {row["arm"]: row for row in strict(invoke("compare", tmp_path, "--json").stdout)}
+    assert rows["p/smooth"]["loss_gap"] == statistics.median([0.5, 0.25])
+    assert rows["p/smooth"]["step_time_ratio"] == 1.5
+    assert rows["p/smooth"]["changes_function"] is True
+    assert rows["p/bf16"]["loss_gap"] == 0.0 and rows["p/bf16"]["changes_function"] is False
+    rows = strict(invoke("compare", tmp_path, "--against", "smooth", "--json").stdout)
+    assert rows[0]["loss_gap"] == -0.375
 
 
 def test_report(runs: Path, tmp_path: Path) -> None:

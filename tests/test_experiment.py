@@ -105,7 +105,8 @@ def test_experiment_json_is_the_experiment_and_the_settings(done: tuple[Path, To
     out, _ = done
     _, experiment = load_experiment(str(TINY))
     described = json.loads((out / "experiment.json").read_text())
-    assert described == experiment.describe() | {"settings": {"steps": None, "text": None}}
+    settings = {"steps": None, "text": None, "quick": False}
+    assert described == experiment.describe() | {"settings": settings}
     assert described["prediction"] == "It does." and described["limits"] == ["It is tiny."]
     hot = described["parts"][1]["arms"][1]
     assert hot == {
@@ -113,6 +114,7 @@ def test_experiment_json_is_the_experiment_and_the_settings(done: tuple[Path, To
         "title": "BF16, too hot",
         "recipe": {"recipe": "HighPrecision"},
         "mitigations": [],
+        "changes_function": False,
         "predicted": "diverges",
         "options": {"hotter": 1e8},
     }
@@ -266,7 +268,8 @@ def test_an_unknown_arm_is_refused_before_anything_is_written(tmp_path: Path) ->
         ),
         (
             {"experiment.json": '{"name": "tiny", "settings": {"steps": 2, "text": null}}'},
-            "holds runs with {'steps': 2, 'text': None}, expected {'steps': None, 'text': None}",
+            "holds runs with {'steps': 2, 'text': None}, expected {'steps': None, 'text': None, "
+            "'quick': False}",
         ),
     ],
 )

@@ -35,8 +35,9 @@ from fp8lab import (
     load_recipe,
 )
 from fp8lab.cli import app
+from fp8lab.lab.arm import Arm
 from fp8lab.lab.data import RareToken, read_text
-from fp8lab.lab.experiment import Arm, Experiment, Part, load_experiment, run_experiment
+from fp8lab.lab.experiment import Experiment, Part, load_experiment, run_experiment
 from fp8lab.lab.train import Schedule, load_checkpoint, save_checkpoint
 from fp8lab.optim import Fp8AdamW
 from fp8lab.plan import recipe_from_dict

@@ -13,13 +13,19 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
+from matplotlib import pyplot
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from fp8lab import Float8CurrentScaling, GatedFeedForward, HighPrecision, Plan, watch
-from fp8lab.lab.experiment import Arm, Experiment, Job, Part, Progress, Settings
+from fp8lab.lab.arm import Arm
+from fp8lab.lab.experiment import Experiment, Job, Part, Progress, Settings
+from fp8lab.lab.result import Picture, Result, Table, runs_of
 from fp8lab.lab.train import Schedule, load_checkpoint, save_checkpoint, train
 
 STEPS = 4
@@ -60,7 +66,7 @@ def prepare(seed: int, folder: Path, settings: Settings, progress: Progress) -> 
 
 
 def regress(job: Job, progress: Progress) -> None:
-    steps = job.settings.steps or STEPS
+    steps = job.steps(STEPS, quick=2)
     model, optimizer = made()
     start = job.path.parents[1] / f"start-{job.seed}.safetensors"
     if job.part == "first":
@@ -84,6 +90,33 @@ def regress(job: Job, progress: Progress) -> None:
         watching.set_result(diverged_at=diverged, final_loss=final)
 
 
+def losses(out: Path) -> Figure:
+    figure, axes = pyplot.subplots()
+    for (arm, seed), run in runs_of(out, "second").items():
+        steps = run.steps(["step", "loss"])
+        axes.plot(steps["step"], steps["loss"], label=f"{arm}, {seed}")
+    axes.legend()
+    return figure
+
+
+def conclude(out: Path) -> Result:
+    runs = runs_of(out, "second")
+    ends = [(arm, seed, run.info["result"]["diverged_at"]) for (arm, seed), run in runs.items()]
+    table = pd.DataFrame(ends, columns=["arm", "seed", "diverged at"]).astype(object)
+    table = table.where(table.notna(), None)
+    lost = [end for arm, _, end in ends if arm == "hot" and end is not None]
+    hot = sum(arm == "hot" for arm, _, _ in ends)
+    return Result(
+        verdict="confirmed" if len(lost) == hot else "refuted",
+        sentence=f"{len(lost)} of {hot} hot runs diverged.",
+        parts=(
+            "A | here is text.",
+            Table(title="Ends", rows=table, note="Of part `second`."),
+            Picture(name="losses", title="Losses", draw=partial(losses, out)),
+        ),
+    )
+
+
 BF16 = Arm(name="bf16", title="BF16", plan=Plan(recipe=HighPrecision()), predicted="survives")
 
 EXPERIMENT = Experiment(
@@ -92,6 +125,7 @@ EXPERIMENT = Experiment(
     prediction="It does.",
     refuted_if="it does not",
     limits=("It is tiny.",),
+    conclude=conclude,
     parts=(
         Part(
             name="first",

@@ -22,83 +22,34 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
-from fp8lab.conversion import convert
+from fp8lab.lab.arm import Arm, require_types
+from fp8lab.lab.ray_workers import RayWorkers
+from fp8lab.lab.result import Result
 from fp8lab.lab.workers import Workers, in_one_line
-from fp8lab.plan import Plan, named, recipe_to_dict
+from fp8lab.plan import named
 from fp8lab.recipe import shown
 from fp8lab.store import RunError, open_run
 
 
-class Mitigation(Protocol):
-    """What can be put on a converted model."""
-
-    def apply(self, model: nn.Module) -> nn.Module: ...
-
-
-Prediction = Literal["diverges", "survives", "open"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One way to train: the precision of every operand, and what is put on top.
-
-    `predicted` is this arm's share of the experiment's prediction.
-    """
-
-    name: str
-    title: str
-    plan: Plan
-    mitigations: tuple[Mitigation, ...] = ()
-    predicted: Prediction = "open"
-    options: Mapping[str, Any] | None = None  # what else the part's training changes for this arm
-
-    def __post_init__(self) -> None:
-        where = f"Arm {shown(self.name)}"
-        _require_types(where, self, name=str, title=str, plan=Plan, mitigations=tuple)
-        if self.predicted not in get_args(Prediction):
-            expected = ", ".join(get_args(Prediction))
-            got = shown(self.predicted)
-            raise ValueError(f"{where}: predicted={got}, expected one of {expected}")
-        try:
-            json.dumps(dict(self.options or {}), allow_nan=False)  # JSON has no infinity
-        except (TypeError, ValueError, AttributeError, RecursionError) as error:
-            got = f"options={shown(self.options)}: {str(error)[:200]}"
-            raise ValueError(f"{where}: {got}, expected what JSON can hold") from None
-
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Convert `model` in place and put the mitigations on it."""
-        convert(model, self.plan)
-        for mitigation in self.mitigations:
-            mitigation.apply(model)
-        return model
-
-    def describe(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {
-            "name": self.name,
-            "title": self.title,
-            "recipe": recipe_to_dict(self.plan),
-            "mitigations": [type(m).__name__ for m in self.mitigations],
-            "predicted": self.predicted,
-            "options": dict(self.options or {}),
-        }
-
-
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a caller may change without touching the experiment's file."""
+    """What a caller may change without touching the experiment's file.
+
+    `quick` is to see that an experiment runs, to its end and its page: the first seed of every
+    part, as few steps as the experiment allows, and nothing follows from it.
+    """
 
     steps: int | None = None
     text: str | None = None
+    quick: bool = False
 
 
 Progress = Callable[[int, int, float, int], None]  # steps done, of, loss, alarms
@@ -117,6 +68,10 @@ class Job:
     start: Path | None = None  # the checkpoint to go on from, of whatever plan
     stop: tuple[int, Path] | None = None  # end before this step and write its checkpoint there
 
+    def steps(self, steps: int, *, quick: int) -> int:
+        """How many, of an experiment that takes so many, and `quick` ones in a hurry."""
+        return self.settings.steps or (quick if self.settings.quick else steps)
+
     def config(self, **more: Any) -> dict[str, Any]:
         """What identifies the run, for run.json."""
         arm = self.arm.describe()
@@ -127,6 +82,7 @@ class Job:
             "seed": self.seed,
             "recipe": arm["recipe"],
             "mitigations": arm["mitigations"],
+            "changes_function": arm["changes_function"],
             **more,
         }
 
@@ -146,7 +102,7 @@ class Part:
 
     def __post_init__(self) -> None:
         where = f"Part {shown(self.name)}"
-        _require_types(where, self, name=str, title=str, arms=tuple, seeds=tuple, restarts=bool)
+        require_types(where, self, name=str, title=str, arms=tuple, seeds=tuple, restarts=bool)
         _require_folder_names(f"{where}: arms", _all(Arm, where, self.arms))
         _require_seeds(where, self.seeds)
         for name, function in (("run", self.run), ("prepare", self.prepare or print)):
@@ -157,7 +113,7 @@ class Part:
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A question and how it is put. `prediction` and `refuted_if` are written before the first run;
-    `limits` says what does not follow."""
+    `limits` says what does not follow; `conclude` reads the folder of the finished runs."""
 
     name: str
     question: str
@@ -165,10 +121,11 @@ class Experiment:
     refuted_if: str
     limits: tuple[str, ...]
     parts: tuple[Part, ...]
+    conclude: Callable[[Path], Result] | None = None
 
     def __post_init__(self) -> None:
         words = dict.fromkeys(("name", "question", "prediction", "refuted_if"), str)
-        _require_types("Experiment", self, **words, limits=tuple, parts=tuple)
+        require_types("Experiment", self, **words, limits=tuple, parts=tuple)
         _require_folder_names("Experiment: name", [self.name])
         _require_folder_names("Experiment: parts", _all(Part, "Experiment", self.parts))
         if not all(isinstance(one, str) for one in self.limits):
@@ -192,13 +149,6 @@ class Experiment:
                 for part in self.parts
             ],
         }
-
-
-def _require_types(where: str, value: object, **types: type) -> None:
-    for name, kind in types.items():
-        found = getattr(value, name)
-        if not isinstance(found, kind):
-            raise ValueError(f"{where}: {name}={shown(found)}, expected a {kind.__name__}")
 
 
 def _all(kind: type[Arm] | type[Part], where: str, values: tuple[Any, ...]) -> list[str]:
@@ -346,6 +296,7 @@ def run_experiment(
     out: Path,
     *,
     workers: int = 2,
+    ray: str | None = None,
     arms: Iterable[str] | None = None,
     seeds: Iterable[int] | None = None,
     settings: Settings | None = None,
@@ -354,7 +305,8 @@ def run_experiment(
     on_end: Callable[[int, str | None], None] = lambda index, error: None,
 ) -> list[str]:
     """Do every run of the experiment that is not finished in `out`; returns what failed, one line
-    each. Runs whose preparation failed are not done.
+    each. Runs whose preparation failed are not done. With `ray`, a cluster's address, they are its
+    tasks, as many at a time as it has cores; `out` has to be a folder that all its machines share.
 
     The callbacks get a job's index and label when it is known, its progress, and its end (with the
     error in one line, None if it went well). Raises ValueError for an unknown arm or fewer than one
@@ -386,9 +338,9 @@ def run_experiment(
             on_start(index, begun[index].label)
         pool.do(jobs, on_report, ended)
 
-    with Workers(workers) as pool:
+    with Workers(workers) if ray is None else RayWorkers(ray) as pool:
         description = _description(out, experiment, settings)
-        preparations, runs = _stages(experiment, out, wanted, seeds)
+        preparations, runs = _stages(experiment, out, wanted, seeds, settings.quick)
         if description is not None:  # all that could be refused has been: now something is written
             _write_description(out, description)
         for work in runs:
@@ -401,14 +353,19 @@ def run_experiment(
 
 
 def _stages(
-    experiment: Experiment, out: Path, arms: set[str] | None, seeds: Iterable[int] | None
+    experiment: Experiment,
+    out: Path,
+    arms: set[str] | None,
+    seeds: Iterable[int] | None,
+    quick: bool,
 ) -> tuple[list[_Work], list[_Work]]:
     """What parts prepare, and all runs without those that are finished."""
     wanted_seeds = None if seeds is None else set(seeds)
     preparations: list[_Work] = []
     runs: list[_Work] = []
     for part in experiment.parts:
-        for seed in part.seeds if wanted_seeds is None else sorted(wanted_seeds):
+        seeds_of_part = part.seeds[:1] if quick else part.seeds
+        for seed in seeds_of_part if wanted_seeds is None else sorted(wanted_seeds):
             todo: list[_Work] = []
             for arm in part.arms:
                 path = out / part.name / arm.name / f"seed-{seed}"
@@ -460,14 +417,14 @@ def _description(out: Path, experiment: Experiment, settings: Settings) -> dict[
         try:
             text = file.read_text(encoding="utf-8") if file.is_file() else ""
             known = json.loads(text)
-            name, earlier = known["name"], known["settings"]
+            name, earlier = known["name"], dict(known["settings"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError):
             raise RunError(
                 f"{out}: exists and holds no experiment, expected a new folder"
             ) from None
         if name != experiment.name:
             raise RunError(f"{out}: holds experiment {shown(name)}, expected {experiment.name!r}")
-        if earlier != wanted:
+        if asdict(Settings()) | earlier != wanted:
             raise RunError(f"{out}: holds runs with {shown(earlier)}, expected {wanted}")
         if known == description:
             return None

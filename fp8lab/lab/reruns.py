@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fp8lab.lab.arm import Arm
 from fp8lab.lab.experiment import (
-    Arm,
     Experiment,
     Job,
     Part,

@@ -32,7 +32,7 @@ from fp8lab.runs import hottest
 from fp8lab.store import Run, RunError, find_runs, open_run
 
 # What differs between the arms of one training; everything else in `config` must be the same.
-_ARM_KEYS = ("arm", "recipe", "mitigations")
+_ARM_KEYS = ("arm", "recipe", "mitigations", "changes_function")
 
 
 class Seen:

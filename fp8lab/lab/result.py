@@ -1,0 +1,213 @@
+"""What came of an experiment: a verdict, and the tables and pictures that it rests on, as a page.
+
+An experiment's `conclude` reads its runs and says what they show; every number of the page comes
+from their rows that way, and nothing is typed in. The page is Markdown with PNG pictures beside it,
+for a repository or an issue tracker: FOLDER/<experiment>.md and FOLDER/<experiment>-<picture>.png.
+Its first heading is the verdict. The same runs give the same bytes; what made them (versions, the
+machine, the command, text, seeds, a hash of the experiment's file and of the runs) stands last.
+
+`write_log` puts the verdicts of all pages of a folder into one list, the laboratory's log.
+
+Rejected: the HTML report, which is about single runs and their diagnosis.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import pandas as pd
+
+from fp8lab.runs import Run, find_runs, open_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fp8lab.lab.experiment import Experiment
+
+Verdict = Literal["confirmed", "refuted", "partly", "undecided"]
+"""Of the prediction: as predicted, not, in some clauses only, or the runs cannot tell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows and columns under a heading; floats are shown with four digits, None as a dash."""
+
+    title: str
+    rows: pd.DataFrame
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A figure by the name of its file; `draw` makes it."""
+
+    name: str
+    title: str
+    draw: Callable[[], Figure]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9_]+", self.name):
+            raise ValueError(f"Picture: name={self.name!r}, expected letters a-z, digits and _")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """`sentence` says in one line, with figures, what was found; `against` what the literature has
+    otherwise, which the heading then says too."""
+
+    verdict: Verdict
+    sentence: str
+    parts: Sequence[str | Table | Picture] = ()
+    against: str = ""
+
+    def __post_init__(self) -> None:
+        if self.verdict not in get_args(Verdict):
+            expected = ", ".join(get_args(Verdict))
+            raise ValueError(f"Result: verdict={self.verdict!r}, expected one of {expected}")
+        if not self.sentence or "\n" in self.sentence + self.against:
+            raise ValueError(f"Result: sentence={self.sentence!r}, expected one line")
+
+
+def runs_of(out: Path, part: str) -> dict[tuple[str, int], Run]:
+    """The finished runs of a part in an experiment's folder, by arm and seed."""
+    found = {}
+    for path in find_runs(out / part):
+        run = open_run(path)
+        if run.state == "finished":
+            config = run.info["config"]
+            found[config["arm"], config["seed"]] = run
+    return found
+
+
+def write_page(experiment: Experiment, file: Path, out: Path, folder: Path) -> Path:
+    """Conclude from the runs in `out`, and write page and pictures into `folder`.
+
+    Raises ValueError if the experiment has no conclusion, or `out` lacks a run that it would have.
+    """
+    if experiment.conclude is None:
+        raise ValueError(f"experiment {experiment.name}: has no conclusion to write")
+    quick = _settings(out).get("quick", False)
+    missing = [
+        f"{part.name}/{arm.name}/seed-{seed}"
+        for part in experiment.parts
+        for arm in part.arms
+        for seed in (part.seeds[:1] if quick else part.seeds)
+        if (arm.name, seed) not in runs_of(out, part.name)
+    ]
+    if missing:
+        raise ValueError(f"{out}: {len(missing)} runs are not finished, {missing[0]} first")
+    result = experiment.conclude(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = _head(experiment, result, quick)
+    for part in result.parts:
+        if isinstance(part, str):
+            lines += [part, ""]
+        elif isinstance(part, Table):
+            lines += [f"## {part.title}", "", _markdown(part.rows), ""]
+            lines += [part.note, ""] if part.note else []
+        else:
+            lines += _drawn(part, experiment.name, folder)
+    lines += ["## What does not follow", "", *(f"- {one}" for one in experiment.limits), ""]
+    lines += ["## Where this is from", "", *_provenance(experiment, file, out), ""]
+    page = folder / f"{experiment.name}.md"
+    page.write_text("\n".join(lines).rstrip("\n") + "\n", encoding="utf-8")
+    return page
+
+
+def _settings(out: Path) -> dict[str, Any]:
+    told = json.loads((out / "experiment.json").read_text(encoding="utf-8"))
+    settings: dict[str, Any] = told["settings"]
+    return settings
+
+
+def _head(experiment: Experiment, result: Result, quick: bool) -> list[str]:
+    against = f" Against the literature: {result.against}" if result.against else ""
+    verdict = "quick, nothing follows" if quick else result.verdict
+    return [
+        f"# {experiment.name}: {verdict}. {result.sentence}{against}",
+        "",
+        f"**{experiment.question}**",
+        "",
+        f"*Predicted before the first run:* {experiment.prediction}",
+        "",
+        f"*Refuted if* {experiment.refuted_if}.",
+        "",
+    ]
+
+
+def _drawn(picture: Picture, name: str, folder: Path) -> list[str]:
+    from matplotlib import pyplot
+
+    figure = picture.draw()
+    file = f"{name}-{picture.name}.png"
+    # Without what would change from one writing to the next.
+    figure.savefig(folder / file, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+    lines = [f"## {picture.title}", "", f"![{picture.title}](<{file}>)", ""]
+    return lines + ([picture.note, ""] if picture.note else [])
+
+
+def _markdown(rows: pd.DataFrame) -> str:
+    cells = [[str(name) for name in rows.columns], ["---"] * len(rows.columns)]
+    cells += [[_cell(value) for value in row] for row in rows.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def _cell(value: Any) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and value != value):
+        return "–"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _provenance(experiment: Experiment, file: Path, out: Path) -> list[str]:
+    runs = [open_run(path) for path in find_runs(out)]
+    versions: dict[str, set[str]] = {}
+    for run in runs:
+        for library, version in run.info.get("versions", {}).items():
+            versions.setdefault(library, set()).add(str(version))
+    machines = sorted({str(run.info.get("machine")) for run in runs})
+    texts = sorted(
+        {
+            f"{config['text']}, SHA-256 {str(config['text_sha256'])[:16]}"
+            for config in (run.info.get("config", {}) for run in runs)
+            if "text_sha256" in config
+        }
+    )
+    told = ", ".join(f"{name} {'/'.join(sorted(found))}" for name, found in versions.items())
+    hashed = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    settings = {k: v for k, v in _settings(out).items() if v}
+    return [
+        f"- `fp8lab run {experiment.name} --report reports`, {len(runs)} runs"
+        + (f", settings {json.dumps(settings)}" if settings else ""),
+        f"- the experiment's file: SHA-256 {hashed}",
+        f"- {told}",
+        *(f"- {machine}" for machine in machines),
+        *(f"- text: {text}" for text in texts),
+    ]
+
+
+def write_log(folder: Path, file: Path) -> None:
+    """The first line of every page of an experiment in `folder`, with a link to it."""
+    lines = ["# Log", "", "Every experiment with its verdict on what was predicted; written by", ""]
+    lines[2] = (
+        "Every experiment with its verdict on what was predicted, as `make experiments` wrote it."
+    )
+    for page in sorted(folder.glob("*.md")):
+        heading, _, rest = page.read_text(encoding="utf-8").partition("\n")
+        question = next((line for line in rest.splitlines() if line.startswith("**")), None)
+        if re.match(r"# [\w.-]+: (confirmed|refuted|partly|undecided)\. ", heading) and question:
+            lines += [
+                f"#{heading}",
+                "",
+                f"{question} [The page](<../{folder.name}/{page.name}>).",
+                "",
+            ]
+    file.write_text("\n".join(lines).rstrip("\n") + "\n", encoding="utf-8")

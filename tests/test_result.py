@@ -1,0 +1,154 @@
+"""The page of an experiment, from the runs of a real one: `tiny_experiment.py`, in a hurry.
+
+That a page is a function of its runs is tested by writing it twice; its tables are read back and
+compared with run.json.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fp8lab.lab.experiment import Settings, load_experiment, run_experiment
+from fp8lab.lab.result import Picture, Result, Table, runs_of, write_log, write_page
+from fp8lab.store import find_runs, open_run
+
+TINY = Path(__file__).with_name("tiny_experiment.py")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The experiment with its first seed and two steps; not to be written to."""
+    out = tmp_path_factory.mktemp("quick") / "out"
+    file, experiment = load_experiment(str(TINY))
+    assert run_experiment(file, experiment, out, workers=1, settings=Settings(quick=True)) == []
+    return out
+
+
+@pytest.fixture
+def whole(quick: Path, tmp_path: Path) -> Path:
+    """The same runs as if they were all that the experiment asks for."""
+    out = tmp_path / "out"
+    shutil.copytree(quick, out)
+    told = json.loads((out / "experiment.json").read_text())
+    told["settings"]["quick"] = False
+    (out / "experiment.json").write_text(json.dumps(told))
+    return out
+
+
+def one_seed() -> tuple[Path, object]:
+    file, experiment = load_experiment(str(TINY))
+    parts = tuple(replace(part, seeds=(0,)) for part in experiment.parts)
+    return file, replace(experiment, parts=parts)
+
+
+def test_in_a_hurry_there_is_one_seed_and_few_steps(quick: Path) -> None:
+    runs = [open_run(path) for path in find_runs(quick)]
+    assert [run.info["config"]["seed"] for run in runs] == [0, 0, 0, 0]
+    assert {run.info["config"]["steps"] for run in runs} == {2}
+    assert json.loads((quick / "experiment.json").read_text())["settings"]["quick"] is True
+
+
+def test_runs_of_a_part_by_arm_and_seed(quick: Path) -> None:
+    assert runs_of(quick, "second").keys() == {("bf16", 0), ("hot", 0)}
+    assert runs_of(quick, "third") == {}
+
+
+def test_the_page_says_verdict_question_tables_and_where_it_is_from(
+    whole: Path, tmp_path: Path
+) -> None:
+    file, experiment = one_seed()
+    page = write_page(experiment, file, whole, tmp_path / "reports")
+    assert page == tmp_path / "reports" / "tiny.md"
+    lines = page.read_text(encoding="utf-8").splitlines()
+    end = open_run(whole / "second" / "hot" / "seed-0").info["result"]["diverged_at"]
+    verdict = "refuted. 0" if end is None else "confirmed. 1"
+    assert lines[0] == f"# tiny: {verdict} of 1 hot runs diverged."
+    assert "**Does a learning rate of a million diverge?**" in lines
+    assert "*Predicted before the first run:* It does." in lines
+    assert "*Refuted if* it does not." in lines
+    assert f"| hot | 0 | {'–' if end is None else end} |" in lines
+    assert "| bf16 | 0 | – |" in lines
+    assert "- It is tiny." in lines
+    assert "![Losses](<tiny-losses.png>)" in lines
+    assert "- `fp8lab run tiny --report reports`, 4 runs" in lines
+    versions = open_run(whole / "first" / "bf16" / "seed-0").info["versions"]
+    assert f"torch {versions['torch']}" in page.read_text(encoding="utf-8")
+
+
+def test_the_same_runs_give_the_same_bytes(whole: Path, tmp_path: Path) -> None:
+    file, experiment = one_seed()
+    written = []
+    for folder in (tmp_path / "one", tmp_path / "other"):
+        write_page(experiment, file, whole, folder)
+        written.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert written[0].keys() == {"tiny.md", "tiny-losses.png"}
+    assert written[0] == written[1]
+
+
+def test_a_page_in_a_hurry_says_that_nothing_follows(quick: Path, tmp_path: Path) -> None:
+    file, experiment = load_experiment(str(TINY))
+    page = write_page(experiment, file, quick, tmp_path)
+    assert page.read_text(encoding="utf-8").startswith("# tiny: quick, nothing follows. ")
+    write_log(tmp_path, tmp_path / "LOG.txt")
+    assert "tiny" not in (tmp_path / "LOG.txt").read_text(encoding="utf-8")
+
+
+def test_a_missing_run_is_named_and_nothing_written(whole: Path, tmp_path: Path) -> None:
+    file, experiment = load_experiment(str(TINY))  # of two seeds
+    with pytest.raises(ValueError, match=r"out: 4 runs are not finished, first/bf16/seed-1 first$"):
+        write_page(experiment, file, whole, tmp_path / "reports")
+    assert not (tmp_path / "reports").exists()
+
+
+def test_an_experiment_without_a_conclusion_has_no_page(whole: Path, tmp_path: Path) -> None:
+    file, experiment = load_experiment(str(TINY))
+    with pytest.raises(ValueError, match=r"^experiment tiny: has no conclusion to write$"):
+        write_page(replace(experiment, conclude=None), file, whole, tmp_path)
+
+
+def test_the_log_has_the_verdict_in_its_headings(whole: Path, tmp_path: Path) -> None:
+    file, experiment = one_seed()
+    heading = write_page(experiment, file, whole, tmp_path / "reports").read_text().splitlines()[0]
+    (tmp_path / "reports" / "benchmarks.md").write_text(
+        "# Benchmarks: fast. 3 times.\n\n**Bold**\n"
+    )
+    write_log(tmp_path / "reports", tmp_path / "LOG.md")
+    lines = (tmp_path / "LOG.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("#")] == ["# Log", f"#{heading}"]
+    assert "[The page](<../reports/tiny.md>)" in lines[-1]
+
+
+def test_what_contradicts_the_literature_stands_in_the_heading(whole: Path, tmp_path: Path) -> None:
+    file, experiment = one_seed()
+    result = Result(verdict="partly", sentence="It did.", against="2409.12517 has it otherwise.")
+    page = write_page(replace(experiment, conclude=lambda out: result), file, whole, tmp_path)
+    heading = page.read_text(encoding="utf-8").splitlines()[0]
+    assert heading == "# tiny: partly. It did. Against the literature: 2409.12517 has it otherwise."
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.123456, "0.1235"), (float("nan"), "–"), (None, "–"), (3, "3"), ("a|b\nc", "a\\|b c")],
+)
+def test_cells(value: object, shown: str, whole: Path, tmp_path: Path) -> None:
+    file, experiment = one_seed()
+    rows = pd.DataFrame({"what": pd.Series([value], dtype=object)})
+    result = Result(verdict="confirmed", sentence="So.", parts=(Table(title="T", rows=rows),))
+    page = write_page(replace(experiment, conclude=lambda out: result), file, whole, tmp_path)
+    assert f"| {shown} |" in page.read_text(encoding="utf-8").splitlines()
+
+
+def test_bad_values_are_refused_at_birth() -> None:
+    with pytest.raises(ValueError, match=r"^Result: verdict='yes', expected one of confirmed, "):
+        Result(verdict="yes", sentence="So.")
+    for sentence in ("", "two\nlines"):
+        with pytest.raises(ValueError, match=r"^Result: sentence=.*, expected one line$"):
+            Result(verdict="partly", sentence=sentence)
+    with pytest.raises(ValueError, match=r"^Picture: name='\.\./x', expected letters"):
+        Picture(name="../x", title="", draw=lambda: None)
