@@ -15,7 +15,18 @@ import pandas as pd
 import pytest
 
 from fp8lab.lab.experiment import Settings, load_experiment, run_experiment
-from fp8lab.lab.result import Picture, Result, Table, runs_of, write_log, write_page
+from fp8lab.lab.result import (
+    Clause,
+    Picture,
+    Result,
+    Table,
+    clause_table,
+    final_losses,
+    runs_of,
+    verdict_of,
+    write_log,
+    write_page,
+)
 from fp8lab.store import find_runs, open_run
 
 TINY = Path(__file__).with_name("tiny_experiment.py")
@@ -130,6 +141,37 @@ def test_what_contradicts_the_literature_stands_in_the_heading(whole: Path, tmp_
     page = write_page(replace(experiment, conclude=lambda out: result), file, whole, tmp_path)
     heading = page.read_text(encoding="utf-8").splitlines()[0]
     assert heading == "# tiny: partly. It did. Against the literature: 2409.12517 has it otherwise."
+
+
+@pytest.mark.parametrize(
+    ("holds", "verdict"),
+    [
+        ([True, True], "confirmed"),
+        ([False, False], "refuted"),
+        ([True, False], "partly"),
+        ([True, False, None], "partly"),
+        ([True, None], "undecided"),
+        ([False, None], "undecided"),
+        ([], "undecided"),
+    ],
+)
+def test_the_verdict_of_clauses(holds: list[bool | None], verdict: str) -> None:
+    assert verdict_of([Clause("a", "b", one) for one in holds]) == verdict
+
+
+def test_clauses_as_a_table() -> None:
+    table = clause_table([Clause("a", "1", True), Clause("b", "2", False), Clause("c", "–", None)])
+    assert table.rows["holds"].tolist() == ["yes", "**no**", "cannot be told"]
+    assert table.rows["found"].tolist() == ["1", "2", "–"]
+
+
+def test_final_losses_by_seed_and_arm(quick: Path) -> None:
+    finals = final_losses(quick, "second")
+    run = open_run(quick / "second" / "bf16" / "seed-0")
+    assert finals.index.tolist() == [0] and sorted(finals.columns) == ["bf16", "hot"]
+    assert finals.loc[0, "bf16"] == run.info["result"]["final_loss"]
+    diverged = open_run(quick / "second" / "hot" / "seed-0").info["result"]["diverged_at"]
+    assert finals["hot"].isna().tolist() == [diverged is not None]
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import pandas as pd
 
@@ -84,6 +85,43 @@ def runs_of(out: Path, part: str) -> dict[tuple[str, int], Run]:
             config = run.info["config"]
             found[config["arm"], config["seed"]] = run
     return found
+
+
+def final_losses(out: Path, part: str) -> pd.DataFrame:
+    """What the finished runs of a part came to: a row a seed, a column an arm, NaN where a run
+    diverged or says nothing."""
+    found: dict[str, dict[int, float]] = {}
+    for (arm, seed), run in runs_of(out, part).items():
+        result = run.info.get("result") or {}
+        final = result.get("final_loss") if result.get("diverged_at") is None else None
+        found.setdefault(arm, {})[seed] = math.nan if final is None else float(final)
+    return pd.DataFrame(found).rename_axis(index="seed", columns="arm").sort_index()
+
+
+class Clause(NamedTuple):
+    """One thing that was predicted, what was found, and whether it holds; None: cannot be told."""
+
+    predicted: str
+    found: str
+    holds: bool | None
+
+
+def verdict_of(clauses: Sequence[Clause]) -> Verdict:
+    """Of all clauses together: "partly" if some hold and some do not."""
+    told = {clause.holds for clause in clauses}
+    if told >= {True, False}:
+        return "partly"
+    if None in told or not told:
+        return "undecided"
+    return "confirmed" if told == {True} else "refuted"
+
+
+def clause_table(clauses: Sequence[Clause]) -> Table:
+    """Clause by clause, as every page has it first."""
+    words = {True: "yes", False: "**no**", None: "cannot be told"}
+    rows = [(one.predicted, one.found, words[one.holds]) for one in clauses]
+    columns = pd.Index(["predicted", "found", "holds"])
+    return Table(title="Clause by clause", rows=pd.DataFrame(rows, columns=columns))
 
 
 def write_page(experiment: Experiment, file: Path, out: Path, folder: Path) -> Path:
