@@ -27,6 +27,7 @@ from torch.nn.functional import cosine_similarity
 
 from fp8lab import (
     DelayedScaling,
+    FeedForward,
     Float8CurrentScaling,
     GatedFeedForward,
     HighPrecision,
@@ -89,13 +90,18 @@ LAST = 100  # steps that the final loss is a mean of
 
 
 class Student(nn.Module):
-    """One SwiGLU layer, twice as wide as the teacher."""
+    """One SwiGLU layer, twice as wide as the teacher, or with the name of an activation one without
+    a gate and with as many weights."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, activation: str | None = None) -> None:
         super().__init__()
+        self.mlp: nn.Module
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.mlp = GatedFeedForward(64, 128)
+            if activation is None:
+                self.mlp = GatedFeedForward(64, 128)
+            else:
+                self.mlp = FeedForward(64, 192, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.mlp(x)
@@ -127,8 +133,9 @@ class Regression:
 def regress(job: Job, progress: Progress) -> None:
     """A run of the parts `divergence` and `limits`."""
     options = job.arm.options or {}
-    steps = job.settings.steps or STEPS
-    model, task = job.arm.prepare(Student(job.seed)), Regression(job.seed)
+    steps = job.steps(STEPS, quick=40)
+    model = job.arm.prepare(Student(job.seed, options.get("activation")))
+    task = Regression(job.seed)
     if options.get("optimizer") == "adam":
         rate = 0.003
         optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=rate)
