@@ -14,13 +14,12 @@ as a program; a minute, and a gigabyte of disk.
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ from fp8lab.checkpoint import audit
 DIM, HIDDEN, VOCABULARY = 2048, 5504, 8192
 TURNS = 9
 MEASURED = """
-import json, sys
+import sys
 from pathlib import Path
 from fp8lab.checkpoint import audit
 
@@ -45,7 +44,7 @@ audit(sys.argv[1])
 before = resident("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
 audit(sys.argv[2])
-print(json.dumps(resident("VmHWM") - before))
+print(resident("VmHWM") - before)
 """
 
 
@@ -61,10 +60,25 @@ def llama(path: Path, layers: int, dim: int = DIM, hidden: int = HIDDEN) -> int:
             ("down", (dim, hidden)),
         ):
             tensors[f"model.layers.{layer}.mlp.{name}_proj.weight"] = shape
+    return _random(path, tensors)
+
+
+def experts(path: Path, count: int = 8, dim: int = 1024, hidden: int = 1024) -> int:
+    """The same of GPT-OSS's stacks: an expert is [in, out], and its gate every other column."""
+    site = "model.layers.0.mlp.experts"
+    return _random(
+        path,
+        {
+            f"{site}.gate_up_proj": (count, dim, 2 * hidden),
+            f"{site}.gate_up_proj_bias": (count, 2 * hidden),
+            f"{site}.down_proj": (count, hidden, dim),
+        },
+    )
+
+
+def _random(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
     generator = torch.Generator().manual_seed(0)
-    made = {
-        n: torch.randn(s, generator=generator).mul_(0.02).bfloat16() for n, s in tensors.items()
-    }
+    made = {n: torch.randn(s, generator=generator).mul_(0.02).bfloat16() for n, s in shapes.items()}
     save_file(made, path)
     return max(2 * tensor.numel() for tensor in made.values())
 
@@ -82,6 +96,12 @@ def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def peak(path: Path, small: Path) -> int:
+    """Bytes that an audit of a file has at once, of a process that has audited a small one."""
+    command = [sys.executable, "-c", MEASURED, str(small), str(path)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def audit_lines(layers: int = 10, turns: int = TURNS) -> list[str]:
@@ -111,11 +131,17 @@ def audit_lines(layers: int = 10, turns: int = TURNS) -> list[str]:
             one, other = (statistics.median(side) for side in zip(*pairs, strict=True))
             share = statistics.median(first / second for first, second in pairs)
             lines.append(f"| {name} | {one:.3f} | {other:.3f} | {share:.0%} |")
-        command = [sys.executable, "-c", MEASURED, str(small), str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peak = json.loads(done.stdout)
-    lines += ["", f"Peak memory of the audit: {peak / largest:.2f} of the largest tensor "]
-    lines[-1] += f"({peak / 1e6:.0f} of {largest / 1e6:.0f} MB)."
+        lines.append("")
+        stacks = Path(folder) / "experts.safetensors"
+        for name, file, of in (
+            ("this file", path, largest),
+            ("stacks of experts, transposed, as GPT-OSS has them", stacks, experts(stacks)),
+        ):
+            most = peak(file, small)
+            lines.append(
+                f"Peak memory of the audit of {name}: {most / of:.2f} of the largest tensor "
+                f"({most / 1e6:.0f} of {of / 1e6:.0f} MB)."
+            )
     return lines
 
 

@@ -93,6 +93,21 @@ def assert_lost(found: weighing.Loss, how: casting.Cast, rel: float = 2**-16) ->
     assert found.error == pytest.approx(float((value - original).square().sum()), rel=rel)
 
 
+@pytest.mark.usefixtures("passes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_of_ties_and_of_what_is_just_below_a_power_of_two(dtype: torch.dtype) -> None:
+    """Under scales that are powers of two, where nothing is rounded before it is."""
+    ties = torch.tensor([0.25, 0.5, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]).repeat(64, 16)
+    below = torch.tensor([0.5, 1.0, 2.0, 4.0]).view(torch.int32).repeat(64, 32) - 1
+    below -= torch.arange(64)[:, None].int()
+    tensor = torch.cat([ties, below.view(torch.float32)], 1)
+    tensor[:, ::16] = 6.0
+    tensor[0, 0] = 2688.0  # NVFP4's scales of the other tiles are 1
+    losses = weigh(Bands(tensor.to(dtype))).losses
+    for name, recipe in weighing.RECIPES.items():
+        assert_lost(losses[name], casting.cast_for(tensor.to(dtype), recipe, "weight"))
+
+
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-12, 1.0, 1e20])
 @pytest.mark.parametrize("recipe", weighing.RECIPES)
 def test_losses_of_the_tiny_and_the_huge(recipe: str, scale: float) -> None:
@@ -137,6 +152,32 @@ def test_bands_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     for recipe, loss in whole.losses.items():
         assert loss[1:] == banded.losses[recipe][1:]
         assert loss.error == pytest.approx(banded.losses[recipe].error, rel=2**-16)
+
+
+@pytest.mark.usefixtures("passes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**-60, 2.0**-30, 2.0**40, 2.0**70, 2.0**120])
+def test_moments_of_what_has_no_squares_in_float32(scale: float, dtype: torch.dtype) -> None:
+    tensor = matrix((300, 200), dtype) * scale
+    found, values = weigh(Bands(tensor)), tensor.double().numpy()
+    assert np.allclose(found.row_power, (values**2).sum(axis=1), rtol=2**-16, atol=0)
+    assert np.allclose(found.column_power, (values**2).sum(axis=0), rtol=2**-16, atol=0)
+    assert found.fourth == pytest.approx((values**4).sum(), rel=2**-16, abs=0)
+    for name, recipe in weighing.RECIPES.items() if scale < 2.0**90 else ():
+        how = casting.cast_for(tensor, recipe, "weight")
+        error = float((how.fake_quantized().double() - tensor.double()).square().sum())
+        assert found.losses[name].error == pytest.approx(error, rel=2**-16, abs=0)
+
+
+@pytest.mark.usefixtures("passes")
+def test_cosines_of_what_has_no_squares_in_float32() -> None:
+    gate = matrix((64, 80), torch.float32, 1)
+    expected = pair(*(2 * [Bands(gate)]), *(2 * [weigh(Bands(gate))]))
+    for scale in (2.0**-100, 2.0**70, 2.0**120):
+        bands = Bands(gate * scale)
+        found = pair(bands, bands, weigh(bands), weigh(bands))
+        np.testing.assert_allclose(found.alignment, expected.alignment, rtol=0, atol=2**-18)
+        np.testing.assert_allclose(found.permuted, expected.permuted, rtol=0, atol=2**-18)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e35])
@@ -325,6 +366,28 @@ def test_fp8_weights_are_read_with_their_scales(
     found, expected = audit(tmp_path / "fp8.safetensors"), audit(tmp_path / "plain.safetensors")
     assert numbers(found) == numbers(expected)
     assert found.weights == ()
+
+
+@pytest.mark.parametrize("name", ["weight_scale_x", "scale_weight", "weight.scale", "weight_scale"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_fp8_weights_are_not_read_without_a_scale_of_another_name(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    weight = torch.randn(128, 128).to(torch.float8_e4m3fn)
+    others = {
+        "b.weight": weight.clone(),
+        "b.input_scale": torch.ones(1),
+        "b.c.scale": torch.ones(1),
+    }
+    path, scale = tmp_path / "a.safetensors", torch.ones(1).to(dtype)
+    save_file({"a.weight": weight, f"a.{name}": scale, **others}, path)
+    found = audit(path)
+    known = name == "weight_scale" and dtype is torch.float32
+    assert [one.name for one in found.weights] == (["a.weight"] if known else []) + ["b.weight"]
+    assert set(found.not_audited) == (set() if known else {"a.weight", f"a.{name}"})
+    if not known:
+        expected = f"FP8 whose scale may be 'a.{name}', expected floats named as the weight with"
+        assert found.not_audited["a.weight"].startswith(expected)
 
 
 def test_what_is_packed_is_named_and_not_audited(tmp_path: Path) -> None:

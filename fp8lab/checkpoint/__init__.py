@@ -29,6 +29,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +60,13 @@ from fp8lab.checkpoint.weighing import (
     weigh,
 )
 from fp8lab.checkpoint.weighing import pair as pair_rows
-from fp8lab.checkpoint.weights import FLOATS, Stored, Weights, open_weights
+from fp8lab.checkpoint.weights import (
+    FLOATS,
+    Weights,
+    open_weights,
+    scale_of,
+    unknown_scales,
+)
 from fp8lab.monitor import watch
 from fp8lab.sites import FeedForwardSite, GateSite, survey
 from fp8lab.store import open_run
@@ -91,7 +98,10 @@ def audit(
         path, jobs = weights.path, _of_file(weights)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(max(1, min(cores or 1, 8))) as pool:
-        found = list(pool.map(lambda job: job.run(top), jobs.jobs))
+        # The largest first, so that no thread is left with one at the end.
+        order = sorted(range(len(jobs.jobs)), key=lambda place: -jobs.jobs[place].work)
+        done = list(pool.map(lambda place: jobs.jobs[place].run(top), order))
+    found = [one for _, one in sorted(zip(order, done, strict=True), key=itemgetter(0))]
     layers = [one for one in found if isinstance(one, _Layer)]
     channels = judged([c for one in layers for c in one.candidates], sum(n.pairs for n in layers))
     if isinstance(source, nn.Module) and tokens is not None:
@@ -123,6 +133,7 @@ class _FeedForwardJob(NamedTuple):
     experts: int
     activation: str
     note: str
+    work: float = math.inf
 
     def run(self, top: int) -> _Layer:
         return _layer(self, top)
@@ -134,6 +145,10 @@ class _MatrixJob(NamedTuple):
     bands: Callable[[], Bands]
     casts: bool
 
+    @property
+    def work(self) -> float:
+        return math.prod(self.shape)
+
     def run(self, top: int) -> WeightAudit:
         return _weight_audit(self.name, self.shape, [weigh(self.bands(), self.casts)])
 
@@ -141,6 +156,7 @@ class _MatrixJob(NamedTuple):
 class _NormJob(NamedTuple):
     name: str
     bands: Callable[[], Bands]
+    work: float = 0.0
 
     def run(self, top: int) -> NormAudit:
         return _norm_audit(self.name, self.bands())
@@ -158,7 +174,7 @@ def _of_file(weights: Weights) -> _Jobs:
         for name, stored in weights.tensors.items()
         if stored.get is None
     }
-    scales = {name: scale for name in readable if (scale := _scale_of(name, readable))}
+    scales = {name: scale for name in readable if (scale := scale_of(name, readable))}
     for name, scale in list(scales.items()):
         shapes = readable[scale].shape, readable[name].shape
         if len(shapes[1]) < 2 or not scales_fit(*shapes):
@@ -166,6 +182,12 @@ def _of_file(weights: Weights) -> _Jobs:
             not_audited[name] = f"{told}, expected one, one for each row or for each 128 × 128"
             del scales[name], readable[name]
             readable.pop(scale, None)
+    for name, scale in unknown_scales(weights.tensors, scales).items():
+        expected = "expected floats named as the weight with _scale_inv or _scale behind"
+        if readable.pop(name, None):
+            not_audited[name] = f"FP8 whose scale may be {scale!r:.100}, {expected}"
+        not_audited.setdefault(scale, f"may be the scale of {name!r:.100}, which is not audited")
+        readable.pop(scale, None)
     others = {n: s for n, s in readable.items() if n not in scales.values()}
 
     def bands(name: str, part: Callable[[Tensor], Tensor]) -> Callable[[], Bands]:
@@ -193,13 +215,6 @@ def _of_file(weights: Weights) -> _Jobs:
 
 def _roles(layout: Layout) -> tuple[Any, Any, Any]:
     return layout.gate, layout.up, layout.down
-
-
-def _scale_of(name: str, stored: dict[str, Stored]) -> str | None:
-    """The scale of an FP8 weight, by Hugging Face's names."""
-    if not stored[name].dtype.lower().startswith(("f8", "float8")):
-        return None
-    return next((n for n in (f"{name}_scale_inv", f"{name}_scale") if n in stored), None)
 
 
 def _activation(config: Any) -> str:

@@ -7,8 +7,9 @@ resident, and what is summed in which order depends on the matrix's shape alone:
 and the live model give equal numbers.
 
 Counts and amaxes are exact and equal to those of `casting`'s casts; sums are right to 2^-16. On a
-CPU `kernels` does the passes in C, else plain torch does. Rejected: `measure`'s kernels, exact to
-the last bit of float64 at five times the time, and one cast at a time, six passes.
+CPU `kernels` does the passes in C, else plain torch does, in float64: so too for what has squares
+that float32 does not hold, as weights in use hardly ever have. Rejected: `measure`'s kernels, exact
+to the last bit of float64 at five times the time, and one cast at a time, six passes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,6 +55,11 @@ RECIPES: dict[str, Recipe] = dict(zip(RECIPE_NAMES, _CASTS, strict=True))
 BAND = 1 << 20  # elements of a band, about
 # Beyond, float32 has no room to round; no weight is there.
 LARGEST = 2.0**100
+# Fourth powers and squares of amaxes within these, and sums of thousands, are float32's to 2^-16.
+_FOURTH = 2.0**-25, 2.0**27
+_SMALLEST_SQUARE = 2.0**-51
+# Tiles in one operation: of more, torch starts threads, and so do the other matrices' threads.
+_AT_ONCE = 1 << 15
 
 Array = NDArray[np.float64]
 Release = Callable[[Tensor], None]
@@ -164,25 +170,17 @@ class Bands:
 
 def weigh(bands: Bands, casts: bool = True) -> Matrix:
     """What is kept of a matrix; without its casts, in one pass, if these are not asked for."""
-    rows, columns = bands.shape
-    tiles = -(-rows // 16), -(-columns // 16)
-    moments = Moments(
-        *(torch.zeros(shape) for shape in ((rows,), (columns,), tiles)),
-        *(torch.zeros(n, dtype=torch.float64) for n in (rows, columns, 1)),
-    )
-    losses = Losses(
-        torch.zeros(len(RECIPES), dtype=torch.float64),
-        torch.zeros(len(RECIPES), 2, dtype=torch.int64),
-        torch.zeros(1, dtype=torch.int64),
-    )
-    for first, band in bands:
-        (compiled.scan if kernels.usable(band) else _scan)(band, first, moments)
-    amax = moments.row_amax.max() if rows else torch.zeros(())
+    moments, losses = _nothing(bands.shape), _losses()
+    _pass(bands, compiled.scan, _scan, moments)
+    wide = not _in_float32(moments.row_amax.numpy(), moments.column_amax.numpy())
+    if wide:
+        moments = _nothing(bands.shape)
+        _pass(bands, _scan, _scan, moments)
+    amax = moments.row_amax.max() if bands.shape[0] else torch.zeros(())
     casts = casts and bool(amax < LARGEST)
     if casts:
         scales = _scales(moments, amax, bands.matrix.dtype)
-        for first, band in bands:
-            (compiled.cast if kernels.usable(band) else _cast)(band, first, scales, losses)
+        _pass(bands, _cast if wide else compiled.cast, _cast, scales, losses)
     lost = zip(losses.errors.tolist(), losses.counts.tolist(), strict=True)
     named = zip(RECIPES, (Loss(max(error, 0.0), *counts) for error, counts in lost), strict=True)
     return Matrix(
@@ -194,6 +192,40 @@ def weigh(bands: Bands, casts: bool = True) -> Matrix:
         zeros=int(losses.zeros),
         losses=dict(named) if casts else {},
     )
+
+
+def _nothing(shape: tuple[int, int]) -> Moments:
+    rows, columns = shape
+    tiles = -(-rows // 16), -(-columns // 16)
+    # By numpy, which starts no threads to clear memory.
+    amaxes = (torch.from_numpy(np.zeros(n, np.float32)) for n in (rows, columns, tiles))
+    return Moments(*amaxes, *(torch.zeros(n, dtype=torch.float64) for n in (rows, columns, 1)))
+
+
+def _losses() -> Losses:
+    counts = torch.zeros(len(RECIPES), 2, dtype=torch.int64)
+    return Losses(torch.zeros(len(RECIPES), dtype=torch.float64), counts, counts.new_zeros(1))
+
+
+def _pass(bands: Bands, fast: Callable[..., None], plain: Callable[..., None], *to: object) -> None:
+    """Over all bands; in parts where they are not compiled, of which float64 needs the memory."""
+    for first, band in bands:
+        if fast is not plain and kernels.usable(band):
+            fast(band, first, *to)
+        else:
+            for top in range(0, len(band), 128):
+                plain(band[top : top + 128], first + top, *to)
+
+
+def _in_float32(*amaxes: NDArray[Any]) -> bool:
+    """Whether sums of squares and fourth powers of float32 are right, of a matrix with such amaxes
+    of rows and columns; of one that is not finite they are wrong in any case."""
+    every = np.concatenate(amaxes).astype(np.float64)
+    every = every[every != 0.0]
+    if not every.size or not np.isfinite(every).all():
+        return True
+    largest, smallest = every.max(), every.min()
+    return bool(_FOURTH[0] <= largest <= _FOURTH[1] and smallest >= _SMALLEST_SQUARE)
 
 
 def _scales(moments: Moments, amax: Tensor, dtype: torch.dtype) -> Scales:
@@ -209,8 +241,12 @@ def _scales(moments: Moments, amax: Tensor, dtype: torch.dtype) -> Scales:
     encode = torch.div(top, amax).clamp(max=torch.finfo(torch.float32).max)
     encode = torch.where((amax == 0) | (encode == 0), 1.0, encode)
     sixth = torch.full_like(amax, E2M1.max).reciprocal()
-    tiles_inv = round_float32(moments.tile_amax * (encode * sixth), E4M3) * encode.reciprocal()
-    tiles = tiles_inv.reciprocal().clamp(max=torch.finfo(torch.float32).max)
+    tiles, tiles_inv = torch.empty(2, *moments.tile_amax.shape)
+    flat = (part.view(-1).split(_AT_ONCE) for part in (moments.tile_amax, tiles, tiles_inv))
+    for found, to, to_inv in zip(*flat, strict=True):
+        inverse = round_float32(found * (encode * sixth), E4M3) * encode.reciprocal()
+        to_inv.copy_(inverse)
+        to.copy_(inverse.reciprocal().clamp(max=torch.finfo(torch.float32).max))
     return Scales(float(scale), float(scale_inv), rows, squares, tiles, tiles_inv)
 
 
@@ -275,6 +311,7 @@ def pair(gate: Bands, up: Bands, gate_matrix: Matrix, up_matrix: Matrix) -> Pair
         shapes = f"{list(gate.shape)} and {list(up.shape)}"
         raise ValueError(f"pair: {shapes}, expected two matrices of one shape")
     rows, half = gate.shape[0], gate.shape[0] // 2
+    fast = all(_in_float32(one.row_amax, one.column_amax) for one in (gate_matrix, up_matrix))
     dots = np.empty((2, rows))
     stops = sorted({*range(0, rows, gate.height), rows - half, rows})
     for first, last in pairwise(stops):
@@ -286,7 +323,7 @@ def pair(gate: Bands, up: Bands, gate_matrix: Matrix, up_matrix: Matrix) -> Pair
         ]
         if len({part.dtype for part in triple}) > 1:
             triple = [part.float() for part in triple]
-        compute = compiled.pairs if all(map(kernels.usable, triple)) else _pairs
+        compute = compiled.pairs if fast and all(map(kernels.usable, triple)) else _pairs
         dots[:, first:last] = compute(*triple).numpy()
         gate.give_back(first, last)
         up.give_back(first, last)

@@ -20,6 +20,7 @@ import json
 import math
 import mmap
 import os
+import re
 import stat
 import sys
 import zipfile
@@ -58,6 +59,9 @@ DTYPES: dict[str, tuple[int, torch.dtype | None]] = {
     "C64": (64, None),
 } | {f"{kind}{bits}": (bits, None) for kind in "IU" for bits in (8, 16, 32, 64)}
 FLOATS = frozenset(dtype for _, dtype in DTYPES.values() if dtype is not None)
+
+
+_OF_ACTIVATION = re.compile(r"^(input|output|act|activation|[qkv])_")
 
 
 class WeightsError(ValueError):
@@ -174,6 +178,38 @@ def _open(path: Path) -> int:
         os.close(descriptor)
         raise WeightsError(f"{path}: not a regular file, expected one with weights")
     return descriptor
+
+
+# --- scales ---------------------------------------------------------------------------------------
+
+
+def scale_of(name: str, stored: Mapping[str, Stored]) -> str | None:
+    """The scale of an FP8 weight, by Hugging Face's names; None of others, and without one."""
+    if not _is_fp8(stored[name]):
+        return None
+    return next((n for n in (f"{name}_scale_inv", f"{name}_scale") if n in stored), None)
+
+
+def unknown_scales(stored: Mapping[str, Stored], scales: Mapping[str, str]) -> dict[str, str]:
+    """What may be the scale of an FP8 matrix that has none in `scales`, by another name: a tensor
+    of its module called a scale, of no activation and of no other weight. To read the weight
+    without it is right only where there is none."""
+    taken = set(scales.values())
+    near: dict[str, str] = {}
+    for name in sorted(set(stored) - taken):
+        module, _, leaf = name.rpartition(".")
+        if "scale" in leaf and not _OF_ACTIVATION.match(leaf):
+            near.setdefault(module, name)
+    found = {}
+    for name, one in stored.items():
+        scale = near.get(name.rpartition(".")[0], near.get(name))
+        if scale and name not in scales and _is_fp8(one) and len(one.shape) > 1 and one.get:
+            found[name] = scale
+    return found
+
+
+def _is_fp8(stored: Stored) -> bool:
+    return stored.dtype.lower().startswith(("f8", "float8"))
 
 
 # --- safetensors ----------------------------------------------------------------------------------

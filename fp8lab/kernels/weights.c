@@ -1,36 +1,41 @@
 /* What weights.py says of a matrix of weights, in two passes over it and one over each pair.
 
-Counts and amaxes are exact. Sums are taken in float32 over at most 4096 elements and then in
+Counts and amaxes are exact. Sums are taken in float32 over at most 8192 elements and then in
 float64, which is right to 2^-16; the order depends on the shape alone. One thread: the caller has
 as many matrices as cores.
 
 The second pass makes the casts of six recipes, yet rounds three times. Where a scale is a power of
-two, the rounding of a normal number does not depend on it: rows, blocks and MX share one rounding,
-and what differs (subnormals, and with the scale of OCP what is clipped) is put right for the few
-blocks of 32 that have such an element. */
+two, the rounding of a normal number does not depend on it: rows, blocks and MX share one rounding.
+What differs (subnormals, and with the scale of OCP what is clipped) is put right for the few blocks
+of 32 that have such an element. Of an error only the square counts, so that a tie may go either
+way: E4M3 is rounded in the integers.
+
+bfloat16 is taken two at a time, as the halves of a word: a shift or a mask makes either a float32,
+where loading it alone has to spread a vector. What is only compared stays 16 bits wide. */
 
 #include "floats.h"
 
-enum { SEGMENT = 4096, BAND = 16, TILE = 16, MX = 32, SQUARE = 128, SMALLEST = 27 << 23 };
+enum { SEGMENT = 2048, BAND = 16, TILE = 16, MX = 32, SQUARE = 128, SMALLEST = 27 << 23 };
 
 #ifdef __FMA__
-#define SQUARE_OF(x, sum) __builtin_fmaf(x, x, sum)
+#define FMA(x, y, sum) __builtin_fmaf(x, y, sum)
 #else
-#define SQUARE_OF(x, sum) ((x) * (x) + (sum))
+#define FMA(x, y, sum) ((x) * (y) + (sum))
 #endif
-
-INLINE float square_of(float x, float sum) { return SQUARE_OF(x, sum); }
-
-/* x >= 0 on the grid of f, whose largest value it does not exceed. */
-INLINE float rounded(float x, int32_t smallest_exponent, const Format f) {
-    int32_t exponent = bits(x) & EXPONENT;
-    exponent = exponent > smallest_exponent ? exponent : smallest_exponent;
-    float step = from_bits(exponent + f.shift);
-    return (x + step) - step;
-}
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t units_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+/* How elements lie: float32, bfloat16, or bfloat16 in pairs, which rows of an odd length cannot. */
+enum { FULL, HALF, PAIRED };
+
+/* Element `k` of the `i`-th word, from element `at` on; one in a word unless they are paired. */
+INLINE float element(const void *x, int64_t at, int64_t i, int k, int how) {
+    if (how != PAIRED) return load(x, at + i, how == HALF);
+    uint32_t word;
+    memcpy(&word, (const uint16_t *)x + at + 2 * i, 4);
+    return from_bits((int32_t)(k ? word & 0xffff0000u : word << 16));
+}
 
 /* --- first pass: what decides the scales, and the moments --- */
 
@@ -41,72 +46,100 @@ typedef struct {
     double *fourth;                  /* [1]: sum of x^4 */
 } Scan;
 
-/* `count` columns of one row or of four, from element `at` on. */
-INLINE void scan_rows(const void *x, int half, int64_t at, int64_t columns, int64_t count, int four,
-                      int32_t *restrict peaks, float *restrict powers, int32_t *row_amax,
-                      double *row_power, double *fourth) {
-    int32_t m0 = 0, m1 = 0, m2 = 0, m3 = 0;
+/* Amaxes of at most 16 rows, of elements whose code is the upper part of a float32's. */
+#define PEAKS(name, integer, largest, shift)                                                       \
+    static void name(const integer *x, int64_t columns, int64_t rows, int64_t count,               \
+                     int32_t *row_amax, int32_t *restrict column_amax,                             \
+                     int32_t *restrict tile_amax) {                                                \
+        integer peaks[SEGMENT] = {0};                                                              \
+        for (int64_t row = 0; row < rows; row++) {                                                 \
+            const integer *restrict from = x + row * columns;                                      \
+            integer most = 0;                                                                      \
+            _Pragma("omp simd reduction(max : most)") for (int64_t i = 0; i < count; i++) {        \
+                integer n = from[i] & largest;                                                     \
+                most = n > most ? n : most, peaks[i] = n > peaks[i] ? n : peaks[i];                \
+            }                                                                                      \
+            int32_t peak = (int32_t)((uint32_t)most << shift);                                     \
+            row_amax[row] = peak > row_amax[row] ? peak : row_amax[row];                           \
+        }                                                                                          \
+        for (int64_t i = 0; i < count; i++) {                                                      \
+            int32_t peak = (int32_t)((uint32_t)peaks[i] << shift);                                 \
+            column_amax[i] = peak > column_amax[i] ? peak : column_amax[i];                        \
+        }                                                                                          \
+        for (int64_t left = 0; left < count; left += TILE) {                                       \
+            integer most = 0;                                                                      \
+            for (int i = 0; i < TILE; i++) most = peaks[left + i] > most ? peaks[left + i] : most; \
+            tile_amax[left / TILE] = (int32_t)((uint32_t)most << shift);                           \
+        }                                                                                          \
+    }
+
+PEAKS(peaks_of_half, uint16_t, INT16_MAX, 16)
+PEAKS(peaks_of_full, uint32_t, INT32_MAX, 0)
+
+/* `words` of one row or of four, from element `at` on. */
+INLINE void add_powers(const void *x, int how, int64_t at, int64_t columns, int64_t words, int four,
+                       float (*restrict powers)[SEGMENT], double *row_power, double *fourth) {
     float p0 = 0, p1 = 0, p2 = 0, p3 = 0, q = 0;
     const int64_t second = at + columns, third = second + columns, last = third + columns;
-#pragma omp simd reduction(max : m0, m1, m2, m3) reduction(+ : p0, p1, p2, p3, q)
-    for (int64_t i = 0; i < count; i++) {
-        float a = load(x, at + i, half), s = a * a, sum = s, t = s * s;
-        int32_t n = bits(a) & INT32_MAX, most = n;
-        m0 = n > m0 ? n : m0, p0 += s;
-        if (four) {
-            float b = load(x, second + i, half), c = load(x, third + i, half);
-            float d = load(x, last + i, half), sb = b * b, sc = c * c, sd = d * d;
-            int32_t nb = bits(b) & INT32_MAX, nc = bits(c) & INT32_MAX, nd = bits(d) & INT32_MAX;
-            m1 = nb > m1 ? nb : m1, m2 = nc > m2 ? nc : m2, m3 = nd > m3 ? nd : m3;
-            p1 += sb, p2 += sc, p3 += sd;
-            sum = (s + sb) + (sc + sd);
-            t = (s * s + sb * sb) + (sc * sc + sd * sd);
-            nb = nb > nc ? nb : nc, most = n > nd ? n : nd, most = most > nb ? most : nb;
-        }
-        peaks[i] = most > peaks[i] ? most : peaks[i];
-        powers[i] += sum, q += t;
-    }
-    *fourth += q;
-    row_amax[0] = m0 > row_amax[0] ? m0 : row_amax[0], row_power[0] += p0;
-    if (!four) return;
-    row_amax[1] = m1 > row_amax[1] ? m1 : row_amax[1], row_power[1] += p1;
-    row_amax[2] = m2 > row_amax[2] ? m2 : row_amax[2], row_power[2] += p2;
-    row_amax[3] = m3 > row_amax[3] ? m3 : row_amax[3], row_power[3] += p3;
-}
-
-INLINE void scan(const void *x, int half, int64_t rows, int64_t columns, const Scan to) {
-    const int64_t across = units_of(columns, TILE);
-    for (int64_t left = 0; left < columns; left += SEGMENT) {
-        int64_t count = smaller(SEGMENT, columns - left);
-        for (int64_t band = 0; band < rows; band += BAND) {
-            int32_t peaks[SEGMENT] = {0};
-            float powers[SEGMENT] = {0};
-            int64_t stop = smaller(band + BAND, rows), row = band;
-            for (; row + 4 <= stop; row += 4)
-                scan_rows(x, half, row * columns + left, columns, count, 1, peaks, powers,
-                          to.row_amax + row, to.row_power + row, to.fourth);
-            for (; row < stop; row++)
-                scan_rows(x, half, row * columns + left, columns, count, 0, peaks, powers,
-                          to.row_amax + row, to.row_power + row, to.fourth);
-            for (int64_t i = 0; i < count; i++) {
-                int64_t c = left + i;
-                int32_t *tile = to.tile_amax + band / BAND * across + c / TILE;
-                *tile = peaks[i] > *tile ? peaks[i] : *tile;
-                to.column_amax[c] = peaks[i] > to.column_amax[c] ? peaks[i] : to.column_amax[c];
-                to.column_power[c] += powers[i];
+#pragma omp simd reduction(+ : p0, p1, p2, p3, q)
+    for (int64_t i = 0; i < words; i++)
+        for (int k = 0; k < 1 + (how == PAIRED); k++) {
+            float a = element(x, at, i, k, how), sum = a * a;
+            p0 += sum, q = FMA(sum, sum, q);
+            if (four) {
+                float b = element(x, second, i, k, how), c = element(x, third, i, k, how);
+                float d = element(x, last, i, k, how), sb = b * b, sc = c * c, sd = d * d;
+                p1 += sb, p2 += sc, p3 += sd;
+                q = FMA(sb, sb, q), q = FMA(sc, sc, q), q = FMA(sd, sd, q);
+                sum = (sum + sb) + (sc + sd);
             }
+            powers[k][i] += sum;
+        }
+    *fourth += q;
+    row_power[0] += p0;
+    if (four) row_power[1] += p1, row_power[2] += p2, row_power[3] += p3;
+}
+
+INLINE void scan(const void *x, int how, int64_t rows, int64_t columns, const Scan to) {
+    const int64_t across = units_of(columns, TILE), each = 1 + (how == PAIRED);
+    for (int64_t left = 0; left < columns; left += SEGMENT) {
+        int64_t count = smaller(SEGMENT, columns - left), words = count / each;
+        for (int64_t top = 0; top < rows; top += SQUARE) {
+            float powers[2][SEGMENT] = {{0}};
+            int64_t stop = smaller(top + SQUARE, rows), row = top;
+            for (int64_t band = top; band < stop; band += BAND) {
+                int64_t at = band * columns + left, end = smaller(band + BAND, stop);
+                int32_t *columns_of = to.column_amax + left;
+                int32_t *tiles_of = to.tile_amax + band / BAND * across + left / TILE;
+                if (how == FULL)
+                    peaks_of_full((const uint32_t *)x + at, columns, end - band, count,
+                                  to.row_amax + band, columns_of, tiles_of);
+                else
+                    peaks_of_half((const uint16_t *)x + at, columns, end - band, count,
+                                  to.row_amax + band, columns_of, tiles_of);
+                for (; row + 4 <= end; row += 4)
+                    add_powers(x, how, row * columns + left, columns, words, 1, powers,
+                               to.row_power + row, to.fourth);
+            }
+            for (; row < stop; row++)
+                add_powers(x, how, row * columns + left, columns, words, 0, powers,
+                           to.row_power + row, to.fourth);
+            double *restrict power = to.column_power + left;
+            for (int64_t i = 0; i < words; i++)
+                for (int64_t k = 0; k < each; k++) power[each * i + k] += powers[k][i];
         }
     }
 }
 
-/* x [rows, columns]; rows a multiple of 16 unless they are the last of the matrix. Adds to what the
-   arrays hold, of which those of rows and tiles begin where x does. */
+/* x [rows, columns]; rows a multiple of 128 unless they are the last of the matrix. Adds to what
+   the arrays hold, of which those of rows and tiles begin where x does. */
 void fp8lab_scan(const void *x, int half, int64_t rows, int64_t columns, int32_t *row_amax,
                  int32_t *column_amax, int32_t *tile_amax, double *row_power, double *column_power,
                  double *fourth) {
     const Scan to = {row_amax, column_amax, tile_amax, row_power, column_power, fourth};
-    if (half) scan(x, 1, rows, columns, to);
-    else scan(x, 0, rows, columns, to);
+    if (!half) scan(x, FULL, rows, columns, to);
+    else if (columns % 2) scan(x, HALF, rows, columns, to);
+    else scan(x, PAIRED, rows, columns, to);
 }
 
 /* --- second pass: casts --- */
@@ -130,53 +163,140 @@ typedef struct {
     const float *rows;              /* [rows]: scales, powers of two */
     const float *squares;           /* [rows / 128, columns / 128]: the same */
     const float *tiles, *tiles_inv; /* [rows / 16, columns / 16] */
-    Loss *loss;                     /* [RECIPES] */
+    Loss *loss;                     /* [RECIPES]; errors of current under its scale */
+    Lanes *lanes;                   /* [RECIPES] */
     int64_t *zeros;                 /* [1] */
 } Casts;
 
-/* Three roundings of `count` columns of one row; `shared` is the one of all powers of two. Elements
-   are at most the amax of what shares their scale, hence E4M3 needs no clipping here. */
-INLINE void round_row(const void *x, int half, int64_t at, int64_t count, const Casts *how,
-                      const float *restrict tile, const float *restrict tile_inv, double *shared) {
+/* Magnitudes of a part of a row, zeros behind them up to whole blocks of 128. */
+typedef union {
+    uint16_t halves[SEGMENT];
+    uint32_t words[SEGMENT];
+} Row;
+
+INLINE void take_row(const void *x, int half, int64_t at, int64_t count, Row *row) {
+    const int64_t whole = units_of(count, SQUARE) * SQUARE;
+    if (half) {
+        const uint16_t *from = (const uint16_t *)x + at;
+        for (int64_t i = 0; i < count; i++) row->halves[i] = from[i] & INT16_MAX;
+        for (int64_t i = count; i < whole; i++) row->halves[i] = 0;
+    } else {
+        const uint32_t *from = (const uint32_t *)x + at;
+        for (int64_t i = 0; i < count; i++) row->words[i] = from[i] & INT32_MAX;
+        for (int64_t i = count; i < whole; i++) row->words[i] = 0;
+    }
+}
+
+INLINE float size_at(const Row *row, int64_t i, int half) {
+    return from_bits((int32_t)(half ? (uint32_t)row->halves[i] << 16 : row->words[i]));
+}
+
+/* x >= 0 on the grid of f, whose largest value it does not exceed. */
+INLINE float rounded(float x, int32_t smallest_exponent, const Format f) {
+    int32_t exponent = bits(x) & EXPONENT;
+    exponent = exponent > smallest_exponent ? exponent : smallest_exponent;
+    float step = from_bits(exponent + f.shift);
+    return (x + step) - step;
+}
+
+/* x >= 0 less what it is on the grid of f, had that no smallest exponent; ties go up. */
+INLINE float off_grid(float x, const Format f) {
+    const int32_t unit = 1 << (f.shift >> 23);
+    return x - from_bits((bits(x) + unit / 2) & -unit);
+}
+
+/* What the tiles of 16 rows give to each word; and to each bfloat16 the largest code that E2M1
+   flushes and the largest that it does not saturate. */
+typedef struct {
+    float scale[SEGMENT], scale_inv[SEGMENT];
+    uint16_t flushed[SEGMENT], held[SEGMENT];
+} Strip;
+
+/* The largest bfloat16 code whose product with `scale` is no more than `limit`. */
+INLINE uint16_t last_code(float limit, float scale) {
+    int32_t code = (bits(limit / scale) >> 16) + 1; /* the quotient is rounded, the code cut off */
+    for (int i = 0; i < 2; i++) code -= from_bits(code << 16) * scale > limit;
+    return (uint16_t)code;
+}
+
+INLINE void take_tiles(const float *scales, const float *scales_inv, int half, int64_t count,
+                       const Format g, Strip *strip) {
+    const float flushed = from_bits(g.smallest_exponent + g.shift) * 0x1p-24f;
+    const int words = half ? TILE / 2 : TILE;
+    for (int64_t tile = 0; tile < units_of(count, TILE); tile++) {
+        for (int i = 0; i < words; i++) {
+            strip->scale[words * tile + i] = scales[tile];
+            strip->scale_inv[words * tile + i] = scales_inv[tile];
+        }
+        if (!half) continue;
+        uint16_t lost = last_code(flushed, scales[tile]), held = last_code(g.limit, scales[tile]);
+        for (int i = 0; i < TILE; i++)
+            strip->flushed[TILE * tile + i] = lost, strip->held[TILE * tile + i] = held;
+    }
+}
+
+INLINE void count_nvfp4(const Row *row, int64_t count, const Strip *strip, Loss *loss) {
+    uint16_t flushed = 0, saturated = 0;
+#pragma omp simd reduction(+ : flushed, saturated)
+    for (int64_t i = 0; i < count; i++) {
+        flushed += row->halves[i] <= strip->flushed[i];
+        saturated += row->halves[i] > strip->held[i];
+    }
+    loss->flushed += flushed, loss->saturated += saturated;
+}
+
+/* Three roundings of a part of a row; `shared` is the one of all powers of two. Elements are at
+   most the amax of what shares their scale, hence E4M3 needs no clipping here. */
+INLINE void round_row(const Row *row, int half, int64_t words, const Casts *how,
+                      const Strip *strip, double *shared) {
     const Format f = *how->e4m3, g = *how->e2m1;
     const float scale = how->scale;
     float same = 0, current = 0, nvfp4 = 0;
     int32_t flushed = 0, saturated = 0;
 #pragma omp simd reduction(+ : same, current, nvfp4, flushed, saturated)
-    for (int64_t i = 0; i < count; i++) {
-        float size = from_bits(bits(load(x, at + i, half)) & INT32_MAX);
-        same = square_of(rounded(size, 0, f) - size, same);
-        float y = size * scale;
-        current = square_of(rounded(y, f.smallest_exponent, f) - y, current);
-        float z = size * tile[i], w = z > g.largest ? g.largest : z;
-        w = rounded(w, g.smallest_exponent, g);
-        nvfp4 = square_of(w * tile_inv[i] - size, nvfp4);
-        flushed += w == 0.0f, saturated += z > g.limit;
-    }
+    for (int64_t i = 0; i < words; i++)
+        for (int k = 0; k < 1 + half; k++) {
+            uint32_t word = row->words[i];
+            float size = from_bits((int32_t)(!half ? word : k ? word & 0xffff0000u : word << 16));
+            float off = off_grid(size, f), off_current = off_grid(size * scale, f);
+            same = FMA(off, off, same), current = FMA(off_current, off_current, current);
+            float y = size * strip->scale[i], z = y > g.largest ? g.largest : y;
+            z = rounded(z, g.smallest_exponent, g);
+            float off_nvfp4 = FMA(z, strip->scale_inv[i], -size);
+            nvfp4 = FMA(off_nvfp4, off_nvfp4, nvfp4);
+            if (!half) flushed += z == 0.0f, saturated += y > g.limit;
+        }
     *shared += same;
-    how->loss[CURRENT].error += (double)current * how->scale_inv * how->scale_inv;
+    how->loss[CURRENT].error += current;
     how->loss[NVFP4].error += nvfp4;
     how->loss[NVFP4].flushed += flushed, how->loss[NVFP4].saturated += saturated;
 }
 
-/* What a power of two does to at most 32 elements, less what the shared rounding does. */
-INLINE void put_right_some(const void *x, int half, int64_t from, int64_t count, float scale,
-                           const Format f, Lanes *lanes) {
-    const float scale_inv = 1.0f / scale;
+/* What a scale does to at most 32 elements of which some become subnormal, less what the rounding
+   without a smallest exponent has done. `scale_inv` is 1 where the errors stay under the scale. */
+INLINE void put_right(const Row *row, int half, int64_t from, int64_t width, float scale,
+                      float scale_inv, const Format f, Lanes *lanes) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; i++) {
-        float size = from_bits(bits(load(x, from + i, half)) & INT32_MAX), y = size * scale;
-        float z = rounded(y > f.largest ? f.largest : y, f.smallest_exponent, f);
-        float error = z * scale_inv - size, shared = rounded(size, 0, f) - size;
-        lanes->errors[i] += error * error - shared * shared;
-        lanes->flushed[i] += (z == 0.0f) & (size != 0.0f), lanes->saturated[i] += y > f.limit;
+    for (int64_t i = 0; i < width; i++) {
+        float size = size_at(row, from + i, half), y = size * scale;
+        float z = rounded(y, f.smallest_exponent, f);
+        float error = (z - y) * scale_inv, counted = off_grid(y, f) * scale_inv;
+        lanes->errors[i] += error * error - counted * counted;
+        lanes->flushed[i] += (z == 0.0f) & (size != 0.0f);
     }
 }
 
-INLINE void put_right(const void *x, int half, int64_t from, int64_t count, float scale,
-                      const Format f, Lanes *lanes) {
-    if (count == MX) put_right_some(x, half, from, MX, scale, f, lanes);
-    else put_right_some(x, half, from, count, scale, f, lanes);
+/* The same of elements that are clipped. */
+INLINE void clip(const Row *row, int half, int64_t from, int64_t width, float scale, const Format f,
+                 Lanes *lanes) {
+    const float largest = f.largest / scale, limit = f.limit / scale;
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) {
+        float size = size_at(row, from + i, half);
+        float error = size - largest, counted = off_grid(size, f);
+        lanes->errors[i] += error > 0.0f ? error * error - counted * counted : 0.0f;
+        lanes->saturated[i] += size > limit;
+    }
 }
 
 INLINE void fold(Lanes *lanes, Loss *loss) {
@@ -201,95 +321,126 @@ INLINE float exponent_scale(int32_t amax, float largest_inv, int32_t top, int up
     return from_bits(inverse < 0x400000 ? 0x400000 : inverse);
 }
 
-/* The largest and the smallest magnitude of 32 elements. */
-INLINE void range_of(const void *x, int half, int64_t from, int64_t count, int32_t *most,
-                     int32_t *least) {
-    if (half && count == MX) {
-        const uint16_t *codes = (const uint16_t *)x + from;
-        uint16_t high = 0, low = UINT16_MAX;
-#pragma omp simd reduction(max : high) reduction(min : low)
-        for (int i = 0; i < MX; i++) {
-            uint16_t n = codes[i] & INT16_MAX;
-            high = n > high ? n : high, low = n < low ? n : low;
-        }
-        *most = high << 16, *least = low << 16;
-        return;
-    }
-    int32_t high = 0, low = INT32_MAX;
-#pragma omp simd reduction(max : high) reduction(min : low)
-    for (int64_t i = 0; i < count; i++) {
-        int32_t n = bits(load(x, from + i, half)) & INT32_MAX;
-        high = n > high ? n : high, low = n < low ? n : low;
-    }
-    *most = high, *least = low;
-}
-
-/* One block of 32 in which something is below `bound` or clipped. */
-INLINE void look_at_block(const void *x, int half, int64_t from, int64_t width, int32_t most,
-                          int below, float row_scale, float square_scale, const Casts *how,
-                          Lanes *lanes) {
+/* One block of 32 in which something may be subnormal. */
+static __attribute__((noinline)) void look_at_block(const Row *row, int half, int64_t from,
+                                                    int64_t width, float row_scale,
+                                                    float square_scale, const Casts *how) {
     const Format f = *how->e4m3;
     const float largest_inv = (float)(1.0 / (double)f.largest);
     const int32_t top = (bits(f.largest) >> 23) - 127;
-    float floor = exponent_scale(most, largest_inv, top, 0);
-    put_right(x, half, from, width, floor, f, lanes + MXFP8_FLOOR);
-    if (!below) return;
-    float up = exponent_scale(most, largest_inv, top, 1);
-    put_right(x, half, from, width, row_scale, f, lanes + ROWWISE);
-    put_right(x, half, from, width, square_scale, f, lanes + BLOCK);
-    put_right(x, half, from, width, up, f, lanes + MXFP8);
+    int32_t most = 0, zeros = 0;
+#pragma omp simd reduction(max : most) reduction(+ : zeros)
     for (int64_t i = 0; i < width; i++) {
-        float size = from_bits(bits(load(x, from + i, half)) & INT32_MAX);
-        int zero = size == 0.0f;
-        *how->zeros += zero;
-        how->loss[CURRENT].flushed += !zero & (on_grid(size * how->scale, f) == 0.0f);
+        int32_t n = bits(size_at(row, from + i, half));
+        most = n > most ? n : most, zeros += n == 0;
+    }
+    *how->zeros += zeros;
+    float up = exponent_scale(most, largest_inv, top, 1);
+    float floor = exponent_scale(most, largest_inv, top, 0);
+    put_right(row, half, from, width, how->scale, 1.0f, f, how->lanes + CURRENT);
+    put_right(row, half, from, width, row_scale, 1.0f / row_scale, f, how->lanes + ROWWISE);
+    put_right(row, half, from, width, square_scale, 1.0f / square_scale, f, how->lanes + BLOCK);
+    put_right(row, half, from, width, up, 1.0f / up, f, how->lanes + MXFP8);
+    put_right(row, half, from, width, floor, 1.0f / floor, f, how->lanes + MXFP8_FLOOR);
+}
+
+/* The upper halves of a row's elements, by which it is told which blocks to look at. */
+INLINE const uint16_t *upper(const Row *row, int half, int64_t count, uint16_t *memory) {
+    if (half) return row->halves;
+    for (int64_t i = 0; i < count; i++) memory[i] = (uint16_t)(row->words[i] >> 16);
+    return memory;
+}
+
+/* Of each two neighbours the larger of `most` and the smaller of `least`. */
+INLINE void halve(const uint16_t *restrict most, const uint16_t *restrict least, int64_t count,
+                  uint16_t *restrict to_most, uint16_t *restrict to_least) {
+#pragma omp simd
+    for (int64_t i = 0; i < count / 2; i++) {
+        uint16_t a = most[2 * i], b = most[2 * i + 1], c = least[2 * i], d = least[2 * i + 1];
+        to_most[i] = a > b ? a : b, to_least[i] = c < d ? c : d;
     }
 }
 
-/* Blocks of 32 columns of one row: first which of them need it, for a branch per block is as dear
-   as the block. */
-INLINE void look_at_blocks(const void *x, int half, int64_t at, int64_t count, float row_scale,
-                           const float *squares, const Casts *how, Lanes *lanes) {
+/* The largest and the smallest of each block of 32, in whole blocks. */
+INLINE void ranges_of(const uint16_t *codes, int64_t count, uint16_t *most, uint16_t *least) {
+    uint16_t m2[SEGMENT / 2], l2[SEGMENT / 2], m4[SEGMENT / 4], l4[SEGMENT / 4];
+    halve(codes, codes, count, m2, l2);
+    halve(m2, l2, count / 2, m4, l4);
+    halve(m4, l4, count / 4, m2, l2);
+    halve(m2, l2, count / 8, m4, l4);
+    halve(m4, l4, count / 16, most, least);
+}
+
+/* Below it something may be subnormal under a scale, or under half of it: MX has no less. */
+INLINE float normal_of(float scale, const Format f) {
+    return from_bits(f.smallest_exponent) / scale * 2.0f;
+}
+
+/* Puts right the blocks of 32 of a part of a row that need it: first which they are, for a branch
+   per block is as dear as the block. `bounds` are upper halves, of each block. */
+INLINE void look_at_blocks(const Row *row, int half, int64_t count, float row_scale,
+                           const float *squares, const uint16_t *bounds, const Casts *how) {
+    enum { CLIPPED = 1, SUBNORMAL = 2 };
     const Format f = *how->e4m3;
-    const float flushed = from_bits(f.smallest_exponent) * 0x1p-3f * how->scale_inv;
-    const int32_t fraction = bits(f.largest) & 0x7fffff;
-    int32_t most[SEGMENT / MX], where[SEGMENT / MX], found = 0;
-    for (int64_t left = 0; left < count; left += MX) {
-        float square = squares[left / SQUARE], smallest = row_scale < square ? row_scale : square;
-        /* The scale of MX is no smaller, or half of it. */
-        float normal = from_bits(f.smallest_exponent) / smallest * 2.0f;
-        int32_t high, low, bound = bits(normal > flushed ? normal : flushed);
-        range_of(x, half, at + left, smaller(MX, count - left), &high, &low);
-        int below = (low < bound) | (high < SMALLEST);
-        most[found] = high, where[found] = (int32_t)left << 1 | below;
-        found += below | ((high & 0x7fffff) > fraction);
+    const uint16_t of_row = (uint16_t)(bits(normal_of(row_scale, f)) >> 16);
+    const int32_t fraction = ((bits(f.largest) & 0x7fffff) >> 16) - !half;
+    const int32_t top = (bits(f.largest) >> 23) - 127;
+    uint16_t most[SEGMENT / MX], least[SEGMENT / MX], needs[SEGMENT / MX], memory[SEGMENT];
+    int32_t where[SEGMENT / MX], found = 0;
+    const int64_t whole = units_of(count, SQUARE) * SQUARE;
+    ranges_of(upper(row, half, whole, memory), whole, most, least);
+#pragma omp simd
+    for (int64_t block = 0; block < whole / MX; block++) {
+        uint16_t bound = bounds[block] > of_row ? bounds[block] : of_row;
+        uint16_t below = (least[block] <= bound) | (most[block] < SMALLEST >> 16);
+        needs[block] = (uint16_t)(((most[block] & 0x7f) > fraction) | below << 1);
     }
+    for (int32_t block = 0; block < units_of(count, MX); block++)
+        where[found] = block, found += needs[block] != 0;
     for (int32_t i = 0; i < found; i++) {
-        int64_t left = where[i] >> 1;
-        look_at_block(x, half, at + left, smaller(MX, count - left), most[i], where[i] & 1,
-                      row_scale, squares[left / SQUARE], how, lanes);
+        int64_t from = MX * (int64_t)where[i], width = smaller(MX, count - from);
+        if (needs[where[i]] & CLIPPED) {
+            float floor = exponent_scale(most[where[i]] << 16, 0.0f, top, 0);
+            if (width == MX) clip(row, half, from, MX, floor, f, how->lanes + MXFP8_FLOOR);
+            else clip(row, half, from, width, floor, f, how->lanes + MXFP8_FLOOR);
+        }
+        if (needs[where[i]] & SUBNORMAL)
+            look_at_block(row, half, from, width, row_scale, squares[from / SQUARE], how);
     }
-    fold(lanes + MXFP8_FLOOR, how->loss + MXFP8_FLOOR);
 }
 
 INLINE void cast(const void *x, int half, int64_t rows, int64_t columns, const Casts *how) {
     const int64_t tiles = units_of(columns, TILE), squares = units_of(columns, SQUARE);
     double shared = 0;
-    Lanes lanes[RECIPES] = {0};
     for (int64_t left = 0; left < columns; left += SEGMENT) {
-        int64_t count = smaller(SEGMENT, columns - left);
-        float tile[SEGMENT], tile_inv[SEGMENT];
+        int64_t count = smaller(SEGMENT, columns - left), whole = units_of(count, TILE) * TILE;
+        uint16_t bounds[SEGMENT / MX];
+        Strip strip;
+        Row taken;
         for (int64_t row = 0; row < rows; row++) {
-            int64_t first = row / BAND * tiles + left / TILE, at = row * columns + left;
-            for (int64_t i = 0; row % BAND == 0 && i < count; i += TILE, first++)
-                for (int64_t j = 0; j < TILE; j++)
-                    tile[i + j] = how->tiles[first], tile_inv[i + j] = how->tiles_inv[first];
-            round_row(x, half, at, count, how, tile, tile_inv, &shared);
+            int64_t tile = row / BAND * tiles + left / TILE;
             const float *square = how->squares + row / SQUARE * squares + left / SQUARE;
-            look_at_blocks(x, half, at, count, how->rows[row], square, how, lanes);
+            if (row % BAND == 0)
+                take_tiles(how->tiles + tile, how->tiles_inv + tile, half, count, *how->e2m1,
+                           &strip);
+            for (int64_t i = 0; row % SQUARE == 0 && i < units_of(count, MX); i++) {
+                float scale = square[MX * i / SQUARE];
+                scale = scale < how->scale ? scale : how->scale;
+                bounds[i] = (uint16_t)(bits(normal_of(scale, *how->e4m3)) >> 16);
+            }
+            take_row(x, half, row * columns + left, count, &taken);
+            round_row(&taken, half, half ? whole / 2 : whole, how, &strip, &shared);
+            if (half) count_nvfp4(&taken, whole, &strip, how->loss + NVFP4);
+            how->loss[NVFP4].flushed -= whole - count;
+            look_at_blocks(&taken, half, count, how->rows[row], square, bounds, how);
+            for (int recipe = CURRENT; (row + 1) % BAND == 0 && recipe <= MXFP8_FLOOR; recipe++)
+                fold(how->lanes + recipe, how->loss + recipe);
         }
+        for (int recipe = CURRENT; recipe <= MXFP8_FLOOR; recipe++)
+            fold(how->lanes + recipe, how->loss + recipe);
     }
-    for (int recipe = ROWWISE; recipe <= MXFP8_FLOOR; recipe++) fold(lanes + recipe, how->loss + recipe), how->loss[recipe].error += shared;
+    for (int recipe = ROWWISE; recipe <= MXFP8_FLOOR; recipe++) how->loss[recipe].error += shared;
+    how->loss[CURRENT].error *= (double)how->scale_inv * how->scale_inv;
     how->loss[NVFP4].flushed -= *how->zeros;
 }
 
@@ -300,9 +451,10 @@ void fp8lab_cast_weights(const void *x, int half, int64_t rows, int64_t columns,
                          const float *squares, const float *tiles, const float *tiles_inv,
                          double *errors, int64_t *counts, int64_t *zeros) {
     Loss loss[RECIPES] = {0};
+    Lanes lanes[RECIPES] = {0};
     int64_t none = 0;
     const Casts how = {e4m3, e2m1, scale, scale_inv, row_scales, squares, tiles, tiles_inv,
-                       loss, &none};
+                       loss, lanes, &none};
     if (half) cast(x, 1, rows, columns, &how);
     else cast(x, 0, rows, columns, &how);
     *zeros += none;
@@ -315,18 +467,20 @@ void fp8lab_cast_weights(const void *x, int half, int64_t rows, int64_t columns,
 
 /* --- pairs of rows --- */
 
-INLINE void pairs(const void *a, const void *b, const void *c, int half, int64_t rows, int64_t n,
+INLINE void pairs(const void *a, const void *b, const void *c, int how, int64_t rows, int64_t n,
                   double *dots, double *others) {
     for (int64_t row = 0; row < rows; row++) {
         dots[row] = others[row] = 0;
         for (int64_t left = 0; left < n; left += SEGMENT) {
-            int64_t at = row * n + left, count = smaller(SEGMENT, n - left);
+            int64_t at = row * n + left, words = smaller(SEGMENT, n - left) / (1 + (how == PAIRED));
             float dot = 0, other = 0;
 #pragma omp simd reduction(+ : dot, other)
-            for (int64_t i = 0; i < count; i++) {
-                float g = load(a, at + i, half);
-                dot += g * load(b, at + i, half), other += g * load(c, at + i, half);
-            }
+            for (int64_t i = 0; i < words; i++)
+                for (int k = 0; k < 1 + (how == PAIRED); k++) {
+                    float g = element(a, at, i, k, how);
+                    dot = FMA(g, element(b, at, i, k, how), dot);
+                    other = FMA(g, element(c, at, i, k, how), other);
+                }
             dots[row] += dot, others[row] += other;
         }
     }
@@ -335,6 +489,7 @@ INLINE void pairs(const void *a, const void *b, const void *c, int half, int64_t
 /* Scalar products of each row of a [rows, n] with those of b and of c. */
 void fp8lab_pairs(const void *a, const void *b, const void *c, int half, int64_t rows, int64_t n,
                   double *dots, double *others) {
-    if (half) pairs(a, b, c, 1, rows, n, dots, others);
-    else pairs(a, b, c, 0, rows, n, dots, others);
+    if (!half) pairs(a, b, c, FULL, rows, n, dots, others);
+    else if (n % 2) pairs(a, b, c, HALF, rows, n, dots, others);
+    else pairs(a, b, c, PAIRED, rows, n, dots, others);
 }
