@@ -125,15 +125,10 @@ def run(
             on_report=progress.reported,
             on_end=progress.ended,
         )
-    runs = [open_run(path) for path in find_runs(out)]
     if as_json:
-        _print_json([_summary(one) for one in runs])
+        _print_json([_summary(open_run(path)) for path in find_runs(out)])
     else:
-        for part in value.parts:
-            if any(config_of(one).get("part") == part.name for one in runs):
-                titles = {one.name: one.title for one in part.arms}
-                console.print(_grid(part.title, titles, part.name, runs))
-        console.print(f"runs: {out}", highlight=False, soft_wrap=True)
+        _print_grids(console, value.parts, out)
     for failure in failures:
         typer.echo(f"failed: {failure}", err=True)
     if failures:
@@ -404,6 +399,15 @@ def _summary(run: Run) -> dict[str, Any]:
         "diverged_at": result.get("diverged_at"),
         "final_loss": result.get("final_loss"),
     }
+
+
+def _print_grids(console: Console, parts: Iterable[Any], out: Path) -> None:
+    runs = [open_run(path) for path in find_runs(out)]
+    for part in parts:
+        if any(config_of(one).get("part") == part.name for one in runs):
+            titles = {one.name: one.title for one in part.arms}
+            console.print(_grid(part.title, titles, part.name, runs))
+    console.print(f"runs: {out}", highlight=False, soft_wrap=True)
 
 
 def _grid(title: str, arms: dict[str, str], part: str, runs: list[Run]) -> Table:

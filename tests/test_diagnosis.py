@@ -22,8 +22,10 @@ from torch import nn
 from torch.nn import functional
 
 from fp8lab.conversion import convert
-from fp8lab.diagnosis import Diagnosis, diagnose
+from fp8lab.diagnosis import Diagnosis, diagnose, ranked
 from fp8lab.diagnosis.loss import loss_alarm
+from fp8lab.diagnosis.rows import Loaded
+from fp8lab.diagnosis.twin import first_divergence
 from fp8lab.ffn import GatedFeedForward
 from fp8lab.lab.experiment import Settings, load_experiment, run_experiment
 from fp8lab.lab.model import LanguageModel, ModelConfig, amplify
@@ -332,6 +334,68 @@ def test_the_worst_first_then_the_earliest(paths: Iterator[Path]) -> None:
         ("high", "b:product"),
         ("medium", "a:product"),
     ]
+
+
+def of(cause: str, severity: Severity, since: int, confidence: Severity = "high") -> Finding:
+    return Finding(cause=cause, summary="s", severity=severity, confidence=confidence, since=since)
+
+
+def test_a_fault_of_the_setup_comes_before_what_is_as_bad_and_as_sure() -> None:
+    apart = of("rank_local_amax", "high", 9)
+    for other, is_first in (
+        (of("stale_scale", "high", 1), True),
+        (of("stale_scale", "high", 1, "medium"), True),
+        (of("missing_clamp", "high", 8), False),
+    ):
+        assert (ranked([other, apart], None)[0] is apart) == is_first
+    label = of("precision_label", "medium", 0)
+    assert ranked([label, of("stale_scale", "high", 1)], None)[-1] is label
+
+
+def test_what_follows_a_rate_that_breaks_all_weights_is_no_worse_than_it(
+    paths: Iterator[Path],
+) -> None:
+    rates = [(0.01, 0.001)] * 6 + [(0.3, 0.01)] * 14
+    steps = [
+        {"step": i, "rank": 0, "loss": 1.0, "update_ratio": ratio, "learning_rate": rate}
+        for i, (ratio, rate) in enumerate(rates)
+    ]
+    for since, severity in ((5, "high"), (6, "medium")):
+        writer = RunWriter.create(path := next(paths), {})
+        writer.append("steps", steps)
+        rows = [underflown(step, 0.6, site="a:product") for step in range(since, 20)]
+        writer.append("tensors", [{"rank": 0} | row for row in rows])
+        writer.close()
+        found = {f.cause: f for f in diagnose(path).findings}
+        assert found["learning_rate"].severity == "medium"
+        assert found["bulk_underflow"].severity == severity
+
+
+def test_a_difference_stands_out_by_six_times_and_lasts_for_most_of_five_steps(
+    paths: Iterator[Path],
+) -> None:
+    def parted(*norms: float) -> int | None:
+        here, there = (
+            Loaded(
+                write(
+                    next(paths),
+                    tensors=[
+                        {"step": step, "site": "mlp:product", "l2_norm": norm}
+                        for step, norm in enumerate(values)
+                    ],
+                )
+            )
+            for values in (norms, [1.0] * len(norms))
+        )
+        found = first_divergence(here, there)
+        return None if found is None else found.step
+
+    usual = [1.125] * 10
+    assert parted(*usual, *[1.75] * 5) is None  # six times an eighth
+    assert parted(*usual, *[above(1.75)] * 5) == 10
+    sound = [1.0] * 10
+    assert parted(*sound, 2.0, 1.0, 1.0, 2.0, 2.0, *sound) == 10
+    assert parted(*sound, 2.0, 1.0, 1.0, 2.0, 1.0, *sound) is None
 
 
 def judged(*since: tuple[Severity, int | None], alarm: int | None) -> Diagnosis:

@@ -195,6 +195,36 @@ def test_gradient_overflow_follows_no_fault_of_the_forward_pass(paths: Iterator[
     assert overflow(next(paths), [*rows, *first]) == ["medium"]
 
 
+def test_gradient_overflow_takes_less_where_the_margin_is_negative(paths: Iterator[Path]) -> None:
+    for beyond, staleness, expected in (
+        (1, 1.0, ["medium"]),
+        (-1, 1.0, []),
+        (1, above(1.0), []),
+    ):
+        rows = overflown(range(9, 30), at_error(0.21, beyond), staleness=staleness)
+        assert overflow(next(paths), [*sound(range(9)), *rows]) == expected
+
+
+def test_gradient_overflow_in_steps_that_clip_the_forward_pass_is_a_note(
+    paths: Iterator[Path],
+) -> None:
+    def forward(*steps: int, staleness: float = above(2.0)) -> list[Row]:
+        row = {"site": "up:input", "cur_amax": 1.0, "scale": 300.0, "sqnr_db": 20.0}
+        return [{"step": step, "staleness": staleness} | row for step in steps]
+
+    rows = [*sound(range(20)), *overflown([4, 8, 12, 16])]
+    rows = list({row["step"]: row for row in rows}.values())
+    assert overflow(next(paths), [*rows, *forward(4, 8, 12, 5, 6, 7)]) == ["low"]
+    assert overflow(next(paths), [*rows, *forward(4, 8, 12, 5, 6, 7, 9)]) == ["medium"]
+    assert overflow(next(paths), [*rows, *forward(4, 8)]) == ["medium"]  # chance
+    assert overflow(next(paths), [*rows, *forward(4, 8, 12, staleness=2.0)]) == ["medium"]
+    # Nor is it the forward pass's where the other steps are clipped more than half as often.
+    rows = [*sound([0, 1, 2, 3, 5]), *overflown([4, 7, 8, 9, 10, 11, 12])]
+    assert overflow(next(paths), [*rows, *forward(4, 8, 12)]) == ["low"]
+    rows += overflown([13])
+    assert overflow(next(paths), [*rows, *forward(4, 8, 12)]) == ["medium"]
+
+
 def test_gradient_overflow_is_bad_where_the_loss_tells_soon(paths: Iterator[Path]) -> None:
     rows = [*sound([0]), *overflown([4, 8, 12])]
     for step, expected in ((62, "high"), (63, "medium"), (13, "high")):
@@ -262,8 +292,87 @@ def test_what_rank_local_amax_says(paths: Iterator[Path]) -> None:
     later = {"step": 9, "site": "up:input"}
     rows += [scaled(0, 1.0) | later, scaled(1, 6.0, staleness=3.0) | later]
     (said,) = found(next(paths), rows)
-    assert (said.site, said.since) == ("up:input", 5)
-    assert "2 operands apart, by up to 6 times" in said.summary and "process 1" in said.summary
+    assert (said.site, said.since) == ("up:input", 9)
+    assert "2 operands apart" in said.summary and "by up to 6 times" in said.summary
+    assert "process 1" in said.summary
+
+
+def onset(path: Path, rows: Iterable[Row]) -> tuple[str | None, int | None]:
+    (said,) = (f for f in found(path, rows) if f.cause == "rank_local_amax")
+    return said.site, said.since
+
+
+def test_local_amaxes_set_in_two_octaves_apart_or_else_at_the_first_difference(
+    paths: Iterator[Path],
+) -> None:
+    little = [scaled(0, 1.0, 3), scaled(1, above(1.0), 3)]
+    for ratio, expected in ((4.0, ("down:input", 3)), (above(4.0), ("up:input", 7))):
+        rows = [scaled(0, 1.0, 7, site="up:input"), scaled(1, ratio, 7, site="up:input")]
+        assert onset(next(paths), [*little, *rows]) == expected
+
+
+def test_of_sites_apart_the_one_that_runs_first_and_gradients_last(paths: Iterator[Path]) -> None:
+    def pair(site: str, step: int = 5, ratio: float = 8.0) -> list[Row]:
+        return [scaled(rank, 1.0 + rank * (ratio - 1.0), step, site=site) for rank in (0, 1)]
+
+    rows = [row for site in ("mlp:product", "gate:input", "down:input") for row in pair(site)]
+    assert onset(next(paths), rows) == ("gate:input", 5)
+    gradients = pair("up:grad_output", 1)
+    assert onset(next(paths), [*gradients, *rows]) == ("gate:input", 5)
+    assert onset(next(paths), [*gradients, *pair("down:input", 9, 1.5)]) == ("down:input", 9)
+    assert onset(next(paths), gradients) == ("up:grad_output", 1)
+
+
+def met(step: int, *amaxes: float, made_by: float) -> list[Row]:
+    """Of each process what it met, at a scale that they share."""
+    return [
+        scaled(rank, 448.0 / made_by, step, cur_amax=amax, staleness=amax / made_by)
+        for rank, amax in enumerate(amaxes)
+    ]
+
+
+def test_a_scale_of_all_holds_what_any_has_met_since(paths: Iterator[Path]) -> None:
+    start = [*met(0, 1.0, 1.0, made_by=1.0), *met(1, 1.0, 9.0, made_by=1.0)]
+    # The first process's own amax of step 1 made the scale of step 2: the second's was missed.
+    assert onset(next(paths), [*start, *met(2, 1.0, 1.0, made_by=1.0)]) == ("down:input", 2)
+    assert apart(next(paths), [*start, *met(2, 1.0, 1.0, made_by=9.0)]) == []
+    # What step 3 shows to be missed was met in step 1, while a larger one made the scale.
+    later = [*met(0, 20.0, 1.0, made_by=20.0), *met(1, 1.5, 9.0, made_by=20.0)]
+    later += [*met(2, 1.25, 1.0, made_by=20.0), *met(3, 1.0, 1.0, made_by=1.5)]
+    assert onset(next(paths), later) == ("down:input", 2)
+    older = [*met(0, 1.0, 9.0, made_by=1.0), *met(1, 1.5, 1.0, made_by=9.0)]
+    assert apart(next(paths), [*older, *met(2, 1.0, 1.0, made_by=1.5)]) == []
+    # Nothing is known of a scale whose amax was not recorded.
+    assert apart(next(paths), [*start, *met(2, 1.0, 1.0, made_by=1.25)]) == []
+
+
+def test_an_amax_that_differs_by_rounding_is_not_missed(paths: Iterator[Path]) -> None:
+    for more, expected in ((1.0, []), (2.0**-10, ["medium"])):
+        larger = (1.0 + 2.0**-16 * more) if more == 1.0 else 1.0 + more
+        rows = [*met(1, 1.0, larger, made_by=1.0), *met(2, 1.0, 1.0, made_by=1.0)]
+        assert apart(next(paths), rows) == expected
+
+
+def test_local_amaxes_are_bad_where_one_clips_what_the_other_had_met(
+    paths: Iterator[Path],
+) -> None:
+    start = [*met(0, 1.0, 1.0, made_by=1.0), *met(1, 1.0, 4.5, made_by=1.0)]
+    for amax, expected in ((2.0, "medium"), (above(2.0), "high"), (9.0, "high"), (9.5, "medium")):
+        assert apart(next(paths), [*start, *met(2, amax, 1.0, made_by=1.0)]) == [expected], amax
+
+
+def test_processes_with_other_weights_have_other_layers(paths: Iterator[Path]) -> None:
+    def weights(layer: str, other: float) -> list[Row]:
+        site = f"{layer}:weight"
+        return [scaled(r, 2.0, site=site, cur_amax=a) for r, a in enumerate((1.0, other))]
+
+    for site, layer in (("mlp.down:input", "mlp.down"), ("mlp:product", "mlp.up")):
+        rows = [scaled(0, 1.0, site=site), scaled(1, 8.0, site=site)]
+        assert apart(next(paths), [*rows, *weights(layer, 1.0)]) == ["medium"]
+        assert apart(next(paths), [*rows, *weights(layer, above(1.0))]) == []
+        assert apart(next(paths), [*rows, *weights(layer.replace("mlp", "mlp2"), 8.0)]) == [
+            "medium"
+        ]
 
 
 # --- short accumulator --------------------------------------------------------------------------
@@ -452,6 +561,22 @@ def test_a_shared_exponent_sets_in_where_most_is_clipped(paths: Iterator[Path]) 
         assert said.since == since
 
 
+def test_a_cluster_sets_in_before_it_costs_more_than_rounding(paths: Iterator[Path]) -> None:
+    # 0.0266² of the power: a collapse of 0.25 is an error of 0.22, unless there is more power.
+    contracts = {"l2_norm": 8.0 * math.sqrt(1.0005), "saturated": 0.9}
+    cheap, dear = ({"mse": 0.0005 * collapse} | contracts for collapse in (0.9, 3.0))
+    rows = [block(0, saturated=0.9), *(block(step, **cheap) for step in (1, 2))]
+    rows += [block(step, **dear) for step in (3, 4)]
+    said = next(f for f in found(next(paths), rows) if f.cause == "shared_exponent")
+    assert (said.since, len(said.evidence)) == (1, 2)
+    rows[1]["saturated"] = below(0.5)
+    said = next(f for f in found(next(paths), rows) if f.cause == "shared_exponent")
+    assert said.since == 2
+    rows[2]["mse"] = 0.0005 * below(0.25)
+    said = next(f for f in found(next(paths), rows) if f.cause == "shared_exponent")
+    assert said.since == 3
+
+
 def test_any_saturation_of_mx_blocks_is_a_floors(paths: Iterator[Path]) -> None:
     assert floors(next(paths), two_blocks(0.0, saturated=above(1e-5))) == ["medium"]
     assert floors(next(paths), two_blocks(0.0, saturated=1e-5)) == []
@@ -478,6 +603,16 @@ def test_a_floor_sets_in_at_two_thirds_of_what_it_comes_to(paths: Iterator[Path]
     for share, since in ((2 / 3 * 0.02, 3), (below(2 / 3 * 0.02), 4)):
         (said,) = found(next(paths), [block(3, saturated=share), *later])
         assert said.since == since
+
+
+def test_a_floor_that_comes_sets_in_at_its_first_step(paths: Iterator[Path]) -> None:
+    comes = [block(step, saturated=0.005 * step) for step in range(4, 12)]
+    for none, since in ((range(1, 4), 4), (range(2, 4), 7)):
+        (said,) = found(next(paths), [*(block(step) for step in none), *comes])
+        assert said.since == since
+    comes[4]["saturated"] = 0.0  # a tensor that is clipped now and then
+    (said,) = found(next(paths), [*(block(step) for step in range(1, 4)), *comes])
+    assert said.since == 7
 
 
 def test_what_a_layer_rounds_to_even_is_a_note(paths: Iterator[Path]) -> None:

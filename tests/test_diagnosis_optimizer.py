@@ -59,33 +59,59 @@ def test_updates_that_become_large_are_the_rates_doing_if_it_rose(paths: Iterato
 def test_a_learning_rate_moves_most_weights(paths: Iterator[Path]) -> None:
     def weights(moving: int) -> list[Row]:
         return [
-            {"step": step, "site": f"{name}:weight", "l2_norm": norm}
-            for name in range(4)
+            {"step": step, "site": f"{name:02}:weight", "l2_norm": norm}
+            for name in range(100)
             for step, norm in ((0, 1.0), (10, 1.2 if name < moving else 1.1), (11, 9.0))
         ]
 
-    for moving, severity in ((1, "low"), (2, "medium")):
+    for moving, severity in ((49, "low"), (50, "medium")):
         run = write(next(paths), tensors=weights(moving))
-        assert moved(Loaded(run), 0) == ([f"{name}:weight" for name in range(moving)], 4)
+        assert moved(Loaded(run), 0) == ([f"{name:02}:weight" for name in range(moving)], 100)
         (found,) = updated(next(paths), *[0.2] * 5, tensors=weights(moving))
         assert found.severity == severity
 
 
-def test_a_loss_above_where_it_was_is_the_harm(paths: Iterator[Path]) -> None:
-    for last, severity in ((3.0, "medium"), (above(3.0), "high")):
-        (found,) = updated(next(paths), *[0.2] * 20, loss=[3.0] * 8 + [last] * 12)
+def test_a_loss_that_rises_with_the_updates_is_the_harm(paths: Iterator[Path]) -> None:
+    for then, severity in ((3.0, "medium"), (above(3.0), "high"), (below(3.0), "low")):
+        (found,) = updated(next(paths), *[0.2] * 20, loss=[3.0] * 8 + [then] * 12)
         assert found.severity == severity
-    events = [{"step": 12, "kind": "diverged"}]
-    assert updated(next(paths), *[0.2] * 20, events=events)[0].severity == "high"
+    for length, severity in ((9, "high"), (7, "medium")):  # until updates are ordinary again
+        ratios = [0.2] * length + [0.01] * (20 - length)
+        (found,) = updated(next(paths), *ratios, loss=[3.0] * 5 + [9.0] * 5 + [3.0] * 10)
+        assert found.severity == severity
+    for step, severity in ((23, "high"), (24, "medium")):
+        events = [{"step": step, "kind": "diverged"}]
+        ratios = [0.2] * 13 + [0.01] * 20
+        assert updated(next(paths), *ratios, events=events)[0].severity == severity
+
+
+def test_a_hard_batch_is_no_harm_of_the_rate(paths: Iterator[Path]) -> None:
+    for hard, severity in ((2, "low"), (3, "high")):  # of the five steps that tell
+        loss = [3.0] + [9.0] * hard + [2.0] * (5 - hard) + [9.0] * 4
+        (found,) = updated(next(paths), 0.2, 0.2, *[0.01] * 8, loss=loss)
+        assert found.severity == severity
+
+
+def test_the_rate_before_is_that_of_ten_steps(paths: Iterator[Path]) -> None:
+    def since(apart: int, rates: list[float]) -> list[int | None]:
+        rows = [
+            {"step": apart * i, "loss": 3.0, "learning_rate": rate, "update_ratio": ratio}
+            for i, (rate, ratio) in enumerate(zip(rates, [0.01] * 10 + [0.2] * 3, strict=True))
+        ]
+        return [one.since for one in found_by(learning_rate, write(next(paths), steps=rows))]
+
+    assert since(5, [1.0] * 8 + [0.001] * 2 + [0.002] * 3) == [50]
+    assert since(5, [1.0] * 9 + [0.001] * 1 + [0.002] * 3) == []
+    assert since(20, [1.0] * 9 + [0.001] * 1 + [0.002] * 3) == [200]
 
 
 # --- second moment ------------------------------------------------------------------------------
 
 
 def lagged(path: Path, rms: float = 6.0, **more: Any) -> list[Finding]:
-    """Twenty calm steps, RMS_t at step 20, loss from step 22 on."""
+    """Twenty calm steps, RMS_t and updates from step 20 on, loss from step 22 on."""
     loss = [1.0, 1.1] * 11 + more.get("after", [2.0] * 10)
-    rms_t = [1.0] * 20 + [rms] + [1.0] * 11
+    rms_t = [1.0] * 20 + [rms] + more.get("then", [6.0] * 3 + [1.0] * 8)
     updates = [0.01] * 20 + [more.get("update", 0.02)] * 12
     rates = [0.1] * 20 + [more.get("rate", 0.1)] * 12
     rows = [
@@ -94,13 +120,17 @@ def lagged(path: Path, rms: float = 6.0, **more: Any) -> list[Finding]:
     ]
     for step, changes in more.get("changed", {}).items():
         rows[step] |= changes
+    rows[1:1] = [rows[1]] * more.get("moved", 0)  # the first row is so much earlier
+    rows = [row | {"step": more.get("apart", 1) * step} for step, row in enumerate(rows)]
     return found_by(second_moment_lag, write(path, steps=rows))
 
 
 def test_a_spike_of_rms_before_one_of_the_loss(paths: Iterator[Path]) -> None:
-    assert lagged(next(paths), below(2.3)) == []
-    (found,) = lagged(next(paths), 2.3)
+    then = [below(2.3)] * 11  # nor is there a spike in what follows
+    assert lagged(next(paths), below(2.3), then=then) == []
+    (found,) = lagged(next(paths), 2.3, then=[2.3] * 11)
     assert (found.cause, found.severity, found.since) == ("second_moment_lag", "medium", 20)
+    assert found.confidence == "high"
     assert [e.step for e in found.evidence] == [20, 22]
 
 
@@ -110,20 +140,35 @@ def test_rms_stands_out_of_what_it_was_before(paths: Iterator[Path]) -> None:
         assert len(lagged(next(paths), 6.0, changed=changed)) == expected
 
 
-def test_the_loss_follows_within_eight_steps_and_not_at_once(paths: Iterator[Path]) -> None:
-    calm = [1.0] * 10
-    for first, expected in ((22, 1), (27, 1), (28, 0)):  # two of steps 21 to 28
-        after = calm.copy()
-        after[first - 22 :] = [2.0] * (32 - first)
-        assert len(lagged(next(paths), after=after)) == expected
-    assert lagged(next(paths), changed={20: {"loss": 2.0}}) == []
-    assert lagged(next(paths), after=[2.0, *[1.0] * 9]) == []
+def test_a_lag_stays_and_a_batch_does_not(paths: Iterator[Path]) -> None:
+    for length, expected in ((2, 0), (3, 1)):  # and the spike itself
+        assert len(lagged(next(paths), then=[6.0] * length + [1.0] * (11 - length))) == expected
+    for level, expected in ((2.3, 1), (below(2.3), 0)):
+        assert len(lagged(next(paths), then=[level] * 11)) == expected
+    usual = {step: {"rms_t": 2.0} for step in range(20)}
+    for level, expected in ((3.0, 1), (below(3.0), 0)):
+        assert len(lagged(next(paths), then=[level] * 11, changed=usual)) == expected
 
 
-def test_the_loss_spike_is_three_standard_deviations(paths: Iterator[Path]) -> None:
+def test_a_loss_that_follows_makes_it_sure(paths: Iterator[Path]) -> None:
+    def sure(**more: Any) -> str:
+        (found,) = lagged(next(paths), **more)
+        return found.confidence
+
+    for first, confidence in ((22, "high"), (27, "high"), (28, "medium")):  # two of steps 21 to 28
+        assert sure(after=[1.0] * (first - 22) + [2.0] * (32 - first)) == confidence
+    assert sure(changed={20: {"loss": 2.0}}) == "medium"  # at once: it is the loss that changed
+    assert sure(after=[2.0, *[1.0] * 9]) == "medium"
     limit = np.tile([1.0, 1.1], 10).mean() + 3.2 * np.tile([1.0, 1.1], 10).std()
-    assert lagged(next(paths), after=[float(limit)] * 10) == []
-    assert len(lagged(next(paths), after=[above(float(limit))] * 10)) == 1
+    assert sure(after=[float(limit)] * 10) == "medium"
+    assert sure(after=[above(float(limit))] * 10) == "high"
+
+
+def test_the_running_mean_is_of_twenty_steps(paths: Iterator[Path]) -> None:
+    for calm, confidence in ((0, "medium"), (1, "high")):
+        rows = {0: {"loss": 100.0}}  # 20 steps before the spike, or 21
+        (found,) = lagged(next(paths), changed=rows, moved=calm)
+        assert found.confidence == confidence
 
 
 def test_a_lag_needs_larger_updates_and_a_steady_rate(paths: Iterator[Path]) -> None:
@@ -131,6 +176,19 @@ def test_a_lag_needs_larger_updates_and_a_steady_rate(paths: Iterator[Path]) -> 
         assert len(lagged(next(paths), update=update)) == expected
     for rate, expected in ((0.1 * 1.5, 0), (0.1499, 1)):
         assert len(lagged(next(paths), rate=rate)) == expected
+    for before, expected in ((below(0.015), 1), (0.015, 0)):  # the cause comes first
+        assert len(lagged(next(paths), changed={19: {"update_ratio": before}})) == expected
+    for first, expected in ((27, 1), (28, 0)):
+        changed = {step: {"update_ratio": 0.01} for step in range(20, first)}
+        assert len(lagged(next(paths), changed=changed)) == expected
+
+
+def test_a_lag_is_measured_in_steps_and_not_in_rows(paths: Iterator[Path]) -> None:
+    for length, expected in ((0, 0), (1, 1)):  # ten steps later it is still there
+        then = [6.0] * length + [1.0] * (11 - length)
+        found = lagged(next(paths), apart=10, then=then)
+        assert [one.since for one in found] == [200] * expected
+    assert lagged(next(paths), apart=50) == []  # nothing is known of the steps before
 
 
 # --- corrupt batch ------------------------------------------------------------------------------
@@ -138,8 +196,10 @@ def test_a_lag_needs_larger_updates_and_a_steady_rate(paths: Iterator[Path]) -> 
 
 def jumped(path: Path, loss: list[float], **more: Any) -> list[Finding]:
     updates = more.pop("updates", [0.01] * len(loss))
+    changed = more.pop("changed", {})
     rows = [
-        {"loss": x, "update_ratio": u, "grad_norm": 1.0} for x, u in zip(loss, updates, strict=True)
+        {"loss": x, "update_ratio": u, "grad_norm": 1.0, "rms_t": 1.0} | changed.get(step, {})
+        for step, (x, u) in enumerate(zip(loss, updates, strict=True))
     ]
     return found_by(corrupt_batch, write(path, steps=rows, **more))
 
@@ -149,13 +209,40 @@ START = [5.0] * 5
 
 
 def test_a_batch_on_which_the_model_is_worse_than_untrained(paths: Iterator[Path]) -> None:
-    for loss, severity, sure in ((above(5.0), "medium", "high"), (5.0, "low", "low")):
+    start = 5.0 - 0.14826  # noise: the median deviation of a normal distribution
+    for loss, severity, sure in (
+        (start + 1e-9, "medium", "high"),
+        (start - 1e-9, "low", "low"),
+    ):
         (found,) = jumped(next(paths), [*START, *NOISE, loss, *NOISE])
         assert (found.cause, found.severity, found.confidence) == ("corrupt_batch", severity, sure)
         assert found.since == 25
     events = [{"step": 30, "kind": "diverged"}]
     (found,) = jumped(next(paths), [*START, *NOISE, 9.0, *NOISE], events=events)
     assert found.severity == "high"
+
+
+def test_who_has_learnt_little_does_not_know_what_untrained_is(paths: Iterator[Path]) -> None:
+    for start, severity in ((2.2 / 0.75 + 1e-9, "medium"), (2.2 / 0.75 - 1e-9, "low")):
+        (found,) = jumped(next(paths), [*[start] * 5, *NOISE, 20.0, *NOISE])
+        assert found.severity == severity
+    for loss, severity in ((above(25.0), "medium"), (25.0, "low")):
+        (found,) = jumped(next(paths), [*[2.5] * 5, *NOISE, loss, *NOISE])
+        assert found.severity == severity
+
+
+def test_a_batch_does_harm_by_its_gradient(paths: Iterator[Path]) -> None:
+    loss = [*START, *NOISE, 9.0, *NOISE]
+    for gradient, severity in ((0.9, "medium"), (below(0.9), "low")):
+        (found,) = jumped(next(paths), loss, changed={25: {"grad_norm": gradient}})
+        assert found.severity == severity
+
+
+def test_the_gradient_of_one_batch_does_not_stay(paths: Iterator[Path]) -> None:
+    loss = [*START, *NOISE, 9.0, *NOISE]
+    for length, expected in ((3, 1), (4, 0)):
+        changed = {step: {"rms_t": 6.0} for step in range(25, 25 + length)}
+        assert len(jumped(next(paths), loss, changed=changed)) == expected
 
 
 def test_a_jump_is_eight_standard_deviations(paths: Iterator[Path]) -> None:

@@ -21,6 +21,7 @@ from fp8lab.diagnosis import (
     cold_start,
     delayed_saturation,
     diagnose,
+    judge,
     stale_scale,
     token_outlier,
 )
@@ -145,6 +146,18 @@ def test_clipping_to_less_than_a_quarter_is_no_harm(paths: Iterator[Path]) -> No
         assert it.severity == severity
 
 
+def test_a_single_step_that_nothing_follows_for_long_is_a_note(paths: Iterator[Path]) -> None:
+    for last, severity in ((59, "medium"), (60, "low")):
+        rows = [*healthy(PRODUCT, range(last + 1)), jump(9, 4.0)]
+        (it,) = found(delayed_saturation, next(paths), rows)
+        assert it.severity == severity
+        (it,) = found(delayed_saturation, next(paths), [*rows, jump(6, 4.0)])
+        assert it.severity == "medium"
+        # What is clipped to less than a quarter does not make two of it.
+        (it,) = found(delayed_saturation, next(paths), [*rows, jump(6, below(4.0))])
+        assert it.severity == severity
+
+
 def test_growth_of_all_steps_is_no_wind_up(paths: Iterator[Path]) -> None:
     def growing(factor: float) -> list[Row]:
         usual = [cast(s, PRODUCT, cur_amax=1.0 if s < 15 else factor) for s in range(30)]
@@ -203,6 +216,36 @@ def test_a_hot_channel_is_found_in_inputs_and_not_in_weights(paths: Iterator[Pat
     (it,) = found(bulk_underflow, next(paths), [hot(step, GATE) for step in range(30)])
     assert (it.site, it.since) == (GATE, 0) and "the largest" in it.summary
     assert found(bulk_underflow, next(paths), [hot(step, WEIGHT) for step in range(30)]) == []
+
+
+def test_a_hot_channel_shortly_before_the_loss_tells_is_what_blew_up(paths: Iterator[Path]) -> None:
+    rows = [hot(step) for step in range(10, 20)]
+    for alarm, severity in ((13, "low"), (14, "high")):
+        events = [{"step": alarm, "kind": "diverged", "detail": ""}]
+        (it,) = found(bulk_underflow, next(paths), rows, events=events)
+        assert it.severity == severity
+
+
+def emptied(step: int, flushed: float = 0.5, **more: Any) -> list[Row]:
+    """The product of which one channel is left, and up's weight, whose cast is why."""
+    left = {"channel_ratio": None, "bulk_error": None, "scale": 300.5} | more
+    return [cast(step, WEIGHT, flushed=flushed), cast(step, PRODUCT) | left, cast(step, DOWN)]
+
+
+def test_a_hot_row_of_a_weight_empties_the_product(paths: Iterator[Path]) -> None:
+    for flushed, count in ((0.5, 1), (below(0.5), 0)):
+        rows = [row for step in range(20) for row in emptied(step, flushed)]
+        named = found(bulk_underflow, next(paths), rows)
+        assert [(f.severity, f.site, f.channel, f.since) for f in named] == [
+            ("high", PRODUCT, 3, 0)
+        ] * count
+    assert WEIGHT in found(bulk_underflow, next(paths), emptied(0))[0].summary
+    for more in ({"channel_ratio": 1e9}, {"token_ratio": None}):  # a median; nothing measured
+        assert found(bulk_underflow, next(paths), emptied(0, **more)) == []
+    # Not down's weight, which is cast behind it, nor another block's.
+    for site in ("a.mlp.down:weight", "b.mlp.up:weight"):
+        (_, *rest) = emptied(0)
+        assert found(bulk_underflow, next(paths), [*rest, cast(0, site, flushed=0.9)]) == []
 
 
 # --- token outlier --------------------------------------------------------------------------------
@@ -322,6 +365,12 @@ def test_a_stale_scale_is_bad_where_it_takes_the_majority(paths: Iterator[Path])
         assert [f.severity for f in found(stale_scale, next(paths), rows)] == expected
 
 
+def test_a_stale_scale_that_leaves_little_but_subnormals_counts_too(paths: Iterator[Path]) -> None:
+    for error, expected in ((above(21.9), []), (21.9, ["medium"])):
+        rows = [*healthy(), *(stale(step, 0.2, sqnr_db=error) for step in range(11, 20))]
+        assert [f.severity for f in found(stale_scale, next(paths), rows)] == expected
+
+
 def test_what_a_fresh_scale_flushes_too_is_not_stale(paths: Iterator[Path]) -> None:
     for usual, count in ((0.3, 1), (above(0.3), 0)):
         rows = [*healthy(flushed=usual), *(stale(step) for step in range(11, 20))]
@@ -363,6 +412,13 @@ def test_a_short_history_is_bad_where_clipping_is(paths: Iterator[Path]) -> None
         rows = [again(step, sqnr_db=error) for step in (5, 12, 19)]
         (it,) = found(stale_scale, next(paths), [*healthy(), *rows])
         assert it.severity == severity
+
+
+def test_what_is_bad_began_where_clipping_was(paths: Iterator[Path]) -> None:
+    bad = [again(step) for step in (5, 12, 19)]
+    for error, since in ((10.0, 2), (above(10.0), 5)):
+        rows = [*healthy(), again(2, sqnr_db=error), *bad]
+        assert found(stale_scale, next(paths), rows)[0].since == since
 
 
 def test_clipping_begins_at_an_octave(paths: Iterator[Path]) -> None:
@@ -451,12 +507,14 @@ def test_what_the_first_measured_scale_casts_as_badly_is_no_cold_start(
         assert len(found(cold_start, next(paths), rows)) == count
 
 
-def test_every_start_has_one_finding_at_the_worst_operand(paths: Iterator[Path]) -> None:
+def test_every_start_has_one_finding_at_the_operand_that_runs_first(paths: Iterator[Path]) -> None:
     rows = [*healthy(WEIGHT), *healthy(UP), *start(cold(0), cold(0, 1.0, site=UP))]
-    rows += [cold(0, 1.0, site=WEIGHT, staleness=0.001), cold(1, site=UP), cold(14)]
+    rows += [cold(0, below(6.0), site=WEIGHT, staleness=0.001), cold(1, site=UP), cold(14)]
     first, second = found(cold_start, next(paths), rows)
     assert (first.site, first.since, second.site, second.since) == (WEIGHT, 0, GATE, 14)
     assert "3 operands" in first.summary and "flushed" in first.summary
+    rows += [cold(0, 6.0, site=WEIGHT, staleness=0.001)]
+    assert found(cold_start, next(paths), rows)[0].site == UP
     assert "1 operands" in second.summary and "clipped" in second.summary
 
 
@@ -498,7 +556,10 @@ def test_the_cause_of_a_training_is_named(tmp_path: Path, name: str, number: int
     torch.manual_seed(draw.seed)
     label = scenario.run(draw)
     assert label.onset is not None
-    first = diagnose(draw.folder / "run").findings[0]
+    rows = Loaded(open_run(draw.folder / "run"))
+    read = casts.forward_casts(rows).copy()
+    first = judge(rows).findings[0]
+    assert casts.forward_casts(rows).equals(read)  # rules share it
     assert (first.cause, first.severity != "low") == (scenario.cause, True)
     assert first.site in label.sites
     steps = open_run(draw.folder / "run").steps("loss")["step"]

@@ -22,6 +22,7 @@ from fp8lab.diagnosis import (
     attention_logits,
     diagnose,
     massive_activation,
+    not_fp8,
     output_logits,
 )
 from fp8lab.diagnosis.growth import departure, spread
@@ -40,8 +41,8 @@ def test_growth_began_after_the_last_ordinary_step() -> None:
     values = np.array([1.0, 1.0, 1.0, 3.0, above(3.0), 9.0, 90.0])
     assert departure(values, 6) == 4
     assert departure(np.array([1.0, 1.0, 9.0, 1.0, 9.0, 9.0]), 5) == 4  # it came back once
-    assert departure(np.array([50.0, 60.0]), 1, mark=40.0) == 0
-    assert departure(np.array([50.0, 60.0, 70.0]), 2, mark=60.0) == 2
+    assert departure(np.array([1.0, 1.0, 40.0, above(40.0)]), 3, mark=40.0) == 3
+    assert departure(np.array([50.0, 60.0, 160.0, 300.0]), 3, mark=40.0) == 3
 
 
 def test_one_outlier_does_not_move_the_spread() -> None:
@@ -84,10 +85,46 @@ def test_who_has_learnt_little_has_nothing_to_lose(paths: Iterator[Path]) -> Non
 
 
 def test_what_is_lost_must_stand_out_of_the_noise(paths: Iterator[Path]) -> None:
-    for noise, expected in ((0.05, 55), (0.5, None)):
+    for noise, expected in ((0.28, 55), (0.29, None)):
         learnt = [2.0 + noise * (-1) ** step for step in range(40)]
         rows = losses(*[4.0] * 10, *learnt, *[3.5] * 20)
         assert loss_alarm(write(next(paths), steps=rows)) == expected
+
+
+def test_a_loss_that_is_negative_somewhere_may_rise(paths: Iterator[Path]) -> None:
+    for lowest, expected in ((0.0, 20), (below(0.0), None)):
+        rows = losses(*[1.0] * 19, lowest, *[99.0] * 20)
+        assert loss_alarm(write(next(paths), steps=rows)) == expected
+    events = [{"step": 25, "kind": "nonfinite_loss"}]
+    assert loss_alarm(write(next(paths), steps=rows, events=events)) == 25
+
+
+# --- not FP8 ------------------------------------------------------------------------------------
+
+CASTS = {"fp8": "E4M3 delayed", "bf16": "BF16 HighPrecision"}
+
+
+def gone_wrong(path: Path, cast: str | None, step: int, *, says_so: bool = True) -> Run:
+    events = [{"step": step, "kind": "diverged"}] if says_so else []
+    info = {"precision": {} if cast is None else {"mlp.down": {"input": CASTS[cast]}}}
+    return write(path, steps=losses(*[1.0] * step, *[99.0] * 20), events=events, info=info)
+
+
+def test_a_twin_that_goes_wrong_much_later_is_no_witness(paths: Iterator[Path]) -> None:
+    run = gone_wrong(next(paths), "fp8", 12)
+    for step, expected in ((62, 1), (63, 0)):
+        twin = gone_wrong(next(paths), "bf16", step)
+        assert len(found_by(not_fp8, run, twin)) == expected
+
+
+def test_a_loss_that_only_rises_accuses_less(paths: Iterator[Path]) -> None:
+    for cast, said, unsaid in (("bf16", "high", "medium"), (None, "high", "low")):
+        for says_so, severity in ((True, said), (False, unsaid)):
+            (found,) = found_by(not_fp8, gone_wrong(next(paths), cast, 12, says_so=says_so))
+            assert (found.severity, found.since) == (severity, 12)
+            assert "adversary" in found.cannot_exclude
+    run, twin = (gone_wrong(next(paths), cast, 12, says_so=False) for cast in ("fp8", "bf16"))
+    assert [found.severity for found in found_by(not_fp8, run, twin)] == ["medium"]
 
 
 # --- massive activations ------------------------------------------------------------------------
@@ -144,6 +181,17 @@ def test_a_massive_activation_lasts_in_one_channel(paths: Iterator[Path]) -> Non
     assert found_by(massive_activation, write(next(paths), tensors=rows)) == []
 
 
+def test_a_massive_activation_is_there_in_half_of_the_steps(paths: Iterator[Path]) -> None:
+    for between, expected in ((19, 1), (20, 0)):  # of 20 that are, the first and the last
+        amaxes = [600.0, *[4.0] * between, *[600.0] * 19]
+        assert len(massive(next(paths), *[4.0] * 5, *amaxes, 4.0)) == expected
+
+
+def test_a_stream_without_a_histogram_has_no_median(paths: Iterator[Path]) -> None:
+    for histogram in ([], None):
+        assert massive(next(paths), *[600.0] * 9, histogram=histogram) == []
+
+
 def test_the_first_layer_in_the_models_order_is_the_place(paths: Iterator[Path]) -> None:
     rows = [
         stream(step, 600.0, site=f"layers.{layer}:residual")
@@ -190,22 +238,37 @@ def attended(path: Path, *amaxes: float, layer: int = 0, **more: Any) -> Run:
     return write(path, tensors=rows, **more)
 
 
+def test_attention_logits_beyond_a_hundred_for_five_steps(paths: Iterator[Path]) -> None:
+    quiet = [5.0] * 10
+    for level, length, expected in ((100.0, 5, 0), (above(100.0), 4, 0), (above(100.0), 5, 1)):
+        run = attended(next(paths), *quiet, 90.0, *[level] * length, 90.0)
+        found = found_by(attention_logits, run)
+        assert [(one.severity, one.confidence, one.since) for one in found] == (
+            [("medium", "medium", 11)] * expected
+        )
+    assert [(e.step, e.threshold) for e in found[0].evidence] == [(11, 100.0)]
+
+
 def test_attention_logits_beyond_ten_thousand(paths: Iterator[Path]) -> None:
     quiet = [5.0] * 10
     run = attended(next(paths), *quiet, 90.0, 200.0, 10_000.0)
     assert found_by(attention_logits, run) == []
     run = attended(next(paths), *quiet, 90.0, 200.0, above(10_000.0))
     (found,) = found_by(attention_logits, run)
-    assert (found.severity, found.site, found.since) == ("medium", "layers.0:attention_logits", 10)
+    assert (found.severity, found.site, found.since) == ("medium", "layers.0:attention_logits", 11)
+    assert [(e.step, e.threshold) for e in found.evidence] == [(11, 100.0), (12, 10_000.0)]
     events = [{"step": 12, "kind": "diverged"}]
-    run = attended(next(paths), *quiet, 2e4, events=events)
-    assert found_by(attention_logits, run)[0].severity == "high"
+    for level, severity in ((10_000.0, "medium"), (above(10_000.0), "high")):
+        run = attended(next(paths), *quiet, *[level] * 5, events=events)
+        assert found_by(attention_logits, run)[0].severity == severity
 
 
-def test_attention_logits_were_never_ordinary_above_a_hundred(paths: Iterator[Path]) -> None:
-    for level, since in ((100.0, 10), (above(100.0), 0)):
-        (found,) = found_by(attention_logits, attended(next(paths), *[level] * 10, 2e4))
-        assert found.since == since
+def test_who_begins_with_large_attention_logits_is_used_to_them(paths: Iterator[Path]) -> None:
+    for level, expected in ((100.0, [1]), (above(100.0), [])):
+        run = attended(next(paths), level, *[above(100.0)] * 9)
+        assert [found.since for found in found_by(attention_logits, run)] == expected
+    run = attended(next(paths), *[200.0] * 9, 2e4)
+    assert [found.since for found in found_by(attention_logits, run)] == [0]
 
 
 def test_the_layer_whose_logits_were_too_large_first(paths: Iterator[Path]) -> None:
@@ -250,6 +313,22 @@ def test_output_logits_drift_and_do_not_blow_up(paths: Iterator[Path]) -> None:
 def test_a_model_that_begins_with_large_outputs_is_no_classifier(paths: Iterator[Path]) -> None:
     assert len(drifted(next(paths), 16.0, *[200.0] * 9)) == 1
     assert drifted(next(paths), above(16.0), *[200.0] * 9) == []
+
+
+def test_logits_drift_from_what_no_data_call_for(paths: Iterator[Path]) -> None:
+    for level, since in ((16.0, 11), (above(16.0), 10)):
+        (found,) = drifted(next(paths), *[1.0] * 10, level, *[200.0] * 9)
+        assert found.since == since
+
+
+def test_a_head_that_is_handed_more_makes_larger_logits(paths: Iterator[Path]) -> None:
+    for size, expected in ((12.0, 1), (above(12.0), 0)):  # the root of 144
+        handed = [
+            {"step": step, "site": "head:input", "cur_amax": 1.0 if step < 10 else size}
+            for step in range(19)
+        ]
+        values = [1.0] * 10 + [144.0] + [200.0] * 8
+        assert len(drifted(next(paths), *values, tensors=handed)) == expected
 
 
 def test_outputs_of_a_regression_are_no_logits(paths: Iterator[Path]) -> None:

@@ -66,6 +66,10 @@ OF_TRAINING: tuple[Any, ...] = (
     corrupt_batch,
     missing_clamp,
 )
+# What is wrong with the set-up itself: rows prove it, whatever data and weights do.
+OF_SETUP = frozenset(
+    ("rank_local_amax", "short_accumulator", "floor_saturation", "precision_label", "missing_clamp")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +133,8 @@ def judge(rows: Rows, twin: Rows | None = None) -> Diagnosis:
             replace(f, severity="low" if f.severity == "low" else "medium", confidence="low")
             for f in findings
         ]
+    for rate in (f for f in others if f.cause == "learning_rate"):
+        findings = [_behind(found, rate) for found in findings]
     if not any(found.severity == "high" for found in others):
         others += excluded  # it says of no cause which
     alarm = loss_alarm(rows)
@@ -140,8 +146,18 @@ def judge(rows: Rows, twin: Rows | None = None) -> Diagnosis:
     )
 
 
+def _behind(found: Finding, rate: Finding) -> Finding:
+    """A rate that throws all weights out of place throws operands out of their scales: what follows
+    it is no worse than it, unless the rate is but a note."""
+    if rate.severity == "low" or found.cause in OF_SETUP or (found.since or 0) < (rate.since or 0):
+        return found
+    worst = max(SEVERITIES.index(found.severity), SEVERITIES.index(rate.severity))
+    return replace(found, severity=SEVERITIES[worst])
+
+
 def ranked(findings: list[Finding], alarm: int | None) -> tuple[Finding, ...]:
-    """Worst first, then surest, then earliest: a cause precedes its effects.
+    """Worst first, then surest, then faults of the set-up, then earliest: a cause precedes its
+    effects, and what is proven is repaired before the rest can be judged.
 
     What begins after the loss has told is an effect of what the loss told of: low.
     """
@@ -152,6 +168,12 @@ def ranked(findings: list[Finding], alarm: int | None) -> tuple[Finding, ...]:
         for found in findings
     ]
     ordered.sort(
-        key=lambda f: (SEVERITIES.index(f.severity), SEVERITIES.index(f.confidence), f.since or 0)
+        key=lambda f: (
+            SEVERITIES.index(f.severity),
+            SEVERITIES.index(f.confidence),
+            f.cause not in OF_SETUP,
+            f.since or 0,
+            (f.site or "").endswith(":grad_output"),  # in one step the forward pass precedes it
+        )
     )
     return tuple(ordered)

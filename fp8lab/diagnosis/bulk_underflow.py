@@ -11,12 +11,19 @@ What contradicts: a bulk error at the format's floor (2.7 % for E4M3), however l
 values that are neither flushed nor subnormal (then the bulk is wrong for another reason, clipping);
 a scale that is of another time (`stale_scale`) or 1 (`cold_start`); and a damage that comes and
 goes: a channel stays hot, a token does not (`token_outlier`).
+
+The same channel can take the range one cast earlier, that of gate's or up's weight, whose row made
+it hot: then all other rows become zero there, and so are the product's other channels before its
+own cast, which has nothing left to lose. Its row shows no bulk error, and no channel ratio, for the
+median is zero: all of the bulk is gone, and the channel that is left is the one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 
 from fp8lab.diagnosis.casts import forward_casts
@@ -26,7 +33,7 @@ from fp8lab.record import Evidence, Finding
 
 # E4M3's own rounding is 0.027. Four times that: two octaves of mantissa are gone.
 DAMAGED = 0.11
-# Half of the bulk's signal is error.
+# Half of the bulk's signal is error; or, of a weight, half of its values.
 LOST = 0.5
 # Share of the elements that must be below the format's normal range.
 UNDERFLOWN = 0.2
@@ -40,25 +47,83 @@ PERSISTENT = 0.5
 BLOWN = 3
 
 REMEDY = "SmoothSwiGLU, or keep the product in BF16: both treat the channels apart"
+REMEDY_OF_WEIGHT = (
+    "keep the layer's weights and the product in BF16, or give each row a scale (RowwiseScaling)"
+)
 
 
 def find(run: Rows, twin: Rows | None) -> list[Finding]:
-    """One finding for every scaled product or input whose bulk error rose above `DAMAGED`."""
+    """One finding for every scaled product or input whose bulk error rose above `DAMAGED`, or whose
+    bulk is gone with a weight's."""
     rows = forward_casts(run)
-    rows = rows[~rows["site"].str.endswith(":weight") & rows["scale"].notna()]
-    fresh = rows[~rows["cold"] & ~(rows["staleness"] < FRESH)]
-    fresh = fresh.dropna(subset=["bulk_error", "hot_channel"])
+    rows = rows[rows["scale"].notna() & ~rows["cold"] & ~(rows["staleness"] < FRESH)]
+    is_weight = rows["site"].str.endswith(":weight")
+    rows, weights = rows[~is_weight], rows[is_weight & (rows["flushed"] >= LOST)]
+    fresh = rows.dropna(subset=["bulk_error", "hot_channel"])
     below_normal = fresh["flushed"] + fresh["subnormal"]
     is_hot = ~(fresh["channel_ratio"] < HOT)  # which is recorded of products
     damaged = fresh[(fresh["bulk_error"] > DAMAGED) & (below_normal > UNDERFLOWN) & is_hot]
-    found, alarm = [], loss_alarm(run)
+    alarm = loss_alarm(run)
+    found = _lasting(damaged, fresh, _judge, alarm)
+    return found + _lasting(_emptied(rows, weights), rows, _judge_emptied, alarm)
+
+
+def _lasting(
+    damaged: pd.DataFrame,
+    every: pd.DataFrame,
+    judge: Callable[[str, pd.DataFrame], Finding],
+    alarm: int | None,
+) -> list[Finding]:
+    found = []
     for site, of in damaged.groupby("site"):
-        since = fresh[(fresh["site"] == site) & (fresh["step"] >= of["step"].iloc[0])]
+        first = of["step"].iloc[0]
+        since = every[(every["site"] == site) & (every["step"] >= first)]
         if len(of) > PERSISTENT * len(since):
-            finding = _judge(str(site), of)
-            blown = alarm is not None and alarm - of["step"].iloc[0] <= BLOWN
+            finding = judge(str(site), of)
+            blown = alarm is not None and alarm - first <= BLOWN
             found.append(replace(finding, severity="low") if blown else finding)
     return found
+
+
+def _emptied(rows: pd.DataFrame, weights: pd.DataFrame) -> pd.DataFrame:
+    """The products whose median channel is zero (their largest channel has no ratio to it) in steps
+    in which a weight that makes them was lost; with that weight as `weight` and its `lost`."""
+    left = rows[rows["site"].str.endswith(":product") & rows["token_ratio"].notna()]
+    left = left[left["channel_ratio"].isna() & left["hot_channel"].notna()]
+    weights = weights.rename(columns={"site": "weight", "flushed": "lost", "depth": "cast"})
+    pairs = left.merge(weights[["step", "weight", "lost", "cast"]], on="step")
+    block = pairs["site"].str.removesuffix("product").str.replace(":", ".", regex=False)
+    inside = [weight.startswith(name) for weight, name in zip(pairs["weight"], block, strict=True)]
+    pairs = pairs[np.array(inside, dtype=bool) & (pairs["cast"] < pairs["depth"])]
+    return pairs.drop_duplicates(["step", "site"])
+
+
+def _judge_emptied(site: str, emptied: pd.DataFrame) -> Finding:
+    first, channel = emptied.iloc[0], int(emptied["hot_channel"].iloc[0])
+    return Finding(
+        cause="bulk_underflow",
+        summary=(
+            f"channel {channel} takes the range already in the cast of {first['weight']}: "
+            f"{first['lost']:.0%} of it became zero, and most channels of the product with it"
+        ),
+        severity="high",
+        confidence="high",
+        site=site,
+        channel=channel,
+        since=int(first["step"]),
+        evidence=(
+            Evidence(
+                step=int(first["step"]),
+                site=str(first["weight"]),
+                quantity="flushed",
+                value=float(first["lost"]),
+                threshold=LOST,
+                source="the majority of a weight; its product's median channel is zero",
+            ),
+        ),
+        remedy=REMEDY_OF_WEIGHT,
+        cannot_exclude="that these channels were dead before: the same run in BF16 tells",
+    )
 
 
 def _judge(site: str, damaged: pd.DataFrame) -> Finding:

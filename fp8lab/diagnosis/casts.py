@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from fp8lab.diagnosis.rows import Rows
+from fp8lab.diagnosis.rows import Rows, once
 from fp8lab.record import CLIPPED_STALENESS
 from fp8lab.runs import hottest
 
@@ -33,6 +33,7 @@ _SITES = ("*:product", "*:input", "*:weight")
 ONE_TOKEN = 3.0
 
 
+@once
 def forward_casts(run: Rows) -> pd.DataFrame:
     """The rows, sorted by step; those that say nothing of a cast are left out."""
     rows = hottest(run.tensors(_COLUMNS, sites=_SITES))

@@ -9,7 +9,8 @@ things: an operand whose cast is mostly error, and a sign that the step suffered
 gradient far from those of the steps after it, in mid-run a loss or a gradient far from those
 before. (The loss of a first step has nothing to be held against.) Gradients are no witness: their
 scale is 1 in the first step as well, and they are mostly flushed in healthy runs; the rule reads
-inputs and weights.
+inputs and weights. Of several that were lost in the step the one that runs first is named: the
+others were computed from what it had become.
 
 What contradicts: the operand is cast as badly by the first scale that was measured; then the cause
 is another one.
@@ -67,15 +68,15 @@ def _as_bad(warm: pd.DataFrame, step: int) -> bool:
 def _judge(run: Rows, damaged: pd.DataFrame) -> Finding:
     since = int(damaged["step"].iloc[0])
     of_start = damaged[damaged["step"] == since]
-    worst = of_start.sort_values(["sqnr_db", "depth"], kind="stable").iloc[0]
+    first = of_start.sort_values("depth", kind="stable").iloc[0]
     alarm = loss_alarm(run)
     told = alarm is not None and since <= alarm <= since + SOON
     signs, mid_run = _signs(run, since)
     severity: Severity = "high" if told or (signs and mid_run) else "medium" if signs else "low"
-    happened = "clipped" if worst["staleness"] > 1 else "flushed"
+    happened = "clipped" if first["staleness"] > 1 else "flushed"
     summary = (
         f"{of_start['site'].nunique()} operands were cast with a scale of 1, before any was "
-        f"measured; the worst was {happened}"
+        f"measured; the first of them was {happened}"
     )
     if told:
         summary += f"; the loss told at step {alarm}"
@@ -84,14 +85,14 @@ def _judge(run: Rows, damaged: pd.DataFrame) -> Finding:
         summary=summary,
         severity=severity,
         confidence="high" if signs else "medium",
-        site=str(worst["site"]),
+        site=str(first["site"]),
         since=since,
         evidence=(
             Evidence(
                 step=since,
-                site=str(worst["site"]),
+                site=str(first["site"]),
                 quantity="sqnr_db",
-                value=float(worst["sqnr_db"]),
+                value=float(first["sqnr_db"]),
                 threshold=DAMAGED_DB,
                 source="half of the norm is error",
             ),

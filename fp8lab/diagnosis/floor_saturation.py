@@ -33,8 +33,9 @@ SATURATED = 1e-5
 STEPS = 2
 # Relative error of the cast: twice what E4M3's rounding costs normal numbers.
 HARMFUL = 0.0532
-# It sets in where a site is clipped two thirds as much as in its upper quartile of steps.
-SET_IN = 2 / 3
+# It sets in where nothing had been clipped for so many steps, and is from then on; where a tensor
+# comes to be clipped by and by, with two thirds of what its upper quartile of steps has.
+NONE_BEFORE, SET_IN = 3, 2 / 3
 
 REMEDY = "scale_rounding='up', which TE and cuBLAS use and at which nothing saturates"
 
@@ -49,7 +50,7 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     counts = clipped.groupby("site")["step"].transform("size")
     clipped = clipped[counts >= STEPS]
     is_note = len(clustered) > 0 or _says_even(run.info)
-    return [_judge(clipped, is_note)] if len(clipped) else []
+    return [_judge(clipped, rows, is_note)] if len(clipped) else []
 
 
 def _says_even(info: dict[str, Any]) -> bool:
@@ -57,12 +58,20 @@ def _says_even(info: dict[str, Any]) -> bool:
     return any("scales rounded even" in str(uses) for uses in layers)
 
 
-def _judge(clipped: pd.DataFrame, is_note: bool) -> Finding:
+def _set_in(clipped: pd.DataFrame, rows: pd.DataFrame) -> pd.Series:
+    first = clipped.iloc[0]
+    before = rows[rows["step"] < first["step"]]
+    if len(before) >= NONE_BEFORE and len(clipped) == len(rows) - len(before):
+        return first  # exactly none, then always some: the scales are rounded another way
+    level = SET_IN * clipped["saturated"].quantile(0.75)
+    return clipped[clipped["saturated"] >= level].iloc[0]
+
+
+def _judge(clipped: pd.DataFrame, rows: pd.DataFrame, is_note: bool) -> Finding:
     mean = clipped.groupby("site")["saturated"].mean()
     site = str(mean.idxmax())
     of_site = clipped[clipped["site"] == site]
-    level = SET_IN * of_site["saturated"].quantile(0.75)
-    first = of_site[of_site["saturated"] >= level].iloc[0]
+    first = _set_in(of_site, rows[rows["site"] == site])
     worst = of_site.nlargest(1, "saturated").iloc[0]
     error = float(np.sqrt(worst["mse"] * worst["count"]) / worst["l2_norm"])
     return Finding(

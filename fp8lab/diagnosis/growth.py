@@ -2,7 +2,7 @@
 
 A threshold says that something is wrong; it is crossed late. The onset is the step after the last
 one at which the number was still ordinary: at most three times the median of all steps until then,
-and at most a mark above which none is. Three, because what grows in proportion to time, as much
+or at most a mark below which every one is. Three, because what grows in proportion to time, as much
 does in a healthy training, is at twice that median, and what grows exponentially soon is not.
 
 Also here: the spread of a noisy number, by medians, which one outlier among ten does not move.
@@ -21,10 +21,10 @@ DEPARTED = 3.0
 NORMAL = 1.4826
 
 
-def departure(values: Numbers, crossed: int, mark: float = np.inf) -> int:
+def departure(values: Numbers, crossed: int, mark: float = 0.0) -> int:
     """Position from which on `values` [steps] were not ordinary any more, up to `crossed`."""
     before = pd.Series(values[: crossed + 1], dtype=float)
-    ordinary = before <= np.minimum(DEPARTED * before.expanding().median(), mark)
+    ordinary = before <= np.maximum(DEPARTED * before.expanding().median(), mark)
     last = np.flatnonzero(ordinary.to_numpy()[:crossed])
     return int(last[-1]) + 1 if len(last) else 0
 

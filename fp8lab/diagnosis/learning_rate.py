@@ -5,12 +5,15 @@ healthy ratio is about 1e-3; the small trainings of the lab begin at 0.005 to 0.
 the first of them. An update can be large because the gradients are; it is the rate's doing where
 the updates are that large from the beginning, or where the rate itself has just become larger.
 
-What contradicts: a rate that did not change in a training that had been healthy, for then the
-gradients came first; and updates that moved few of the weights, for then it is those that learn too
-fast, or a single layer's trouble, and the finding names them and is no more than low. A twin in
-high precision that makes updates as large says that precision has no part in it.
+Harm is shown by the loss while the updates are too large, and until it can tell: an alarm, or a
+level above where it was at the onset. What comes when updates have long been ordinary again has
+another cause.
 
-Harm is shown by the loss: an alarm, or a level that ends above where it was at the onset.
+What contradicts: a rate that did not change in a training that had been healthy, for then the
+gradients came first; updates that moved few of the weights, for then it is those that learn too
+fast, or a single layer's trouble; a loss that came down with these updates, as with the first ones
+of Adagrad, or of weights that begin small. The finding is then low. A twin in high precision that
+makes updates as large says that precision has no part in it.
 """
 
 from __future__ import annotations
@@ -21,11 +24,12 @@ import pandas as pd
 from fp8lab.diagnosis.loss import WINDOW, loss_alarm
 from fp8lab.diagnosis.rows import Rows
 from fp8lab.diagnosis.weights import moved
-from fp8lab.record import Evidence, Finding
+from fp8lab.record import Evidence, Finding, Severity
 
 TOO_LARGE = 0.1  # of the parameters' norm; the usual rule of thumb is 0.001
 JUMPED = 2.0  # times the rate before
 MOST = 0.5  # share of the weights
+TELLS = 5  # recorded steps: a hard batch does not move their median
 
 REMEDY = "a lower learning rate, a longer warm-up; look for a jump in the schedule"
 
@@ -37,17 +41,17 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     if onset is None:
         return []
     since, ratio = int(steps.index[onset]), float(steps["update_ratio"].iloc[onset])
-    before = steps["learning_rate"].iloc[:onset]
-    jumped = _jumped(steps["learning_rate"], onset)
+    usual = _rate_before(steps["learning_rate"], since)
+    jumped = bool(steps["learning_rate"].iloc[onset] >= JUMPED * usual)
     if onset > 1 and not jumped:
         return []
     weights, known = moved(run, since)
     is_general = not known or len(weights) >= MOST * known
-    harmed = _harmed(run, steps["loss"], onset)
+    severity = _by_loss(run, steps, onset) if is_general else "low"
     told = f"updates are {ratio:.2g} of the parameters, hundreds of times what is usual"
     if jumped:
         rate = steps["learning_rate"].iloc[onset]
-        told += f"; the learning rate rose from {before.median():.3g} to {rate:.3g}"
+        told += f"; the learning rate rose from {usual:.3g} to {rate:.3g}"
     if twin is not None and _onset(_by_step(twin)) is not None:
         told += "; the twin in high precision does the same"
     if not is_general:
@@ -56,7 +60,7 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
         Finding(
             cause="learning_rate",
             summary=told,
-            severity="low" if not is_general else ("high" if harmed else "medium"),
+            severity=severity,
             confidence="high" if known and is_general else "medium",
             since=since,
             evidence=(
@@ -88,16 +92,23 @@ def _onset(steps: pd.DataFrame) -> int | None:
     return int(both[0]) if len(both) else None
 
 
-def _jumped(rates: pd.Series, onset: int) -> bool:
-    """Whether the rate is larger than it was: at the onset or the step before it."""
-    before = rates.iloc[max(0, onset - WINDOW) : onset].median()
-    return bool(rates.iloc[onset] >= JUMPED * before)
+def _rate_before(rates: pd.Series, since: int) -> float:
+    """The usual rate of the `WINDOW` steps before, of the last recorded one if none was."""
+    before = rates.loc[: since - 1]
+    recent = before.loc[since - WINDOW :]
+    return float((before.tail(1) if recent.empty else recent).median())
 
 
-def _harmed(run: Rows, loss: pd.Series, onset: int) -> bool:
-    """Whether the loss ended, or told, above where it was."""
+def _by_loss(run: Rows, steps: pd.DataFrame, onset: int) -> Severity:
+    """ "high" if the loss rose while updates were too large, "low" if it came down with them."""
+    loss, since = steps["loss"], steps.index[onset]
+    ordinary = np.flatnonzero(steps["update_ratio"].iloc[onset:] <= TOO_LARGE)
+    over = int(ordinary[0]) if len(ordinary) else len(steps)
+    last = min(onset + max(over, TELLS), len(steps) - 1)
     alarm = loss_alarm(run)
-    if alarm is not None and alarm >= loss.index[onset]:
-        return True
-    before = loss.iloc[max(0, onset + 1 - WINDOW) : onset + 1].median()
-    return bool(loss.iloc[onset:].tail(WINDOW).median() > before)
+    if alarm is not None and since <= alarm <= steps.index[last] + WINDOW:
+        return "high"
+    change = (
+        loss.iloc[onset + 1 : last + 1].median() - loss.loc[since - WINDOW + 1 : since].median()
+    )
+    return "high" if change > 0 else "low" if change < 0 else "medium"

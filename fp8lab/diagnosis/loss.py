@@ -8,8 +8,9 @@ so long that the median of ten steps shows it. A spike that recovers is none, no
 however high: neither moves a median. Who had learnt less than a quarter of where it started has
 nothing to lose, and what is lost must stand out of the loss's own noise.
 
-The second and third need a loss that starts above zero. Of several processes the largest loss of a
-step counts.
+The last two need a loss that has a zero: one that is negative in any step (a policy's gradient, a
+density's logarithm) may rise by any factor and mean nothing. Of several processes the largest loss
+of a step counts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fp8lab.diagnosis.rows import Rows
+from fp8lab.diagnosis.rows import Rows, once
 
 EXCESS = 10.0
 WINDOW = 10  # steps; a level is their median
@@ -27,6 +28,7 @@ LEARNT = 0.25  # share of the start that a training must have come down
 BEYOND_NOISE = 5.0  # standard deviations of a single step's loss
 
 
+@once
 def loss_alarm(run: Rows) -> int | None:
     """The first step at which the loss told, None if it never did."""
     events = run.events()
@@ -37,7 +39,7 @@ def loss_alarm(run: Rows) -> int | None:
     if len(loss):
         start = loss[: max(10, len(loss) // 20)]
         start = start[np.isfinite(start)]
-        if len(start) and start.max() > 0:
+        if len(start) and start.max() > 0 and not (loss < 0).any():
             level = float(np.median(start))
             gone = _lasting(loss > EXCESS * start.max()) | _unlearnt(loss, level)
             alarms += [int(losses.index[i]) for i in np.flatnonzero(gone)[:1]]

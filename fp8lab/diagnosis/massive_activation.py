@@ -108,7 +108,7 @@ def _finding(
 
 def _median(row: Any) -> float:
     """Upper edge of the bin in which half of the elements are reached; infinite where unknown."""
-    if row["histogram"] is None or pd.isna(row["count"]):
+    if row["histogram"] is None or len(row["histogram"]) == 0 or pd.isna(row["count"]):
         return float("inf")
     reached = row["zeros"] + np.cumsum(row["histogram"])
     inside = int(np.searchsorted(reached, row["count"] / 2))

@@ -5,16 +5,22 @@ The loss does not change when all logits of a token are shifted alike, so nothin
 wrong sign, lets them drift. From 128 on two neighbouring BF16 numbers lie a whole nat apart: the
 probabilities of a BF16 head are then off by a factor of e, whatever the model knows.
 
-A drift takes steps: beyond the threshold for at least five recorded steps, or to the end of the
-run. What blows up within three or four steps has another cause, of which this is an effect. And
-only what was an ordinary logit before can drift: a model whose outputs begin beyond 16, one part in
-ten million, is no classifier near its start. Outputs of a regression may of course grow; the rule
-looks at models that attend, whose blocks have attention logits, or whose last layer is a head.
+A drift takes steps: beyond the threshold for at least five recorded steps. What blows up within
+three or four has another cause, of which this is an effect. And only what was an ordinary logit
+before can drift: a model whose outputs begin beyond 16, one part in ten million, is no classifier
+near its start. The onset is the step after the last one at which the logits were at most that, or
+not more than in a healthy growth (see `growth`).
+
+What contradicts: a head that is handed more. Logits are its weights times its input; where the
+input accounts for more than half of the growth, as powers, the stream before the head grew and the
+head did not. Outputs of a regression may of course grow; the rule looks at models that attend,
+whose blocks have attention logits, or whose last layer is a head.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 
 from fp8lab.diagnosis.growth import departure
 from fp8lab.diagnosis.loss import loss_alarm
@@ -41,6 +47,8 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     stays = [c for c in beyond if c <= last and min(values[c : c + DRIFTS]) > COARSE]
     if not stays or values[0] > UNCALIBRATED:
         return []
+    if head and _was_handed_more(run, head, logits.iloc[: int(stays[0]) + 1]):
+        return []
     crossed = int(stays[0])
     since = int(logits.index[departure(values, crossed, UNCALIBRATED)])
     alarm = loss_alarm(run)
@@ -66,9 +74,18 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
                 ),
             ),
             remedy=REMEDY,
-            cannot_exclude="that the stream before the head grew, and not the head's weights",
+            cannot_exclude="that the stream before the head grew, where its input was not recorded",
         )
     ]
+
+
+def _was_handed_more(run: Rows, head: str, logits: pd.Series) -> bool:
+    """Whether the head's input grew by more than the root of what `logits` [steps] grew by."""
+    rows = run.tensors("cur_amax", sites=f"{head}:input")
+    handed = rows.groupby("step")["cur_amax"].max().reindex(logits.index).dropna()
+    if handed.empty or not handed.iloc[0] > 0:
+        return False
+    return bool(handed.iloc[-1] / handed.iloc[0] > (logits.iloc[-1] / logits.iloc[0]) ** 0.5)
 
 
 def _head(run: Rows) -> str | None:

@@ -1,20 +1,23 @@
 """What rules read: the tables of a run, by the same methods, whether on disk or as they come.
 
 A rule names the columns and sites that it needs and nothing else is loaded; what several rules ask
-for alike is loaded once. `guard` holds the last rows of a run that goes on, as frames.
+for alike is loaded once, and what several derive from it is derived `once`. `guard` holds the last
+rows of a run that goes on, as frames.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pandas as pd
 
 from fp8lab.runs import Run
 
 Names = str | Collection[str] | None
+_Derived = TypeVar("_Derived")
 
 
 class Rows(Protocol):
@@ -39,6 +42,7 @@ class Loaded:
         self.path, self.info = run.path, run.info
         self._run = run
         self._frames: dict[Any, pd.DataFrame] = {}
+        self.derived: dict[Callable[..., Any], Any] = {}  # by the function that derives it
 
     def steps(self, columns: Names = None) -> pd.DataFrame:
         return self._once("steps", columns)
@@ -58,6 +62,21 @@ class Loaded:
             chosen = {} if sites is None else {"sites": sites}
             self._frames[key] = getattr(self._run, table)(columns, **chosen)
         return self._frames[key]
+
+
+def once(derive: Callable[[Rows], _Derived]) -> Callable[[Rows], _Derived]:
+    """`derive`, whose answer on a `Loaded` run is kept; on a run that may still grow, it is not."""
+
+    @wraps(derive)
+    def kept(run: Rows) -> _Derived:
+        if not isinstance(run, Loaded):
+            return derive(run)
+        if derive not in run.derived:
+            run.derived[derive] = derive(run)
+        found: _Derived = run.derived[derive]
+        return found
+
+    return kept
 
 
 def facts_of(info: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:

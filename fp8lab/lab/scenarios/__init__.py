@@ -6,7 +6,7 @@ A scenario computes its onset from its own tensors or injects it; it reads nothi
 recorded, and no rule reads a label. Without a cause it is a healthy control.
 
 Draws come in two splits. The rules were made on `development`: seeds 0 to 9, the dial in ten equal
-steps. `evaluation` has seeds from 1000 on and its dials are drawn; it was run to be reported and
+steps. `evaluation` has seeds from 2000 on and its dials are drawn; it was run to be reported and
 not to be looked at while rules were made.
 
     OUT/<split>/<scenario>/<number>/run[, twin]      what was recorded
@@ -40,7 +40,7 @@ from fp8lab.selection import Selection
 
 Split = Literal["development", "evaluation"]
 DRAWS = 10
-FIRST_SEED: dict[Split, int] = {"development": 0, "evaluation": 1000}
+FIRST_SEED: dict[Split, int] = {"development": 0, "evaluation": 2000}
 
 OPERANDS = Selection(tensors=("input", "weight", "grad_output", "grad_weight"))
 BLOCKS = Selection(tensors=("residual", "attention_logits"))
