@@ -59,10 +59,10 @@ HOW_THE_SPLIT_WAS_KEPT = (
     "in ten equal steps. Scenarios in modules named `independent` were written by people who knew "
     "the causes' names and had not read the rules. A first evaluation on seeds from 1000 on found "
     "the cause in 97.4 % of the rules' own scenarios and in 76 % of the independent ones, and one "
-    "alarm in 66 healthy controls; the rules were then changed on its misses, draw by draw, so that "
-    "those seeds have been development since. The split `evaluation` has seeds from 2000 on, which "
-    "nobody had drawn before the last rule was finished; its dials are drawn from seed and name, so "
-    "that none was chosen. Its scenarios are not new: seeds and dials are."
+    "alarm in 66 healthy controls; the rules were then changed on its misses, draw by draw, so "
+    "that those seeds have been development since. The split `evaluation` has seeds from 2000 on, "
+    "which nobody had drawn before the last rule was finished; its dials are drawn from seed and "
+    "name, so that none was chosen. Its scenarios are not new: seeds and dials are."
 )
 
 # Title, module, function: further tables, each written by a file of its own.
