@@ -58,13 +58,9 @@ def _linears(model: nn.Module) -> dict[str, dict[str, Any]]:
 def _describe_site(site: GateSite | FeedForwardSite) -> dict[str, Any]:
     facts: dict[str, Any] = {"site": site.name}
     facts |= {"gate": site.gate.name} if isinstance(site, GateSite) else {"gated": False}
-    facts |= {"up": site.up.name, "down": site.down.name, "activation": site.activation}
-    if isinstance(site, GateSite):
-        facts["up_activation"] = site.up_activation
-        formula = {"gate_limit": site.gate_limit, "up_limit": site.up_limit}
-        facts |= {name: limit for name, limit in formula.items() if limit is not None}
-        facts |= {"up_offset": site.up_offset} if site.up_offset else {}
-    facts |= {"beta": site.beta} if site.activation == "swish" else {}
+    facts |= {"up": site.up.name, "down": site.down.name} | site.formula.facts
+    if not isinstance(site, GateSite):
+        del facts["up_activation"]
     facts |= {"channels": site.channels, "product": how_seen(site)}
     return facts | ({"experts": site.experts} if site.experts else {})
 

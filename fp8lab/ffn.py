@@ -10,7 +10,7 @@ et al. 2017), and a second one serves the classic form:
 The projections are called gate, up and down, never w1, w2 and w3: of the published codes some call
 down w2 and others w3. Each is called as a module, once per forward, so that hooks on the children
 see every operand exactly once; the product is what down receives. Dropout is a function and not a
-child: gate, up, down (and a Swish, if one is given) are all the children.
+child: gate, up, down (and a Swish or an XIELU, if there is one) are all the children.
 
 The precision in which the activation functions are computed is data too, `activation_format`: for
 every format one rule, round(function(round(x))) with the function in float32, so that FP32 inside a
@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp8lab.formats import FloatFormat
+from fp8lab.formats import FloatFormat as FloatFormat
 from fp8lab.rounding import round_to
 
 
@@ -53,6 +53,56 @@ def relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def swish(x: Tensor, beta: float) -> Tensor:
+    """x * sigmoid(beta * x), as `Swish`."""
+    return x * torch.sigmoid(x * beta)
+
+
+def powlu(x: Tensor, power: float = 3.0) -> Tensor:
+    """x^(power / (sqrt(x) + 1)) * sigmoid(x) for x > 0 and SiLU elsewhere, PowLU's gate.
+
+    From a note on Jiang et al. 2026 (2605.25704), whose own text was not at hand: how sure the
+    formula is, is how sure the note is. With power 3 it is at most 5.32 (at 12.9), falls to 1 from
+    there, and the product grows like up alone. Continuous at 0, where the slope is SiLU's 1/2 from
+    the left and 0 from the right (for a power above 1); torch gives 1/2 at 0 itself. Infinity
+    gives what the largest number does (1, but 1.14 in float16), with the slope 0. Any shape and
+    floating dtype in, the same out.
+    """
+    above = x > 0
+    # No branch sees what would make its slope, times 0, a NaN.
+    base = torch.where(above, x, 1.0).clamp(max=torch.finfo(x.dtype).max)
+    grown = base ** (power / (base.sqrt() + 1)) * torch.sigmoid(base)
+    return torch.where(above, grown, F.silu(x.masked_fill(above, 0.0)))
+
+
+def situ(x: Tensor, bound: float = 4.0) -> Tensor:
+    """bound * tanh(x / bound) * sigmoid(x), the gate of SiTU-GLU (Kimi K3, 2607.24653).
+
+    SiLU whose linear factor is held within the bound, softly. Any shape and floating dtype in, the
+    same out.
+    """
+    return soft_limit(x, bound) * torch.sigmoid(x)
+
+
+def soft_limit(x: Tensor, bound: float = 25.0) -> Tensor:
+    """bound * tanh(x / bound), the up side of SiTU-GLU: x near 0, within the bound everywhere."""
+    return bound * torch.tanh(x / bound)
+
+
+def xielu(
+    x: Tensor, alpha_p: float | Tensor, alpha_n: float | Tensor, beta: float | Tensor = 0.5
+) -> Tensor:
+    """alpha_p * x^2 + beta * x for x > 0; alpha_n * (e^x - 1 - x) + beta * x elsewhere.
+
+    The expanded integral of ELU, Huang 2024 (2411.13010); formula and constants as Apertus'
+    published code has them, whose e^x is that of min(x, -1e-6). Quadratic growth, like ReLU^2; the
+    slope is beta at 0. Any shape and floating dtype in, the same out.
+    """
+    above, below = x.clamp(min=0.0), x.clamp(max=0.0)
+    negative = alpha_n * torch.expm1(below) + (beta - alpha_n) * below
+    return torch.where(x > 0, above * (alpha_p * above + beta), negative)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": identity,
     "relu": F.relu,
@@ -68,6 +118,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu_squared": relu_squared,
 }
 """Name -> elementwise function, any shape and floating dtype in, the same out."""
+
+WITH_A_NUMBER: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "swish": swish,
+    "powlu": powlu,
+    "situ": situ,
+    "soft_limit": soft_limit,
+}
+"""Name -> elementwise function of a tensor and one number (slope, power, bound)."""
 
 GLU_VARIANTS: dict[str, tuple[str, str]] = {
     "glu": ("sigmoid", "identity"),
@@ -97,6 +155,33 @@ class Swish(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(self.beta * x)
+
+
+class XIELU(nn.Module):
+    """`xielu` with trainable alphas: alpha_p = softplus(its Parameter), alpha_n = beta + softplus.
+
+    So alpha_p stays above 0 and alpha_n above beta, as published; both begin at 0.8. Any shape and
+    floating dtype in, the same out. Each alpha is one scalar Parameter; beta is a float and in no
+    state dict. Raises ValueError for an alpha that no Parameter gives, or for an infinite number.
+    """
+
+    def __init__(self, alpha_p: float = 0.8, alpha_n: float = 0.8, beta: float = 0.5) -> None:
+        super().__init__()
+        if not (0.0 < alpha_p < math.inf and -math.inf < beta < alpha_n < math.inf):
+            raise ValueError(
+                "XIELU: expected alpha_p > 0 and alpha_n > beta, all finite, "
+                f"got {alpha_p}, {alpha_n} and {beta}"
+            )
+        self.beta = float(beta)
+        self.alpha_p = nn.Parameter(torch.tensor(math.log(math.expm1(alpha_p))))
+        self.alpha_n = nn.Parameter(torch.tensor(math.log(math.expm1(alpha_n - beta))))
+
+    def alphas(self) -> tuple[Tensor, Tensor]:
+        """alpha_p and alpha_n, scalars, in their graph."""
+        return F.softplus(self.alpha_p), self.beta + F.softplus(self.alpha_n)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return xielu(x, *self.alphas(), self.beta)
 
 
 class _Rounded(torch.autograd.Function):
@@ -137,10 +222,10 @@ class GatedFeedForward(nn.Module):
     """dropout(down(gate_activation(gate(x)) * up_activation(up(x)))); x [..., dim] -> [..., dim].
 
     Weights: gate and up [hidden, dim], down [dim, hidden]; nn.Linear's own initialisation. `swish`
-    replaces the gate activation of "swiglu" (a fixed or a learnable beta) and is then a fourth
-    child. `activation_format` is that of `activate`, for both activations. Raises ValueError for an
-    unknown variant, a width below 1, a dropout outside [0, 1), a format of scales (E8M0), or a
-    swish given to another variant.
+    (a fixed or a learnable beta) or `xielu` replaces the gate activation of "swiglu" and is then a
+    fourth child. `activation_format` is that of `activate`, for both activations. Raises ValueError
+    for an unknown variant, a width below 1, a dropout outside [0, 1), a format of scales (E8M0), a
+    swish or xielu given to another variant, or both.
     """
 
     def __init__(
@@ -152,16 +237,23 @@ class GatedFeedForward(nn.Module):
         bias: bool = False,
         dropout: float = 0.0,
         swish: Swish | None = None,
+        xielu: XIELU | None = None,
         activation_format: FloatFormat | None = None,
     ) -> None:
         super().__init__()
         _check("GatedFeedForward", dim, hidden, dropout, variant, GLU_VARIANTS, activation_format)
-        if swish is not None and variant != "swiglu":
-            raise ValueError(f"GatedFeedForward: swish is for variant 'swiglu', got {variant!r}")
+        for name, given in (("swish", swish), ("xielu", xielu)):
+            if given is not None and variant != "swiglu":
+                raise ValueError(
+                    f"GatedFeedForward: {name} is for variant 'swiglu', got {variant!r}"
+                )
+        if swish is not None and xielu is not None:
+            raise ValueError("GatedFeedForward: swish and xielu, expected one of them")
         self.variant = variant
         self.dropout = dropout
         self.activation_format = activation_format
         self.swish = swish
+        self.xielu = xielu
         self.gate = nn.Linear(dim, hidden, bias=bias)
         self.up = nn.Linear(dim, hidden, bias=bias)
         self.down = nn.Linear(hidden, dim, bias=bias)
@@ -169,7 +261,7 @@ class GatedFeedForward(nn.Module):
     def activated(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """The two factors of the product, from the outputs [..., hidden] of gate and up."""
         gate_name, up_name = GLU_VARIANTS[self.variant]
-        gate_activation = ACTIVATIONS[gate_name] if self.swish is None else self.swish
+        gate_activation = self.swish or self.xielu or ACTIVATIONS[gate_name]
         fmt = self.activation_format
         return activate(gate_activation, gate, fmt), activate(ACTIVATIONS[up_name], up, fmt)
 
@@ -188,7 +280,8 @@ class GatedFeedForward(nn.Module):
 class FeedForward(nn.Module):
     """dropout(down(activation(up(x)))), without a gate; x [..., dim] -> [..., dim].
 
-    Weights: up [hidden, dim], down [dim, hidden]; nn.Linear's own initialisation.
+    Weights: up [hidden, dim], down [dim, hidden]; nn.Linear's own initialisation. `activation` is a
+    key of ACTIVATIONS, or "xielu", which has an XIELU as a third child (Apertus and FOG).
     `activation_format` is that of `activate`. Raises ValueError for an unknown activation, a width
     below 1, a dropout outside [0, 1) or a format of scales (E8M0).
     """
@@ -204,16 +297,22 @@ class FeedForward(nn.Module):
         activation_format: FloatFormat | None = None,
     ) -> None:
         super().__init__()
-        _check("FeedForward", dim, hidden, dropout, activation, ACTIVATIONS, activation_format)
+        known = {**ACTIVATIONS, "xielu": xielu}
+        _check("FeedForward", dim, hidden, dropout, activation, known, activation_format)
         self.activation = activation
+        self.xielu = XIELU() if activation == "xielu" else None
         self.dropout = dropout
         self.activation_format = activation_format
         self.up = nn.Linear(dim, hidden, bias=bias)
         self.down = nn.Linear(hidden, dim, bias=bias)
 
+    def activated(self, up: Tensor) -> Tensor:
+        """What down receives, from the output [..., hidden] of up."""
+        function = ACTIVATIONS[self.activation] if self.xielu is None else self.xielu
+        return activate(function, up, self.activation_format)
+
     def forward(self, x: Tensor) -> Tensor:
-        product = activate(ACTIVATIONS[self.activation], self.up(x), self.activation_format)
-        return F.dropout(self.down(product), self.dropout, self.training)
+        return F.dropout(self.down(self.activated(self.up(x))), self.dropout, self.training)
 
     def extra_repr(self) -> str:
         return _format_repr(self.activation_format)

@@ -165,27 +165,29 @@ class Fp8Linear(nn.Linear):
 
     def _direction(self, operand: Operand, gemm: Gemm) -> Direction:
         # What is cast once is cast rowwise.
-        once = not self._is_cast_twice(operand)
+        once = not self.is_cast_twice(operand)
         return "rowwise" if once else direction_of(operand, gemm)
 
-    def _is_cast_twice(self, operand: Operand) -> bool:
+    def is_cast_twice(self, operand: Operand) -> bool:
+        """Whether the operand's two GEMMs take different codes of it."""
         first, second = (gemm for gemm, operands in GEMMS.items() if operand in operands)
         recipe, other = self.recipe_for(operand, first), self.recipe_for(operand, second)
         differ = recipe is not other and recipe != other  # `is` first: comparing costs
         return differ or not is_the_same_both_ways(recipe, operand)
 
     def cast_in_force(self, operand: Operand, tensor: Tensor, gemm: Gemm | None = None) -> Cast:
-        """How this layer casts `tensor` now, for the first of the operand's GEMMs unless another is
-        given; changes no state.
-
-        An input is rewritten first, if it is to be.
-        """
-        if operand != "input" or self.rewrite is None:
-            first = "grad_input" if operand == "grad_output" else "output"
-            return self.cast_as_given(operand, tensor, gemm or cast(Gemm, first))
-        rewritten = self.rewrite(tensor, self.weight)
-        how = self.cast_as_given(operand, rewritten.input, gemm or "output")
-        return how._replace(channel_scale=rewritten.channel_scale)
+        """How this layer casts `tensor` now, rewritten first if it is to be, for the first of the
+        operand's GEMMs unless another is given; changes no codes."""
+        scale, rewrite = None, self.rewrite
+        if rewrite is not None and operand == "input":
+            tensor, _, scale, _ = rewrite(tensor, self.weight)
+        elif rewrite is not None and operand == "weight":
+            tensor = rewrite.of_weight(tensor)
+        elif rewrite is not None and rewrite.output_scale is not None:
+            scale = rewrite.output_scale.expand_as(tensor)
+            tensor = (tensor * scale).to(tensor.dtype)  # as autograd makes it
+        gemm = gemm or ("grad_input" if operand == "grad_output" else "output")
+        return self.cast_as_given(operand, tensor, gemm)._replace(channel_scale=scale)
 
     def cast_as_given(self, operand: Operand, tensor: Tensor, gemm: Gemm) -> Cast:
         """`cast_in_force` of what is no longer rewritten."""
@@ -290,7 +292,7 @@ class Fp8Linear(nn.Linear):
         self, operand: Operand, tensor: Tensor, gemm: Gemm, first: Tensor, counts: bool
     ) -> Tensor:
         """The operand for the second of its GEMMs: `first` itself, if one cast does for both."""
-        if not self._is_cast_twice(operand):
+        if not self.is_cast_twice(operand):
             return first
         again = self.cast_as_given(operand, tensor, gemm)
         values = self.quantized(again, operand, counts)
@@ -332,9 +334,7 @@ class Fp8Linear(nn.Linear):
         if other is not None:
             right = self.cast_in_force("input", other, gemm).fake_quantized().flatten(0, -2)
             return error_of_sums(left.t(), right, self.accumulation)
-        rewrite = self.rewrite if gemm == "output" else None
-        weight = self.weight if rewrite is None else rewrite(tensor, self.weight).weight
-        right = self.cast_as_given("weight", weight, gemm).fake_quantized()
+        right = self.cast_in_force("weight", self.weight, gemm).fake_quantized()
         return error_of_sums(left, right.t() if gemm == "output" else right, self.accumulation)
 
     def running_amaxes(self, *operands: Operand) -> list[Tensor]:
@@ -473,7 +473,7 @@ class _Gemms(torch.autograd.Function):
             raise RuntimeError("Fp8Linear: create_graph=True, expected False: it has no second one")
         quantized_input, quantized_weight, saturated = ctx.saved_tensors
         layer: Fp8Linear = ctx.layer
-        gradient = layer.cast_in_force("grad_output", grad_outputs[0])
+        gradient = layer.cast_as_given("grad_output", grad_outputs[0], "grad_input")
         quantized = layer.quantized(gradient, "grad_output", counts=True)
         steps.backward_ran(layer)
         grad_input = grad_weight = grad_bias = None

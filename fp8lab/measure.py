@@ -185,6 +185,8 @@ def _has_kernel(how: Cast) -> bool:
             for part in (*scales, how.channel_scale)
             if part is not None
         )
+        # The kernel reads a scale a column, whatever it is given.
+        and (how.channel_scale is None or how.channel_scale.shape == how.tensor.shape[-1:])
     )
 
 

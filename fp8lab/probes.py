@@ -46,7 +46,7 @@ SAMPLED_CHANNELS = 3
 ROLES: tuple[Role, ...] = ("gate", "up", "product", "output")
 
 
-_PLAIN_SILU: dict[str, Any] = {"activation": "silu", "gate_limit": None}
+_PLAIN_SILU: dict[str, Any] = {"activation": "silu", "gate_limit": None, "activated_limit": None}
 _PLAIN_UP: dict[str, Any] = {"up_activation": "identity", "up_limit": None, "up_offset": 0.0}
 _SILU = Formula(activation="silu")
 

@@ -33,21 +33,35 @@ _SMALL_STACK = 1 << 24
 _TOKENS, _ROUTED_TOKENS = 8, 16
 
 
-def probe(module: nn.Module, names: Mapping[str, bool], dim: int) -> list[LinearMap]:
+def probe(
+    module: nn.Module, names: Mapping[str, bool], dim: int, *, training: bool = False
+) -> list[LinearMap]:
     """The linear maps that one forward of `module` on tokens of width `dim` computes, in order.
 
-    `names` are those of its matrices, and whether they are stacks. Raises whatever the module
-    raises, or ValueError if it cannot be called.
+    `names` are those of its matrices, and whether they are stacks; `training` is the mode. Raises
+    whatever the module raises, or ValueError if it cannot be called.
     """
     device = module.get_parameter(next(iter(names))).device
     devices = dict.fromkeys([device, torch.device("cpu")])
     for place in devices:
         try:
-            return _run(module, names, dim, place)
+            return _run(module, names, dim, place, training)
         except Exception:
             if place.type == "cpu":
                 raise
     raise AssertionError
+
+
+def proposal(hook: Any) -> Any:
+    """What the object that `hook` is a method of says that it makes of the product (its `formula`),
+    None if it says nothing."""
+    return getattr(getattr(hook, "__self__", None), "formula", None)
+
+
+def proposals(module: nn.Module) -> list[Any]:
+    """The formulas that the hooks before the module's children say they put in force."""
+    hooks = [h for child in module.children() for h in child._forward_pre_hooks.values()]
+    return [said for said in map(proposal, hooks) if said is not None]
 
 
 def numbers(module: nn.Module) -> list[float]:
@@ -64,7 +78,11 @@ def numbers(module: nn.Module) -> list[float]:
 
 
 def _run(
-    module: nn.Module, names: Mapping[str, bool], dim: int, device: torch.device
+    module: nn.Module,
+    names: Mapping[str, bool],
+    dim: int,
+    device: torch.device,
+    training: bool,
 ) -> list[LinearMap]:
     maps: list[LinearMap] = []
     ended: list[LinearMap] = []
@@ -78,7 +96,7 @@ def _run(
         ended.append(known)
 
     with ExitStack() as stack:
-        stack.enter_context(_undisturbed(module, device))
+        stack.enter_context(_undisturbed(module, device, training))
         tensors = _stand_ins(module, device)
         trace = Trace(
             {n: t for n, t in tensors.items() if n in names or t.dim() <= 2}, begins, ends
@@ -179,9 +197,9 @@ def _note_calls(stack: ExitStack, trace: Trace, name: str, child: nn.Module) -> 
 
 
 @contextmanager
-def _undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, no gradients, no autocast, no random numbers used up, nothing compiled,
-    activations as precise as the tensors; everything restored."""
+def _undisturbed(module: nn.Module, device: torch.device, training: bool) -> Iterator[None]:
+    """A mode, no gradients, no autocast, no random numbers used up, nothing compiled, activations
+    as precise as the tensors; everything restored."""
     children = list(module.modules())
     changed: list[tuple[nn.Module, str, Any]] = []
 
@@ -193,14 +211,15 @@ def _undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
     devices = {p.device for p in module.parameters() if p.is_cuda}
     with ExitStack() as stack:
         for child in children:
-            change(child, "training", False)
+            change(child, "training", training)
             if isinstance(child, GatedFeedForward | FeedForward):
                 change(child, "activation_format", None)
             if vars(child).get("_compiled_call_impl") is not None:
                 change(child, "_compiled_call_impl", None)
-            # They gather and distribute what the stand-ins are whole without.
+            # They gather and distribute what the stand-ins are whole without; a formula stays.
             for hooks in ("_forward_pre_hooks", "_forward_hooks") if sharded else ():
-                change(child, hooks, type(vars(child)[hooks])())
+                kept = ((n, h) for n, h in vars(child)[hooks].items() if proposal(h) is not None)
+                change(child, hooks, type(vars(child)[hooks])(kept))
         if any(te_name(child) is not None for child in children):
             from fp8lab import te_modules
 

@@ -11,17 +11,19 @@ see one tensor and the GEMM cast another.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 class Rewritten(NamedTuple):
     """The pair, [..., features] and [out, features], of as many features as the layer or more.
 
-    `channel_scale`, float32 [features] or [..., 1], is given where the input has been multiplied by
-    it and nothing else: errors are then told of the input before. `output_scale`, [..., 1],
-    multiplies the GEMM's result, before a bias is added; None where it is 1.
+    `channel_scale`, float32 [features] or of the input's shape, is given where the input has been
+    multiplied by it and nothing else: errors are then told of the input before. `output_scale`,
+    [..., 1], multiplies the GEMM's result, before a bias is added; None where it is 1.
     """
 
     input: Tensor
@@ -31,10 +33,78 @@ class Rewritten(NamedTuple):
 
 
 class Rewrite(Protocol):
-    """How a layer's operands are rewritten; it must answer alike as long as nothing has changed."""
+    """How a layer's operands are rewritten; it must answer alike as long as nothing has changed.
+
+    The GEMMs of the backward pass have no input to rewrite by. What they take is told by the last
+    rewriting: a layer that runs twice before its first backward is measured with the second's.
+    """
 
     @property
     def words(self) -> str:
         """What run.json says of the input: "channels balanced"."""
 
+    @property
+    def output_scale(self) -> Tensor | None:
+        """That of the last rewriting, which multiplies the gradient that its GEMMs take too."""
+
     def __call__(self, input: Tensor, weight: Tensor, /) -> Rewritten: ...
+
+    def of_weight(self, weight: Tensor, /) -> Tensor:
+        """The weight as the last rewriting made it; as it is before the first."""
+
+
+def is_free(where: str, rewrite: Rewrite | None, mitigation: object) -> bool:
+    """Whether a layer is still to be rewritten by `mitigation`, and not so already.
+
+    Raises ValueError, opening with `where`, if another one rewrites it.
+    """
+    if rewrite is None:
+        return True
+    if getattr(rewrite, "mitigation", None) == mitigation:
+        return False
+    raise ValueError(f"{where} is rewritten already: {rewrite.words}; one rewriting a layer")
+
+
+class Remembering:
+    """A rewriting that carries something from step to step: in float32 buffers of its layer, which
+    travel in the state dict and start afresh, at `fresh`, where a checkpoint has none. (Not as a
+    module in the layer: who takes a layer for a leaf, as torch's tensor parallelism, would fail.)
+    What is of the running forward alone, `transient`, is no part of a copy.
+    """
+
+    fresh: ClassVar[float] = 0.0
+    transient: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, layer: nn.Module | None = None) -> None:
+        self.layer: Any = layer
+        self.handles: list[Any] = []  # of hooks
+        self._buffers: list[str] = []
+
+    def allocate(self, name: str, size: int, *, persistent: bool = True) -> None:
+        """Give the layer a buffer, float32 [size]."""
+        device = self.layer.weight.device
+        values = torch.full((size,), self.fresh, device=device, dtype=torch.float32)
+        self.layer.register_buffer(name, values, persistent=persistent)
+        self._buffers.append(name)
+        if persistent:
+            hook = partial(_start_afresh, name, self.fresh)
+            self.handles.append(self.layer.register_load_state_dict_pre_hook(hook))
+
+    def leave(self) -> None:
+        """Take hooks and buffers off the layer."""
+        for handle in self.handles:
+            handle.remove()
+        for name in self._buffers:
+            delattr(self.layer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | dict.fromkeys(self.transient)
+
+
+def _start_afresh(
+    name: str, value: float, layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    # Only where the layer is in the checkpoint at all.
+    if f"{prefix}weight" in state_dict:
+        fresh = torch.full_like(layer.get_buffer(name), value)
+        state_dict.setdefault(f"{prefix}{name}", fresh)

@@ -28,13 +28,15 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fp8lab.ffn import FeedForward, GatedFeedForward, activate
-from fp8lab.gating import Formula, Roles, explain_gate, explain_plain
-from fp8lab.probing import numbers, probe
+from fp8lab.ffn import FeedForward, GatedFeedForward
+from fp8lab.gating import Formula as Formula
+from fp8lab.gating import Roles, explain_gate, explain_plain
+from fp8lab.probing import numbers, probe, proposals
 from fp8lab.recipe import Operand
 from fp8lab.te_casts import cast_in_force as cast_in_force_of_te
 from fp8lab.te_casts import te_name
 from fp8lab.tracing import Source
+from fp8lab.tracing import output_of as output_of
 
 Role = Literal["gate", "up", "product", "output"]
 Seen = Literal["hooks", "inside", "recomputed"]
@@ -96,12 +98,13 @@ class Projection:
 class GateSite:
     """A gated feed-forward: output = down(activation(gate(x)) * up_activation(up(x))).
 
-    `name` is the module's path in the model ("." for the model itself). Activations are named as
-    in `ffn.ACTIVATIONS`, or "swish": x·sigmoid(beta·x). gate is clamped to at most `gate_limit`
-    before, up to ±`up_limit`; `up_offset` is added to the activated up. `weighted` says that the
-    product is multiplied by a factor per token (a router's probability) before it reaches down.
-    `seen` is how the product is got at (see `observe`), `experts` how many experts share the site:
-    0 where there are none.
+    `name` is the module's path in the model ("." for the model itself). Activations and their
+    numbers are those of `gating.Formula`. gate is clamped to at most `gate_limit` before, up to
+    ±`up_limit`, the activated gate to at most `activated_limit`; `up_offset` is added to the
+    activated up. `weighted` says that the product is multiplied by a factor per token (a router's
+    probability) before it reaches down. `seen` is how the product is got at (see `observe`),
+    `experts` how many experts share the site: 0 where there are none. `remade` says that all this
+    is a mitigation's doing, which makes the product anew.
     """
 
     name: str
@@ -119,6 +122,10 @@ class GateSite:
     up_limit: float | None = None
     up_offset: float = 0.0
     weighted: bool = False
+    activated_limit: float | None = None
+    up_beta: float = 1.0
+    alphas: tuple[float, float] | None = None
+    remade: bool = False
 
     @property
     def channels(self) -> int:
@@ -140,9 +147,10 @@ class GateSite:
 
         In the precision in which the module computes them, where that is a setting.
         """
-        if isinstance(self.module, GatedFeedForward):
-            return self.module.activated(gate, up)
-        return self.formula.factors(gate, up)
+        own = self.module if isinstance(self.module, GatedFeedForward) else None
+        if own is not None and not self.remade:
+            return own.activated(gate, up)
+        return self.formula.factors(gate, up, None if own is None else own.activation_format)
 
     @property
     def formula(self) -> Formula:
@@ -155,6 +163,9 @@ class GateSite:
             up_limit=self.up_limit,
             up_offset=self.up_offset,
             weighted=self.weighted,
+            activated_limit=self.activated_limit,
+            up_beta=self.up_beta,
+            alphas=self.alphas,
         )
 
 
@@ -174,6 +185,7 @@ class FeedForwardSite:
     engine: Engine = "torch"
     experts: int = 0
     beta: float = 1.0
+    alphas: tuple[float, float] | None = None
 
     @property
     def channels(self) -> int:
@@ -186,9 +198,14 @@ class FeedForwardSite:
 
     def activated(self, up: Tensor) -> Tensor:
         """The product, from the raw output [..., channels] of up."""
-        function = Formula(activation=self.activation, beta=self.beta).activated
-        fmt = self.module.activation_format if isinstance(self.module, FeedForward) else None
-        return activate(function, up, fmt)
+        if isinstance(self.module, FeedForward):
+            return self.module.activated(up)
+        return self.formula.activated(up)
+
+    @property
+    def formula(self) -> Formula:
+        """What happens between the raw output of up and the product: up stands in gate's place."""
+        return Formula(activation=self.activation, beta=self.beta, alphas=self.alphas)
 
 
 class Survey(NamedTuple):
@@ -302,14 +319,28 @@ def _identify(name: str, module: nn.Module) -> GateSite | FeedForwardSite | str 
             error = error or f"the probe failed: {reason[:120]}"
             continue
         proposed = numbers(module)
-        roles = explain_gate(maps, proposed) or explain_plain(maps, proposed)
+        said = proposals(module)
+        roles = explain_gate(maps, proposed, said) or explain_plain(maps, proposed)
         if roles is not None:
-            return _site(name, module, roles)
+            return _site(name, module, roles, remade=roles.formula in said)
         error = "no two of its projections give the input of a third as act(gate) * up"
     return error if gated else None
 
 
-def _site(name: str, module: nn.Module, roles: Roles) -> GateSite | FeedForwardSite:
+def gives(site: GateSite, formula: Formula, *, training: bool) -> bool:
+    """Whether the site's module, probed in that mode, makes `formula` of its own gate and up."""
+    names = {matrix.name: matrix.stacked for matrix in _matrices(site.module)}
+    try:
+        maps = probe(site.module, names, site.gate.weight.shape[-1], training=training)
+    except Exception:  # a foreign forward may raise anything
+        return False
+    roles = explain_gate(maps, (), (formula,))
+    return roles is not None and roles.formula == formula
+
+
+def _site(
+    name: str, module: nn.Module, roles: Roles, *, remade: bool
+) -> GateSite | FeedForwardSite:
     sources = [roles.up, roles.down] if roles.gate is None else [roles.gate, roles.up, roles.down]
     projections = [_projection(module, roles, source) for source in sources]
     called = all(projection.module is not None for projection in projections)
@@ -323,6 +354,7 @@ def _site(name: str, module: nn.Module, roles: Roles) -> GateSite | FeedForwardS
             *(name, module, up, down, formula.activation, seen),
             experts=experts,
             beta=formula.beta,
+            alphas=formula.alphas,
         )
     return GateSite(
         *(name, module, projections[0], up, down),
@@ -333,6 +365,10 @@ def _site(name: str, module: nn.Module, roles: Roles) -> GateSite | FeedForwardS
         up_limit=formula.up_limit,
         up_offset=formula.up_offset,
         weighted=formula.weighted,
+        activated_limit=formula.activated_limit,
+        up_beta=formula.up_beta,
+        alphas=formula.alphas,
+        remade=remade,
     )
 
 

@@ -324,6 +324,22 @@ def test_a_clamp_needs_a_twin_that_has_it_and_a_run_that_has_not(paths: Iterator
     assert len(found_by(missing_clamp, used(next(paths), 9.0, 9.0, 99.0, looser), twin)) == 1
 
 
+def test_a_clamp_after_the_activation(paths: Iterator[Path]) -> None:
+    """Step's: silu(gate) at most 4; the gate at which it bites is a little above 4."""
+    after = {name: value for name, value in CLAMPED.items() if name != "gate_limit"}
+    twin = write(next(paths), info={"sites": [after | {"activated_limit": 4.0}]})
+    rounded = 1.0 + 2.0**-8
+    bites = 4.0 * (1.0 + math.exp(-4.0)) * rounded
+    assert bites / (1.0 + math.exp(-bites)) > 4.0
+    for gate, since in ((bites, 1), (above(bites), 0)):
+        (found,) = found_by(missing_clamp, used(next(paths), gate, 1.0, 1.0), twin)
+        assert (found.severity, found.since) == ("medium", since)
+    most = 4.0 * 2.0 * rounded - 1.0  # silu(gate) and up at their limits
+    for product, severity in ((most - 1e-9, "medium"), (most + 1e-9, "high")):
+        (found,) = found_by(missing_clamp, used(next(paths), 5.0, 1.0, product), twin)
+        assert found.severity == severity
+
+
 def test_the_formula_of_a_clamp(paths: Iterator[Path]) -> None:
     """gpt-oss's: slope 1.702, and one is added to up."""
     sloped = CLAMPED | {"activation": "swish", "beta": 1.702, "up_offset": 1.0}

@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
@@ -16,12 +17,19 @@ from torch import Tensor, nn
 from fp8lab.ffn import (
     ACTIVATIONS,
     GLU_VARIANTS,
+    WITH_A_NUMBER,
+    XIELU,
     FeedForward,
     GatedFeedForward,
     Swish,
     activate,
     llama_hidden,
     matched_hidden,
+    powlu,
+    situ,
+    soft_limit,
+    swish,
+    xielu,
 )
 from fp8lab.formats import BF16, E2M1, E4M3, E5M2, E8M0, FP16, FP32, FloatFormat
 
@@ -162,6 +170,169 @@ def test_learnable_beta_does_not_widen_bf16() -> None:
 def test_swish_refuses_a_beta_that_is_not_finite(beta: float) -> None:
     with pytest.raises(ValueError, match=r"^Swish: beta must be finite, got -?(inf|nan)$"):
         Swish(beta)
+
+
+# Activations with a number, and xIELU
+
+
+def powlu_oracle(x: float, power: float) -> float:
+    return x ** (power / (math.sqrt(x) + 1)) * sigmoid(x) if x > 0 else x * sigmoid(x)
+
+
+def xielu_oracle(x: float, alpha_p: float, alpha_n: float, beta: float) -> float:
+    if x > 0:
+        return alpha_p * x * x + beta * x
+    return alpha_n * (math.expm1(x) - x) + beta * x
+
+
+NUMBERED: dict[str, tuple[Callable[[float, float], float], tuple[float, ...]]] = {
+    "swish": (lambda x, beta: x * sigmoid(beta * x), (0.5, 1.702)),
+    "powlu": (powlu_oracle, (3.0, 2.0, 0.5)),
+    "situ": (lambda x, bound: bound * math.tanh(x / bound) * sigmoid(x), (4.0, 0.5)),
+    "soft_limit": (lambda x, bound: bound * math.tanh(x / bound), (25.0, 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_an_activation_with_a_number_is_its_formula(name: str) -> None:
+    assert list(NUMBERED) == list(WITH_A_NUMBER)
+    oracle, numbers = NUMBERED[name]
+    for number in numbers:
+        expected = torch.tensor([oracle(x, number) for x in POINTS.tolist()], dtype=torch.float64)
+        error = (WITH_A_NUMBER[name](POINTS, number) - expected).abs()
+        # Of a power x^p the rounding of p counts ln(x) times: up to 700 times here.
+        units = 1024 if name == "powlu" else 8
+        scale = torch.maximum(expected.abs(), POINTS.abs() if name != "powlu" else expected.abs())
+        assert (error <= units * 2.0**-53 * scale).all(), number
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_activation_with_a_number_keeps_dtype_and_shape(name: str, dtype: torch.dtype) -> None:
+    y = WITH_A_NUMBER[name](normal(2, 3, 5).to(dtype), 3.0)
+    assert (y.dtype, y.shape) == (dtype, (2, 3, 5))
+    y = xielu(normal(2, 3, 5).to(dtype), 0.8, 0.8)
+    assert (y.dtype, y.shape) == (dtype, (2, 3, 5))
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_gradient_of_an_activation_with_a_number(name: str) -> None:
+    x = torch.linspace(-7, 7, 57, dtype=torch.float64) + 0.0625
+    for number in NUMBERED[name][1]:
+        assert torch.autograd.gradcheck(
+            lambda x, number=number: WITH_A_NUMBER[name](x, number), (x.requires_grad_(),)
+        )
+
+
+def slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(x).sum(), x)
+    return gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_powlu_at_and_around_zero_and_far_away(dtype: torch.dtype) -> None:
+    tiny, largest = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+    zero = torch.tensor([0.0, -0.0, -tiny, -tiny / 4], dtype=dtype)
+    assert (powlu(zero).abs() <= tiny / 2).all()
+    assert torch.equal(slope(powlu, zero), torch.full_like(zero, 0.5))
+    above = torch.tensor([tiny / 4, tiny, 1e-7], dtype=dtype)
+    assert (powlu(above) <= above / 2).all() and (slope(powlu, above) <= 1e-5).all()
+    assert powlu(above).isfinite().all() and slope(powlu, above).isfinite().all()
+    far = torch.tensor([largest, math.inf], dtype=dtype)
+    assert (powlu(far) - 1).abs().max() <= (0.15 if dtype == torch.float16 else 1e-6)
+    assert slope(powlu, far).abs().max() <= 1e-4
+    assert powlu(torch.tensor([math.nan], dtype=dtype)).isnan().all()
+
+
+def test_powlu_has_one_maximum_and_crosses_silu_at_one_and_four() -> None:
+    x = torch.linspace(0.0, 1000.0, 1_000_001, dtype=torch.float64)
+    y = powlu(x)
+    top = int(y.argmax())
+    assert (float(y[top]), float(x[top])) == pytest.approx((5.3163, 12.897), abs=1e-3)
+    assert (y[: top + 1].diff() > 0).all() and (y[top:].diff() < 0).all()
+    ones = torch.tensor([1.0, 4.0], dtype=torch.float64)
+    torch.testing.assert_close(powlu(ones), F.silu(ones), rtol=1e-15, atol=0)
+
+
+def test_bounds_of_situ() -> None:
+    x = torch.tensor([-math.inf, -1e9, 1e-3, 1e9, math.inf], dtype=torch.float64)
+    assert situ(x).tolist() == [0.0, 0.0, pytest.approx(float(F.silu(x[2])), rel=1e-6), 4.0, 4.0]
+    assert soft_limit(x).tolist() == [-25.0, -25.0, pytest.approx(1e-3), 25.0, 25.0]
+    assert slope(situ, x[[0, 4]]).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("numbers", [(0.8, 0.8, 0.5), (2.0, 0.1, 0.0), (0.1, 3.0, 1.0)])
+def test_xielu_is_its_formula(numbers: tuple[float, float, float]) -> None:
+    values = [xielu_oracle(x, *numbers) for x in POINTS.tolist()]
+    expected = torch.tensor(values, dtype=torch.float64)
+    error = (xielu(POINTS, *numbers) - expected).abs()
+    assert (error <= 2.0**-49 * torch.maximum(POINTS.abs(), expected.abs())).all()
+
+
+def test_xielu_at_zero_and_far_away() -> None:
+    x = torch.tensor([0.0, -0.0, 1e-30, -1e-30, -math.inf, math.inf])
+    torch.testing.assert_close(xielu(x, 0.8, 0.8)[:4], x[:4] / 2, rtol=1e-6, atol=0)
+    assert slope(lambda x: xielu(x, 0.8, 0.8), x[:4]).tolist() == [0.5] * 4
+    far = xielu(x[4:], 0.8, 0.8)
+    assert not far.isnan().any()
+    assert not slope(lambda x: xielu(x, 0.8, 0.8), x[4:]).isnan().any()
+
+
+def test_xielu_of_the_published_code() -> None:
+    """transformers' XIELUActivation, with its own parameters."""
+    theirs = import_module("transformers.activations").XIELUActivation(dtype=torch.float32)
+    ours = XIELU()
+    x = 4 * normal(1000)
+    assert (theirs.alpha_p.item(), theirs.alpha_n.item()) == pytest.approx(
+        (ours.alpha_p.item(), ours.alpha_n.item()), rel=1e-6
+    )
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-6, atol=2e-6)
+
+
+def test_the_alphas_are_trainable_and_have_the_right_gradient() -> None:
+    module = XIELU(0.6, 1.5).double()
+    assert [name for name, _ in module.named_parameters()] == ["alpha_p", "alpha_n"]
+    alpha_p, alpha_n = module.alphas()
+    assert (float(alpha_p.detach()), float(alpha_n.detach())) == pytest.approx((0.6, 1.5))
+    x = normal(20, dtype=torch.float64).requires_grad_()
+    values = [p.detach().clone().requires_grad_() for p in module.parameters()]
+    assert torch.autograd.gradcheck(
+        lambda x, p, n: torch.func.functional_call(module, {"alpha_p": p, "alpha_n": n}, (x,)),
+        (x, *values),
+    )
+    assert XIELU()(normal(4).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("numbers", [(0.0, 0.8, 0.5), (0.8, 0.5, 0.5), (math.inf, 1.0, 0.5)])
+def test_xielu_refuses_an_alpha_that_no_parameter_gives(numbers: tuple[float, ...]) -> None:
+    with pytest.raises(
+        ValueError, match=r"^XIELU: expected alpha_p > 0 and alpha_n > beta, all fi"
+    ):
+        XIELU(*numbers)
+
+
+def test_xielu_in_both_feed_forwards() -> None:
+    x = normal(4, 6)
+    plain = FeedForward(6, 10, "xielu")
+    assert [name for name, _ in plain.named_children()] == ["xielu", "up", "down"]
+    assert torch.equal(plain(x), plain.down(xielu(plain.up(x), *plain.xielu.alphas())))
+    gated = GatedFeedForward(6, 10, xielu=XIELU())
+    expected = xielu(gated.gate(x), *gated.xielu.alphas()) * gated.up(x)
+    assert torch.equal(gated(x), gated.down(expected))
+    for layer in (plain, gated):
+        layer(x).square().sum().backward()
+        assert layer.xielu.alpha_p.grad != 0 and layer.xielu.alpha_n.grad != 0
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(twin(x), layer(x))
+    formatted = FeedForward(6, 10, "xielu", activation_format=E4M3)
+    up = cast(formatted.up(x).detach(), E4M3)
+    product = cast(xielu(up, *formatted.xielu.alphas()).detach(), E4M3)
+    assert torch.equal(formatted(x), formatted.down(product))
+
+
+def test_swish_of_a_number_is_the_module() -> None:
+    assert torch.equal(swish(POINTS, 1.5), Swish(1.5)(POINTS))
 
 
 # The variants
@@ -626,7 +797,15 @@ def test_llama_hidden_is_the_float_formula() -> None:
         (
             lambda: FeedForward(6, 10, "swish"),
             "FeedForward: unknown name 'swish', expected one of identity, relu, relu6, leaky_relu, "
-            "sigmoid, tanh, gelu, gelu_tanh, silu, hardswish, mish, relu_squared",
+            "sigmoid, tanh, gelu, gelu_tanh, silu, hardswish, mish, relu_squared, xielu",
+        ),
+        (
+            lambda: GatedFeedForward(6, 10, "reglu", xielu=XIELU()),
+            "GatedFeedForward: xielu is for variant 'swiglu', got 'reglu'",
+        ),
+        (
+            lambda: GatedFeedForward(6, 10, swish=Swish(), xielu=XIELU()),
+            "GatedFeedForward: swish and xielu, expected one of them",
         ),
         (
             lambda: GatedFeedForward(0, 10),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp8lab.ffn import GatedFeedForward, matched_hidden
+from fp8lab.ffn import ACTIVATIONS, GLU_VARIANTS, FeedForward, GatedFeedForward, matched_hidden
 from fp8lab.formats import E4M3
 from fp8lab.lab.model import LanguageModel, ModelConfig, amplify, rotary_table, rotate
 
@@ -42,14 +42,30 @@ def test_hidden_defaults_to_matched_parameters() -> None:
         ({"hidden": 0}, "ModelConfig.feed_forward_hidden: expected at least 1, got 0"),
         ({"heads": 8}, "ModelConfig.dim: expected a multiple of 2 * heads = 16, got 24"),
         (
-            {"variant": "relu"},
-            "ModelConfig.variant: expected one of glu, gtu, bilinear, reglu, geglu, swiglu, "
-            "got 'relu'",
+            {"variant": "siglu"},
+            f"ModelConfig.variant: expected one of glu, gtu, bilinear, reglu, geglu, swiglu, "
+            f"{', '.join(ACTIVATIONS)}, xielu, got 'siglu'",
         ),
         (
             {"activation_format": "E8M0"},
-            "ModelConfig.activation_format: expected None or one of E4M3, E4M3_GAUDI2, E4M3FNUZ, "
+            "ModelConfig.activation_format: expected one of None, E4M3, E4M3_GAUDI2, E4M3FNUZ, "
             "E5M2, E5M2FNUZ, E3M2, E2M3, E2M1, BF16, FP16, FP32, got 'E8M0'",
+        ),
+        ({"norm": "sandwich"}, "ModelConfig.norm: expected one of pre, post, none, got 'sandwich'"),
+        ({"qk_norm": True}, "ModelConfig.qk_norm: expected one of none, learned, frozen, got True"),
+        ({"final_norm": "no"}, "ModelConfig.final_norm: expected one of True, False, got 'no'"),
+        ({"norm_gain": 0.0}, "ModelConfig.norm_gain: expected a positive number, got 0.0"),
+        (
+            {"softmax_scale": -1.0},
+            "ModelConfig.softmax_scale: expected a positive number, got -1.0",
+        ),
+        (
+            {"residual_weight": math.nan},
+            "ModelConfig.residual_weight: expected a positive number, got nan",
+        ),
+        (
+            {"embedding_std": math.inf},
+            "ModelConfig.embedding_std: expected a positive number, got inf",
         ),
     ],
 )
@@ -298,6 +314,179 @@ def test_block_is_prenorm_and_residual() -> None:
     middle = x + block.get_submodule("attention")(normed(x), table)
     expected = middle + block.get_submodule("mlp")(normed(middle))
     torch.testing.assert_close(block(x, table), expected, rtol=0, atol=1e-13)
+
+
+# Architectures
+
+# Losses of three steps, and a sum of weights, before ModelConfig had any field for an architecture.
+BEFORE = {
+    ("swiglu", None): (
+        ["0x1.63cb820000000p+2", "0x1.3312a80000000p+2", "0x1.fede540000000p+1"],
+        "-0x1.7379179680000p+2",
+    ),
+    ("glu", None): (
+        ["0x1.638c900000000p+2", "0x1.332cca0000000p+2", "0x1.002a660000000p+2"],
+        "-0x1.72581582e0000p+2",
+    ),
+    ("swiglu", "BF16"): (
+        ["0x1.63cb900000000p+2", "0x1.3312a40000000p+2", "0x1.fedf020000000p+1"],
+        "-0x1.737a7de2c0000p+2",
+    ),
+}
+
+
+@pytest.mark.parametrize(("variant", "activation_format"), BEFORE)
+def test_the_default_is_the_model_of_before_to_the_bit(
+    variant: str, activation_format: str | None
+) -> None:
+    config = dataclasses.replace(CONFIG, variant=variant, activation_format=activation_format)
+    model = LanguageModel(config, 5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    losses = []
+    for _ in range(3):
+        loss = model.loss(tokens(2, 17))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item().hex())
+    total = model.get_parameter("layers.0.attention.query.weight").detach().double().sum()
+    assert (losses, total.item().hex()) == BEFORE[variant, activation_format]
+
+
+def test_the_default_has_the_parameters_of_before() -> None:
+    parts = [
+        "attention_norm.weight",
+        *(f"attention.{name}.weight" for name in ("query", "key", "value", "output")),
+        "mlp_norm.weight",
+        *(f"mlp.{name}.weight" for name in ("gate", "up", "down")),
+    ]
+    inside = [f"layers.{layer}.{part}" for layer in range(2) for part in parts]
+    expected = ["embedding.weight", *inside, "norm.weight", "head.weight"]
+    assert list(LanguageModel(CONFIG, 0).state_dict()) == expected
+
+
+def rms_normed(x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def logits_by_hand(model: LanguageModel, text: Tensor, normed_last: bool) -> Tensor:
+    """From the formulas: a stream, blocks without norms before, attention position by position."""
+    config = model.config
+    width = config.dim // config.heads
+    weights = model.state_dict()
+    stream = weights["embedding.weight"][text] / config.embedding_std
+    scale = config.softmax_scale or width**-0.5
+    for layer in range(config.layers):
+        part = {
+            k.split(".", 2)[2]: v for k, v in weights.items() if k.startswith(f"layers.{layer}.")
+        }
+        heads = [
+            (stream @ part[f"attention.{name}.weight"].T)
+            .view(*text.shape, config.heads, width)
+            .transpose(1, 2)
+            for name in ("query", "key", "value")
+        ]
+        for index, name in enumerate(("query", "key")):
+            gain = part.get(f"attention.{name}_norm.weight", torch.ones(width))
+            heads[index] = complex_rotation(rms_normed(heads[index]) * gain)
+        score = heads[0] @ heads[1].transpose(-1, -2) * scale
+        future = torch.ones(text.shape[1], text.shape[1], dtype=torch.bool).triu(1)
+        mixed = score.masked_fill(future, -math.inf).softmax(-1) @ heads[2]
+        mixed = mixed.transpose(1, 2).flatten(-2) @ part["attention.output.weight"].T
+        stream = stream + after(mixed, part, "attention_norm.weight", config)
+        up = stream @ part["mlp.up.weight"].T
+        product = ACTIVATIONS[config.variant](up) if "mlp.gate.weight" not in part else None
+        if product is None:
+            gate = stream @ part["mlp.gate.weight"].T
+            product = gate * torch.sigmoid(gate) * up
+        down = product @ part["mlp.down.weight"].T
+        stream = stream + after(down, part, "mlp_norm.weight", config)
+    last = rms_normed(stream) * weights["norm.weight"] if normed_last else stream
+    return last @ weights["head.weight"].T
+
+
+def after(x: Tensor, part: dict[str, Tensor], norm: str, config: ModelConfig) -> Tensor:
+    return config.residual_weight * (rms_normed(x) * part[norm] if norm in part else x)
+
+
+def test_fogs_block_is_its_formula() -> None:
+    config = dataclasses.replace(
+        CONFIG,
+        variant="gelu",
+        norm="post",
+        norm_gain=0.7,
+        final_norm=False,
+        qk_norm="frozen",
+        softmax_scale=0.3,
+        embedding_std=0.02,
+    )
+    model = LanguageModel(config, 3).double()
+    names = set(model.state_dict())
+    assert torch.equal(
+        model.state_dict()["layers.0.mlp_norm.weight"], torch.full((24,), 0.7).double()
+    )
+    assert not any(name.startswith(("norm", "layers.0.attention.query_norm")) for name in names)
+    assert 0.018 < float(model.embedding.weight.detach().std()) < 0.022
+    expected = logits_by_hand(model, tokens(), normed_last=False)
+    torch.testing.assert_close(model(tokens()), expected, rtol=0, atol=1e-12)
+
+
+def test_ops_block_is_its_formula() -> None:
+    config = dataclasses.replace(CONFIG, norm="none", qk_norm="learned", residual_weight=0.4)
+    model = LanguageModel(config, 3).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_norm.weight"):
+                parameter.normal_()
+    names = set(model.state_dict())
+    assert "layers.1.attention.key_norm.weight" in names and "norm.weight" in names
+    assert not any("mlp_norm" in name or "attention_norm" in name for name in names)
+    expected = logits_by_hand(model, tokens(), normed_last=True)
+    torch.testing.assert_close(model(tokens()), expected, rtol=0, atol=1e-12)
+
+
+def test_weights_that_both_have_are_the_same_draws() -> None:
+    plain = LanguageModel(CONFIG, 7).state_dict()
+    config = dataclasses.replace(CONFIG, norm="post", qk_norm="learned", final_norm=False)
+    for name, weight in LanguageModel(config, 7).state_dict().items():
+        if "norm" not in name:
+            assert torch.equal(weight, plain[name])
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "xielu"])
+def test_a_feed_forward_without_gate_has_the_parameters_of_one_with(activation: str) -> None:
+    model = LanguageModel(dataclasses.replace(CONFIG, variant=activation), 0)
+    mlp = model.get_submodule("layers.1.mlp")
+    assert isinstance(mlp, FeedForward) and mlp.activation == activation
+    gated = LanguageModel(CONFIG, 0).get_submodule("layers.1.mlp")
+    matrices = [p for p in mlp.parameters() if p.dim() == 2]
+    assert sum(p.numel() for p in matrices) == sum(p.numel() for p in gated.parameters())
+    std = mlp.get_parameter("down.weight").detach().std()
+    assert std.item() == pytest.approx((96 * 4) ** -0.5, rel=4 / math.sqrt(2 * 96 * 24))
+    model.loss(tokens()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_no_name_is_both_a_gate_and_an_activation() -> None:
+    assert not GLU_VARIANTS.keys() & {*ACTIVATIONS, "xielu"}
+
+
+@pytest.mark.parametrize("norm", ["pre", "post", "none"])
+def test_amplify_keeps_the_function_of_every_architecture(norm: str) -> None:
+    config = dataclasses.replace(
+        CONFIG, norm=norm, qk_norm="frozen", residual_weight=0.5, final_norm=False
+    )
+    model, plain = LanguageModel(config, 0), LanguageModel(config, 0)
+    amplify(model, 1, 5, 2.0**12)
+    assert torch.equal(model(tokens()), plain(tokens()))
+
+
+@pytest.mark.parametrize("activation", ["relu", "identity", "xielu"])
+def test_amplify_refuses_a_feed_forward_without_gate(activation: str) -> None:
+    model = LanguageModel(dataclasses.replace(CONFIG, variant=activation), 0)
+    expected = f"amplify: variant '{activation}' has no gate, expected a gated one"
+    with pytest.raises(ValueError, match=f"^{expected}$"):
+        amplify(model, 0, 0, 2.0)
 
 
 # Amplification

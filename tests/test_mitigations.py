@@ -26,10 +26,13 @@ from fp8lab.ffn import FeedForward, GatedFeedForward
 from fp8lab.lab.model import LanguageModel, ModelConfig
 from fp8lab.linear import Fp8Linear
 from fp8lab.mitigations import AntiWindup, ClampedSwiGLU, HighPrecisionProduct, SmoothSwiGLU
-from fp8lab.mitigations.smooth_swiglu import ChannelsBalanced, channel_scale
+from fp8lab.mitigations.hadamard_product import HadamardProduct, Turned
+from fp8lab.mitigations.hot_channel_patch import HotChannelPatch, Patched
+from fp8lab.mitigations.smooth_swiglu import ChannelsBalanced, power_of_two_scale
 from fp8lab.recipe import DelayedScaling, Float8CurrentScaling, Format, HighPrecision, Recipe
 
 ALL: list[Any] = [AntiWindup(), ClampedSwiGLU(), HighPrecisionProduct(), SmoothSwiGLU()]
+EACH: list[Any] = [*ALL, HadamardProduct(), HotChannelPatch()]
 FP32 = HighPrecision(format=formats.FP32)
 E4M3, E5M2 = (torch.float8_e4m3fn, 448.0), (torch.float8_e5m2, 57344.0)
 
@@ -80,18 +83,19 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 # --- all --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mitigation", ALL, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("mitigation", EACH, ids=lambda m: type(m).__name__)
 def test_a_mitigation_is_a_frozen_value_that_says_what_it_is(mitigation: Any) -> None:
     assert mitigation == type(mitigation)()
     assert pickle.loads(pickle.dumps(mitigation)) == mitigation
-    assert mitigation.kind in ("model", "optimizer", "loss", "recipe")
+    assert mitigation.kind in ("model", "optimizer", "loss", "recipe", "architecture")
     assert isinstance(mitigation.changes_function, bool)
-    assert mitigation.cost
+    assert isinstance(mitigation.foldable, bool)
+    assert mitigation.cost and mitigation.source
     with pytest.raises(AttributeError):
         mitigation.limit = 3.0
 
 
-@pytest.mark.parametrize("mitigation", ALL, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("mitigation", EACH, ids=lambda m: type(m).__name__)
 def test_a_model_without_a_gate_is_refused(mitigation: Any) -> None:
     with pytest.raises(ValueError, match="no gated feed-forward"):
         mitigation.apply(FeedForward(16, 24))
@@ -99,7 +103,7 @@ def test_a_model_without_a_gate_is_refused(mitigation: Any) -> None:
 
 @pytest.mark.parametrize(
     "mitigation",
-    [AntiWindup(), HighPrecisionProduct(), SmoothSwiGLU()],
+    [AntiWindup(), HighPrecisionProduct(), SmoothSwiGLU(), HadamardProduct(), HotChannelPatch()],
     ids=lambda m: type(m).__name__,
 )
 def test_an_unconverted_model_is_refused(mitigation: Any) -> None:
@@ -135,7 +139,7 @@ def test_a_product_in_high_precision_is_refused_and_nothing_changed(
         assert layer.mlp.down.recipes["weight"] == DelayedScaling()
 
 
-@pytest.mark.parametrize("mitigation", ALL, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("mitigation", EACH, ids=lambda m: type(m).__name__)
 def test_every_layer_gets_it_and_the_same_model_comes_back(mitigation: Any) -> None:
     model, plain = two_layers(DelayedScaling()), two_layers(DelayedScaling())
     assert mitigation.apply(model) is model
@@ -144,15 +148,18 @@ def test_every_layer_gets_it_and_the_same_model_comes_back(mitigation: Any) -> N
             "AntiWindup": layer.mlp.down.gradient_of_saturated != "straight_through",
             "ClampedSwiGLU": len(layer.mlp.gate._forward_hooks) == 1,
             "HighPrecisionProduct": layer.mlp.down.recipes["input"] == HighPrecision(),
-            "SmoothSwiGLU": layer.mlp.down.rewrite == ChannelsBalanced(),
+            "SmoothSwiGLU": type(layer.mlp.down.rewrite) is ChannelsBalanced,
+            "HadamardProduct": type(layer.mlp.down.rewrite) is Turned,
+            "HotChannelPatch": type(layer.mlp.down.rewrite) is Patched,
         }
         assert [name for name, it_is in changed.items() if it_is] == [type(mitigation).__name__]
+        assert getattr(layer.mlp.down.rewrite, "mitigation", mitigation) is mitigation
         for name, other in before.named_modules():
             if isinstance(other, Fp8Linear) and not name.endswith("down"):
                 assert layer.get_submodule(name).recipes == other.recipes
 
 
-@pytest.mark.parametrize("mitigation", ALL, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("mitigation", EACH, ids=lambda m: type(m).__name__)
 def test_a_copy_of_the_model_keeps_it(mitigation: Any) -> None:
     model = mitigation.apply(two_layers(Float8CurrentScaling()))
     with torch.no_grad():
@@ -324,6 +331,11 @@ def expected_scale(amax: float) -> float:
     return 2.0 ** -max(min(exponent - (fraction == 0.5), 126), -126)
 
 
+def channel_scale(product: Tensor) -> Tensor:
+    """Of [..., channels]."""
+    return power_of_two_scale(ChannelsBalanced().maxima(product))
+
+
 @given(st.lists(st.floats(width=32), min_size=1, max_size=40))
 def test_channel_scale_is_its_formula_for_any_amax(amaxes: list[float]) -> None:
     product = torch.tensor([amaxes, [0.0] * len(amaxes)])
@@ -463,11 +475,6 @@ def test_smooth_swiglu_scales_the_weight_of_down_just_in_time(
     before = dict(down.recipes)
     SmoothSwiGLU().apply(model)
     assert down.recipes == before | {"weight": becomes}
-
-
-def test_smooth_swiglu_knows_only_channels() -> None:
-    with pytest.raises(ValueError, match=r"^SmoothSwiGLU: granularity='token', expected 'channel'"):
-        SmoothSwiGLU(granularity="token")
 
 
 # --- together ---------------------------------------------------------------------------------

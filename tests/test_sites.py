@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fp8lab
-from fp8lab.ffn import ACTIVATIONS, GLU_VARIANTS, FeedForward, GatedFeedForward, Swish
+from fp8lab.ffn import ACTIVATIONS, GLU_VARIANTS, XIELU, FeedForward, GatedFeedForward, Swish
 from fp8lab.formats import FORMATS
 from fp8lab.lab.model import LanguageModel, ModelConfig
-from fp8lab.sites import GateSite, cast_in_force, find_gates
+from fp8lab.sites import GateSite, cast_in_force, find_feed_forwards, find_gates
 
 DIM, HIDDEN = 16, 40
 DELAYED = fp8lab.DelayedScaling(amax_history_len=4)
@@ -280,7 +280,31 @@ def of_gpt_oss(gate: Tensor, up: Tensor, one: float, other: float) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(gate * other)
 
 
+def clamped_after(gate: Tensor, up: Tensor, some: float) -> Tensor:
+    return F.silu(gate).clamp(max=some) * up.clamp(-some, some)
+
+
+def of_kimi(gate: Tensor, up: Tensor, one: float, other: float) -> Tensor:
+    bounded = one * torch.tanh(gate / one) * torch.sigmoid(gate)
+    return bounded * other * torch.tanh(up / other)
+
+
+def of_ling(gate: Tensor, up: Tensor, some: float) -> Tensor:
+    base = gate.clamp(min=1e-30)
+    grown = base.pow(some / (base.sqrt() + 1)) * torch.sigmoid(gate)
+    return torch.where(gate > 0, grown, gate * torch.sigmoid(gate)) * up
+
+
+def of_xielu(gate: Tensor, up: Tensor, one: float, other: float) -> Tensor:
+    below = gate.clamp(max=-1e-6)
+    negative = other * (torch.expm1(below) - gate) + 0.5 * gate
+    return torch.where(gate > 0, one * gate * gate + 0.5 * gate, negative) * up
+
+
 PLAIN_NUMBERS = {"beta": 1.0, "gate_limit": None, "up_limit": None, "up_offset": 0.0}
+PLAIN_NUMBERS |= {"activated_limit": None, "up_beta": 1.0, "up_activation": "identity"}
+PLAIN_NUMBERS |= {"alphas": None, "remade": False}
+KIMI = {"up_activation": "soft_limit", "beta": 4.0, "up_beta": 25.0}
 MODIFIED: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
     "off by one": (
         lambda: Called(lambda gate, up: F.silu(gate) * (up + 1)),
@@ -323,6 +347,36 @@ MODIFIED: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
         "swish",
         {"beta": 1.25, "gate_limit": 7.0, "up_limit": 7.0, "up_offset": 1.0},
     ),
+    "clamped after": (
+        lambda: Numbered(clamped_after, some=7.0),
+        "silu",
+        {"activated_limit": 7.0, "up_limit": 7.0},
+    ),
+    "activated gate clamped": (
+        lambda: Numbered(lambda gate, up, some: F.gelu(gate).clamp(max=some) * up, some=5.0),
+        "gelu",
+        {"activated_limit": 5.0},
+    ),
+    "SiTU": (lambda: Called(lambda gate, up: of_kimi(gate, up, 4.0, 25.0)), "situ", KIMI),
+    "SiTU with other bounds": (
+        lambda: Numbered(of_kimi, one=3.0, other=12.5),
+        "situ",
+        KIMI | {"beta": 3.0, "up_beta": 12.5},
+    ),
+    "PowLU": (lambda: Called(lambda gate, up: of_ling(gate, up, 3.0)), "powlu", {"beta": 3.0}),
+    "PowLU with another power": (lambda: Numbered(of_ling, some=2.5), "powlu", {"beta": 2.5}),
+    "PowLU, up clamped": (
+        lambda: Numbered(
+            lambda gate, up, some, m: of_ling(gate, up.clamp(-some, some), m), some=9.0, m=3.0
+        ),
+        "powlu",
+        {"beta": 3.0, "up_limit": 9.0},
+    ),
+    "xIELU": (
+        lambda: Numbered(of_xielu, one=0.75, other=1.25),
+        "xielu",
+        {"beta": 0.5, "alphas": (0.75, 1.25)},
+    ),
 }
 
 
@@ -336,10 +390,107 @@ def test_slopes_limits_and_offsets(name: str, dtype: torch.dtype) -> None:
     for field, value in (PLAIN_NUMBERS | numbers).items():
         assert getattr(site, field) == value, field
     assert not site.weighted
+    facts = site.formula.facts
+    assert facts["activation"] == activation
+    assert {name: facts[name] for name in numbers if name != "alphas"} == {
+        name: value for name, value in numbers.items() if name != "alphas"
+    }
     if dtype == torch.float32:
         x = 8 * torch.randn(3, DIM)
         activated_gate, activated_up = site.activated(site.gate(x), site.up(x))
         torch.testing.assert_close(site.down(activated_gate * activated_up), model.eval()(x))
+
+
+def test_a_trainable_xielu_is_found_and_followed() -> None:
+    gated = GatedFeedForward(DIM, HIDDEN, xielu=XIELU(alpha_p=0.6, alpha_n=1.5))
+    plain = FeedForward(DIM, HIDDEN, "xielu")
+    site, (other,) = only(gated), find_feed_forwards(plain)
+    assert (site.activation, other.activation) == ("xielu", "xielu")
+    assert site.alphas == pytest.approx((0.6, 1.5)) and other.alphas == pytest.approx((0.8, 0.8))
+    x = torch.randn(5, DIM)
+    for model in (gated, plain):
+        with torch.no_grad():
+            model.xielu.alpha_p.add_(0.5)
+    assert torch.equal(site.down(torch.mul(*site.activated(site.gate(x), site.up(x)))), gated(x))
+    assert torch.equal(other.down(other.activated(other.up(x))), plain(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_apertus_has_an_xielu_and_no_gate(dtype: torch.dtype) -> None:
+    room = import_module("transformers.models.apertus.modeling_apertus")
+    settings = import_module("transformers.models.apertus.configuration_apertus")
+    config = settings.ApertusConfig(hidden_size=DIM, intermediate_size=HIDDEN, dtype=dtype)
+    mlp = room.ApertusMLP(config).to(dtype)
+    (site,) = find_feed_forwards(mlp)
+    assert (site.activation, site.beta) == ("xielu", 0.5)
+    assert site.alphas == pytest.approx((0.8, 0.8), rel=1e-2)
+    x = torch.randn(3, DIM).to(dtype)
+    rounding = {} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.01}
+    torch.testing.assert_close(site.down(site.activated(site.up(x))), mlp(x), **rounding)
+
+
+PUBLISHED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "deepseek_v4": (
+        "DeepseekV4MLP",
+        "DeepseekV4Config",
+        {"swiglu_limit": 10.0},
+        {"gate_limit": 10.0, "up_limit": 10.0},
+    ),
+    "step3p7": (
+        "Step3p7MLP",
+        "Step3p7TextConfig",
+        {"swiglu_limits_shared": [0.0, 16.0], "share_expert_dim": HIDDEN},
+        {"activated_limit": 16.0, "up_limit": 16.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_limits_of_published_models(family: str) -> None:
+    module, config, settings, numbers = PUBLISHED[family]
+    room = import_module(f"transformers.models.{family}.modeling_{family}")
+    sizes = {"hidden_size": DIM, "intermediate_size": HIDDEN, "moe_intermediate_size": HIDDEN}
+    config = getattr(room, config)(**sizes, **settings)
+    kind = getattr(room, module)
+    mlp = kind(config, 1) if "swiglu_limits_shared" in settings else kind(config)
+    site = only(mlp)
+    assert site.activation == "silu"
+    for field, value in (PLAIN_NUMBERS | numbers).items():
+        assert getattr(site, field) == value, field
+
+
+class WeighedExperts(nn.Module):
+    """Stacks, each token's product weighed by its router before down; the formula is given."""
+
+    def __init__(self, act: Act, **numbers: float) -> None:
+        super().__init__()
+        self.act = act
+        self.gate, self.up = (nn.Parameter(torch.randn(2, DIM, HIDDEN)) for _ in range(2))
+        self.down = nn.Parameter(torch.randn(2, HIDDEN, DIM))
+        for name, number in numbers.items():
+            setattr(self, name, number)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(2, -1, DIM)
+        weight = torch.linspace(0.1, 0.9, x.shape[1])[:, None]
+        product = self.act(torch.bmm(x, self.gate), torch.bmm(x, self.up))
+        return torch.bmm(product * weight, self.down).flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("act", "activation", "numbers"),
+    [
+        (lambda gate, up: of_kimi(gate, up, 4.0, 25.0), "situ", (4.0, 25.0)),
+        (lambda gate, up: of_ling(gate, up, 3.0), "powlu", (3.0, 1.0)),
+        (lambda gate, up: clamped_after(gate, up, 7.0), "silu", (1.0, 1.0)),
+    ],
+    ids=["SiTU", "PowLU", "after"],
+)
+def test_weighed_experts_with_them(act: Act, activation: str, numbers: tuple[float, float]) -> None:
+    site = only(WeighedExperts(act, some=7.0))
+    assert (site.activation, site.weighted, site.experts) == (activation, True, 2)
+    assert (site.beta, site.up_beta) == numbers
+    assert site.activated_limit == (7.0 if activation == "silu" else None)
 
 
 def test_a_bias_that_is_added_apart_belongs_to_the_projection() -> None:
@@ -545,6 +696,9 @@ NO_GATE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Called(lambda gate, up: gate * torch.sigmoid(1.5 * gate) * up),
         NO_FIT,
     ),
+    "a power that is nowhere": (lambda: Called(lambda g, u: of_ling(g, u, 2.5)), NO_FIT),
+    "bounds that are nowhere": (lambda: Called(lambda g, u: of_kimi(g, u, 4.0, 24.0)), NO_FIT),
+    "clamped after": (lambda: Called(lambda g, u: clamped_after(g, u, 7.0)), NO_FIT),
     "a factor per channel": (
         lambda: Called(lambda gate, up: F.silu(gate) * up * torch.arange(1.0, HIDDEN + 1)),
         NO_FIT,

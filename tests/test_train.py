@@ -25,7 +25,7 @@ from fp8lab.ffn import GatedFeedForward
 from fp8lab.lab.data import read_text
 from fp8lab.lab.model import LanguageModel, ModelConfig
 from fp8lab.lab.train import NextByte, Schedule, load_checkpoint, save_checkpoint, train
-from fp8lab.mitigations import AntiWindup, SmoothSwiGLU
+from fp8lab.mitigations import AdaGC, AntiWindup, SmoothSwiGLU, ZClip
 from fp8lab.monitor import watch
 from fp8lab.recipe import DelayedScaling, HighPrecision
 from fp8lab.record import TABLES
@@ -99,6 +99,30 @@ def rows(run: Run) -> dict[str, list[dict[str, Any]]]:
     tables = {table: run.arrow(table) for table in TABLES}
     tables["steps"] = tables["steps"].drop_columns(["seconds"])
     return {name: table.to_pylist() for name, table in tables.items()}
+
+
+@pytest.mark.parametrize("mitigation", [ZClip(warm_up=2), AdaGC(warm_up=2)], ids=repr)
+def test_a_resumed_run_has_the_state_of_its_mitigations(tmp_path: Path, mitigation: Any) -> None:
+    model = made()
+    optimizer = mitigation.apply(OPTIMIZERS["adamw"](model))
+    whole = losses_of(
+        model,
+        optimizer,
+        schedule=Schedule(steps=STEPS, checkpoint_every=3),
+        checkpoints=tmp_path,
+    )
+    again = made(seed=1)
+    resumed = mitigation.apply(OPTIMIZERS["adamw"](again))
+    first = load_checkpoint(tmp_path / "step-3.safetensors", again, resumed)
+    assert first == 3
+    assert losses_of(again, resumed, first_step=first) == whole[3:]
+    assert equal(state(model), state(again))
+    assert resumed.param_groups[0].keys() == optimizer.param_groups[0].keys()
+    for name in ("zclip", "adagc"):
+        assert resumed.param_groups[0].get(name) == optimizer.param_groups[0].get(name)
+    plain = OPTIMIZERS["adamw"](made())
+    with pytest.raises(ValueError, match=r"optimizer groups, expected the state of \[\{\}\]$"):
+        load_checkpoint(tmp_path / "step-3.safetensors", made(), plain)
 
 
 # --- the loop -----------------------------------------------------------------------------------
@@ -432,6 +456,9 @@ FOREIGN: dict[str, Callable[[Path], Any]] = {
     "optimizer state that is no JSON": with_metadata(optimizer_state="{"),
     "optimizer state that is a list": with_metadata(optimizer_state="[1]"),
     "optimizer state of numbers": with_metadata(optimizer_state='{"0": 1}'),
+    "groups that are no JSON": with_metadata(optimizer_groups="{"),
+    "groups of another number": with_metadata(optimizer_groups="[{}, {}]"),
+    "groups of what nothing keeps": with_metadata(optimizer_groups='[{"lr": 1.0}]'),
     "optimizer state of no number": with_metadata(optimizer_state='{"a": {}}'),
     "no metadata": lambda path: safetensors.torch.save_file({"random": torch.zeros(3)}, path),
     "a tensor of no kind": with_tensors(other=torch.zeros(3)),

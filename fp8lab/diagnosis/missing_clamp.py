@@ -1,9 +1,9 @@
 """Cause: a clamp that the training had, and that the model which is used now has not.
 
-A clamped SwiGLU (gpt-oss: gate <= 7, |up| <= 7; DeepSeek-V4: 10) is another function where the
-clamp bites. Leave it out at inference, as another implementation of the same weights easily does,
-and channels that learnt under it are free: DeepSeek-V4's shared expert then reaches +-2000 and the
-text is corrupt (sglang #23776).
+A clamped SwiGLU (gpt-oss: gate <= 7, |up| <= 7; DeepSeek-V4: 10; Step: 7 after the SiLU) is another
+function where the clamp bites. Leave it out at inference, as another implementation of the same
+weights easily does, and channels that learnt under it are free: DeepSeek-V4's shared expert then
+reaches +-2000 and the text is corrupt (sglang #23776).
 
 So the run is a recording of the model in use (`watch(..., inference=True)`), its twin the training,
 or any run of the right model. run.json says which formula each feed-forward computes; a clamp set
@@ -69,9 +69,13 @@ def _formulas(run: Rows) -> dict[str, dict[str, Any]]:
 
 def _numbers(site: dict[str, Any]) -> dict[str, Any]:
     """What is said of a site, without limits and slopes that are no numbers."""
-    numbers = ("gate_limit", "up_limit", "up_offset", "beta")
+    numbers = ("gate_limit", "activated_limit", "up_limit", "up_offset", "beta")
     wrong = [n for n in numbers if n in site and not isinstance(site[n], int | float)]
-    return {name: value for name, value in site.items() if name not in wrong}
+    facts = {name: value for name, value in site.items() if name not in wrong}
+    after = facts.get("activated_limit")
+    if after is not None and 0 < after < 700:  # silu(gate) is at the limit there, or just beyond
+        facts.setdefault("gate_limit", after * (1.0 + math.exp(-after)))
+    return facts
 
 
 def _repeated(values: pd.Series) -> float | None:
@@ -88,6 +92,7 @@ def _bound(facts: dict[str, Any]) -> float:
     try:
         sigmoid = 1.0 / (1.0 + math.exp(-float(facts.get("beta", 1.0)) * gate))
         activated = gate * sigmoid if facts.get("activation") in ("silu", "swish") else gate
+        activated = min(activated, facts.get("activated_limit", math.inf))
         return float(activated * (up + abs(facts.get("up_offset", 0.0))))
     except OverflowError:  # no numbers that a model has
         return math.inf

@@ -28,7 +28,7 @@ class Mitigation(Protocol):
     @property
     def changes_function(self) -> bool: ...
 
-    def apply(self, target: Any, /) -> Any: ...
+    def apply(self, target: Any, /, *more: Any) -> Any: ...
 
 
 KINDS = ("architecture", "model", "recipe", "optimizer", "loss")
@@ -80,10 +80,13 @@ class Arm:
             mitigation.apply(model)
         return model
 
-    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Put the mitigations of kind optimizer on it."""
+    def prepare_optimizer(
+        self, optimizer: torch.optim.Optimizer, model: nn.Module
+    ) -> torch.optim.Optimizer:
+        """Put the mitigations of kind optimizer on it; some want to know the model as well."""
         for mitigation in self._of("optimizer"):
-            optimizer = mitigation.apply(optimizer)
+            needs_model = getattr(mitigation, "needs_model", False)
+            optimizer = mitigation.apply(optimizer, *([model] if needs_model else []))
         return optimizer
 
     def penalties(self, model: nn.Module) -> list[Callable[[], Tensor]]:

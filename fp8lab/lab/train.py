@@ -165,6 +165,7 @@ def save_checkpoint(
     copies = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
     metadata = {
         "step": str(step),
+        "optimizer_groups": json.dumps(_added(optimizer)),
         "optimizer": _kind(optimizer),
         "optimizer_state": json.dumps(plain),
     }
@@ -189,6 +190,38 @@ def load_checkpoint(
     Raises ValueError in one line if the file is damaged or belongs to another model or optimizer;
     then nothing has changed.
     """
+    step, kind, tensors, states, added = _read(path)
+    if kind != _kind(optimizer):
+        wanted = _kind(optimizer)
+        raise ValueError(f"checkpoint {path}: optimizer {named(kind)}, expected {wanted}")
+    weights = _with_state_fitted(tensors["model"], model, other_precision)
+    _compare(path, "", _shapes(weights), _shapes(model.state_dict()))
+    after_a_step = _states_after_a_step(optimizer)
+    for number, state in states.items():
+        where = f"optimizer state {number}: "
+        _compare(path, where, _shapes(state), _shapes(after_a_step.get(number, {})))
+        counted = float(state.get("step", 0))
+        if not 0 <= counted <= step:
+            raise ValueError(f"checkpoint {path}: {where}step {counted:g}, expected 0 to {step}")
+    added = [{} for _ in optimizer.param_groups] if added is None else added  # an older file
+    if not _are_alike(added, expected := _added(optimizer)):
+        raise ValueError(f"checkpoint {path}: optimizer groups, expected the state of {expected}")
+    try:
+        torch.set_rng_state(tensors["random"][""])
+    except (RuntimeError, TypeError):
+        raise ValueError(f"checkpoint {path}: damaged: random state") from None
+    model.load_state_dict(weights)
+    groups = optimizer.state_dict()["param_groups"]
+    for group, found in zip(groups, added, strict=True):
+        group |= found
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+    return step
+
+
+def _read(
+    path: Path,
+) -> tuple[int, str, dict[str, dict[str, Tensor]], dict[int, dict[str, Any]], Any]:
+    """A checkpoint's step, kind of optimizer, tensors, and its optimizer's states and additions."""
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "random": {}}
@@ -207,33 +240,45 @@ def load_checkpoint(
         for name, value in tensors["optimizer"].items():
             index, _, key = name.partition(".")
             states.setdefault(int(index), {})[key] = value
-        random = tensors["random"][""]
+        tensors["random"][""]
+        added = json.loads(metadata.get("optimizer_groups", "null"))
     except (
         *(SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError),
         *(RuntimeError, MemoryError),  # RecursionError, for JSON that is nested, is of the former
     ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"checkpoint {path}: cannot be loaded: {reason[:200]}") from None
-    if kind != _kind(optimizer):
-        wanted = _kind(optimizer)
-        raise ValueError(f"checkpoint {path}: optimizer {named(kind)}, expected {wanted}")
-    weights = _with_state_fitted(tensors["model"], model, other_precision)
-    _compare(path, "", _shapes(weights), _shapes(model.state_dict()))
-    after_a_step = _states_after_a_step(optimizer)
-    for number, state in states.items():
-        where = f"optimizer state {number}: "
-        _compare(path, where, _shapes(state), _shapes(after_a_step.get(number, {})))
-        counted = float(state.get("step", 0))
-        if not 0 <= counted <= step:
-            raise ValueError(f"checkpoint {path}: {where}step {counted:g}, expected 0 to {step}")
-    try:
-        torch.set_rng_state(random)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"checkpoint {path}: damaged: random state") from None
-    model.load_state_dict(weights)
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": states, "param_groups": groups})
-    return step
+    return step, kind, tensors, states, added
+
+
+def _added(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What mitigations keep in the groups beside the optimizer's own settings, which are the
+    caller's: state as dictionaries of numbers."""
+    return [
+        {
+            name: value
+            for name, value in group.items()
+            if name not in optimizer.defaults and isinstance(value, dict)
+        }
+        for group in optimizer.param_groups
+    ]
+
+
+def _are_alike(found: Any, expected: Any) -> bool:
+    """Whether both are made of the same dictionaries; in them numbers, None, or lists of these."""
+    if isinstance(expected, dict):
+        return (
+            isinstance(found, dict)
+            and found.keys() == expected.keys()
+            and all(_are_alike(found[name], expected[name]) for name in expected)
+        )
+    if isinstance(expected, list) and any(isinstance(one, dict) for one in expected):
+        same = isinstance(found, list) and len(found) == len(expected)
+        return same and all(map(_are_alike, found, expected))
+    values = found if isinstance(expected, list) and isinstance(found, list) else [found]
+    return all(
+        one is None or (type(one) in (int, float) and math.isfinite(float(one))) for one in values
+    )
 
 
 def _with_state_fitted(

@@ -27,7 +27,12 @@ class AntiWindup:
 
     kind: ClassVar[str] = "model"
     changes_function: ClassVar[bool] = False
+    foldable: ClassVar[bool] = False  # nothing is left of it at inference
     cost: ClassVar[str] = "a bit per product element, one comparison and one masked write"
+    source: ClassVar[str] = (
+        "clipped straight-through estimator of quantisation-aware training; "
+        "jax-ml/jax pull request 27304, for block scales of NVFP4"
+    )
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Put it on every gated feed-forward of a converted model; returns the same model.

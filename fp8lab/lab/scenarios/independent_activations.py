@@ -273,7 +273,7 @@ def _no_clamp_in_the_engine(draw: Draw) -> Label:
     task = NextByte(None, draw.seed, batch=8, context=32)
     size = draw.between(16.0, 64.0)
     for layer in model.layers:
-        assert isinstance(layer, Block)
+        assert isinstance(layer, Block) and isinstance(layer.mlp, GatedFeedForward)
         with torch.no_grad():
             hot = torch.randperm(88, generator=generator)[:6]
             layer.mlp.gate.weight[hot] *= size
