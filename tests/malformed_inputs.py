@@ -354,6 +354,7 @@ def attempt(
     kind.make(base, folder, np.random.default_rng((start, seed, 0)))
     count = 1 + int(np.random.default_rng((start, seed, 1)).integers(DAMAGES))
     told = []
+    faulthandler.dump_traceback_later(8 * SECONDS, exit=True)
     for index in range(count):
         if only in (None, index):
             try:
@@ -363,7 +364,6 @@ def attempt(
     before = fingerprint(folder)
     os.chdir(folder)
     set_alarm(SECONDS)
-    faulthandler.dump_traceback_later(8 * SECONDS, exit=True)
     try:
         mine = kind.use(folder, np.random.default_rng((start, seed, 3)))
     except (Exception, Hang) as error:

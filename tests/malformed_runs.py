@@ -117,10 +117,13 @@ def make_run(base: Path, folder: Path, draw: Draw) -> None:
 
 
 def tables_of(run: Path) -> list[Path]:
-    return [path for path in below(run) if path.suffix in (".arrow", ".parquet")]
+    files = (path for path in below(run) if path.is_file())  # one may be a pipe by now
+    return [path for path in files if path.suffix in (".arrow", ".parquet")]
 
 
 def damage_info(run: Path, draw: Draw) -> str:
+    if not (run / "run.json").is_file():  # a pipe by now, which nobody writes
+        return "no further damage"
     info = json.loads((run / "run.json").read_bytes())
     for _ in range(int(draw.integers(1, 4))):
         info = replaced(info, draw, pick(draw, NASTY))
