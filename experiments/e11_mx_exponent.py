@@ -6,7 +6,7 @@ of two at which nothing saturates ("up"), which 2506.08027 found that training n
 are in use, "ceil" and "even" (torchao's names: FLOOR, RCEIL, CEIL, EVEN).
 
 No training: an exact sweep of the one number on which the rules differ, the mantissa of the block's
-largest element, from 1 to 2 in 64 steps. A step of a run is one mantissa; the block's other
+largest element, from 1 to 2 in 256 steps. A step of a run is one mantissa; the block's other
 elements are
 
     normal   N(0, 1), brought to that largest element: activations
@@ -18,7 +18,11 @@ The arithmetic that decides: E4M3 ends at 448 = 1.75 · 2^8, and floor brings am
 So everything beyond a mantissa of 1.75 saturates. An amax is log-uniform as nearly as anything is,
 so a mantissa m has the weight 1 / m in what is called a share below.
 
-It cannot say what a training makes of it: that is e06's question. A second of CPU time.
+It was written and first looked at with seed 0 and 64 mantissas, which is not among the seeds: there
+`up` took 1.1 % of the norm's weights, where less than 0.5 % had been guessed. (Their distance is
+6 % at that size, and 0.95 lies nearer to the code below than to the one above.)
+
+It cannot say what a training makes of it: that is e06's question. Seconds of CPU time.
 """
 
 from __future__ import annotations
@@ -42,9 +46,9 @@ from fp8lab.linear import Fp8Linear
 
 shared = load_module(Path(__file__).with_name("e13_wind_up.py"), "experiment")
 
-SEEDS = (0, 1, 2)
-MANTISSAS = 64
-BLOCKS, BLOCK = 512, 32
+SEEDS = (1, 2, 3)
+MANTISSAS = 256
+BLOCKS, BLOCK = 256, 32
 RULES = {"ocp_floor": "floor (OCP)", "even": "even", "up": "up (TE, cuBLAS)", "ceil": "ceil"}
 
 
@@ -166,12 +170,12 @@ def conclude(out: Path) -> Result:
          f"{error['up']:.3f} %, {error['ceil']:.3f} %", abs(error["up"] - error["ceil"]) < 0.05),
         ("in wide blocks ceil flushes more than up, by 2.5 to 4.5 points",
          f"{flushed['ceil'] - flushed['up']:.2f}", 2.5 <= flushed["ceil"] - flushed["up"] <= 4.5),
-        ("floor takes 7 to 9 % of a LayerNorm's weights away, all of them saturated; up less than "
-         "0.5 %", f"{bias['ocp_floor']:.2f} %, {bias['up']:.2f} %",
-         -9 <= bias["ocp_floor"] <= -7 and abs(bias["up"]) < 0.5
+        ("floor takes 7 to 9 % of a LayerNorm's weights away, all of them saturated; up 0.7 "
+         "to 1.5 %", f"{bias['ocp_floor']:.2f} %, {bias['up']:.2f} %",
+         -9 <= bias["ocp_floor"] <= -7 and -1.5 <= bias["up"] <= -0.7
          and of["ocp_floor"]["norm weights saturated %"] > 99),
     ]  # fmt: skip
-    verdict, checked = shared.judged(clauses)
+    verdict, checked = shared.judged(clauses, not (clauses[0][2] and clauses[2][2]))
     return Result(
         verdict=verdict,
         sentence=(
@@ -217,7 +221,7 @@ EXPERIMENT = Experiment(
         "normal blocks floor's error reaches 4 to 7 % at its worst mantissa, and up's and ceil's "
         "are the same to 0.05 points; ceil's price is range, 2.5 to 4.5 points more elements "
         "flushed in blocks of 24 binades. The weights of a LayerNorm about 0.95 lose 7 to 9 % "
-        "under floor, all of them saturated, and less than 0.5 % under up."
+        "under floor, all of them saturated, and 0.7 to 1.5 % under up."
     ),
     refuted_if=(
         "up or ceil saturates anything, or floor saturates a share of blocks outside 19.3 ± 1.5 %"
