@@ -317,8 +317,13 @@ class Watch:
             rows.channels += channels
             clipped = any(row.get("staleness", 0.0) > CLIPPED_STALENESS for row in tensors)
             alarming = alarming or clipped or not probe.was_finite
+            if self._recorder.is_asked_for(probe.site.name):
+                rows.asked.add(probe.site.name)
         for site, kinds in collected.items():
             rows.tensors.append(self._whole_row(site, kinds))
+            layer, _, tensor = site.rpartition(":")
+            if self._recorder.due(layer, tensor) is not None:
+                rows.asked.add(site)
         return alarming
 
     def _whole_row(self, site: str, kinds: Kinds) -> dict[str, Any]:
@@ -356,10 +361,8 @@ class Watch:
 
     def _write(self, rows: StepRows) -> None:
         where = {"step": rows.step, "rank": self._rank}
-        tensors = rows.tensors if rows.is_full else rows.sentinels()
-        channels = rows.channels if rows.is_full else []
-        self._writer.append("tensors", [where | row for row in tensors])
-        self._writer.append("channels", [where | row for row in channels])
+        self._writer.append("tensors", [where | row for row in rows.kept_tensors()])
+        self._writer.append("channels", [where | row for row in rows.kept_channels()])
         self._writer.append("steps", [where | row for row in rows.steps])
 
     def _write_merged(self, step: int, merged: dict[str, Kinds]) -> None:

@@ -108,7 +108,11 @@ class FeedForwardProbe:
         if self._is_refused or not counts(module, self._recorder):
             # A checkpoint's second forward is the one whose gradients come, in its older kind.
             return not self._is_refused and self._wants_gradient(role)
-        return role == "product" or self._recorder.is_due or self._wants_gradient(role)
+        return (
+            role == "product"
+            or self._recorder.is_due_at(self.site.name)
+            or self._wants_gradient(role)
+        )
 
     def _wants_gradient(self, role: Role) -> bool:
         return self._recorder.due(self.site.name, f"grad_{role}") is not None
@@ -122,6 +126,8 @@ class FeedForwardProbe:
             self._refuse(f"{type(error).__name__}: {error}")
 
     def _refuse(self, reason: str) -> None:
+        if self._is_refused:  # what runs beside may fail after what is here
+            return
         self._is_refused = True
         self._recorder.fail(self.site.name, reason)
 
@@ -147,12 +153,12 @@ class FeedForwardProbe:
             if self._first_channel is None:
                 self._first_channel = _first_row(self.site.down.weight, 1)
             how = cast_in_force(self.site.down.module, "input", tensor)
-            if self._recorder.is_due:
+            if self._recorder.is_due_at(self.site.name):
                 job = partial(self._measure_product, tensor, names, how)
             else:
                 self._measure_sentinel(tensor, how)
                 return
-        elif self._recorder.is_due:
+        elif self._recorder.is_due_at(self.site.name):
             job = partial(self._measure_part, role, tensor, names)
         else:
             return

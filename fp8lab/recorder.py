@@ -33,7 +33,7 @@ from fp8lab import measure, statistics
 from fp8lab.casting import Cast
 from fp8lab.recipe import Operand
 from fp8lab.record import SENTINEL_COLUMNS, TENSORS
-from fp8lab.selection import Selection
+from fp8lab.selection import FEED_FORWARD_TENSORS, Selection
 from fp8lab.sketch import Sketch
 
 Vector = NDArray[Any]
@@ -97,6 +97,17 @@ class Recorder:
             names = tuple(dict.fromkeys(name for group in asked for name in group))
             self._due[key] = names if asked else None
         return self._due[key]
+
+    def is_due_at(self, layer: str) -> bool:
+        """Whether the feed-forward of that name is recorded in full in this step: all are, or a
+        selection asks for one of its tensors."""
+        return self.is_due or self.is_asked_for(layer)
+
+    def is_asked_for(self, layer: str) -> bool:
+        """Whether a selection asks for a tensor of the feed-forward of that name in this step."""
+        if not self.selections:
+            return False
+        return any(self.due(layer, tensor) is not None for tensor in FEED_FORWARD_TENSORS)
 
     def selects(self, layer: str, tensor: str) -> bool:
         """Whether any selection is about it, at whatever step."""
@@ -377,11 +388,22 @@ class StepRows:
         self.steps: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self.is_alarming = False
+        self.asked: set[str] = set()  # feed-forwards, and other sites, that a selection asks for
 
-    def sentinels(self) -> list[dict[str, Any]]:
-        """What is kept of the tensors of a step that nobody asked for."""
-        kept = [row for row in self.tensors if row["site"].endswith(":product")]
-        return [{n: v for n, v in row.items() if n in SENTINEL_COLUMNS} for row in kept]
+    def kept_tensors(self) -> list[dict[str, Any]]:
+        """All, or what selections ask for and the sentinels of the other products."""
+        kept = []
+        for row in self.tensors:
+            layer, _, role = row["site"].rpartition(":")
+            if self.is_full or row["site"] in self.asked or layer in self.asked:
+                kept.append(row)
+            elif role == "product":
+                kept.append({n: v for n, v in row.items() if n in SENTINEL_COLUMNS})
+        return kept
+
+    def kept_channels(self) -> list[dict[str, Any]]:
+        """Those of the feed-forwards whose tensors are kept whole."""
+        return [row for row in self.channels if self.is_full or row["site"] in self.asked]
 
     def scalars(self) -> dict[str, float]:
         """Every number by a name like fp8lab/layers.3.mlp/product/cur_amax."""

@@ -70,6 +70,60 @@ def test_a_step_of_a_burst_has_the_rows_of_a_recorded_step(tmp_path: Path) -> No
     assert frames[0].equals(frames[1])
 
 
+# --- selections finer than `every` ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("burst", [0, 3])
+def test_a_selection_may_be_finer_than_every(burst: int, tmp_path: Path) -> None:
+    """Two feed-forwards in a run of every 10; one is asked for at steps 3 to 5, its block's stream
+    at every second step: the rows are those of a run that records all, at these steps."""
+    asked = [
+        fp8lab.Selection(
+            layers=("layers.1.mlp",), tensors=("product",), freq=1, start_end_list=[(3, 5)]
+        ),
+        fp8lab.Selection(layers=("layers.0",), tensors=("residual",), freq=2),
+    ]
+    everything = fp8lab.Selection(layers=("layers.0",), tensors=("residual",))
+    frames = {}
+    for name, options in {
+        "fine": {"every": 10, "burst": burst, "select": asked},
+        "all": {"every": 1, "select": [everything]},
+    }.items():
+        model = LanguageModel(ModelConfig(dim=16, layers=2, heads=2, context=8), seed=0)
+        with fp8lab.watch(model, tmp_path / name, **options) as watching:
+            for step in range(8):
+                tokens = torch.randint(
+                    0, 256, (2, 9), generator=torch.Generator().manual_seed(step)
+                )
+                loss = model.loss(tokens)
+                loss.backward()
+                watching.step(step, loss=loss)
+        run = fp8lab.open_run(tmp_path / name)
+        frames[name] = run.tensors(), run.channels()
+    fine, channels = frames["fine"]
+    whole, all_channels = frames["all"]
+    full = fine[fine["kurtosis"].notna()]
+    steps = {site: of["step"].tolist() for site, of in full.groupby("site")}
+    for role in ("gate", "up", "product", "output"):
+        assert steps[f"layers.1.mlp:{role}"] == [0, 3, 4, 5]
+        assert steps[f"layers.0.mlp:{role}"] == [0]
+    assert steps["layers.0:residual"] == [0, 2, 4, 6]
+    columns = ["step", "site", "cur_amax", "kurtosis", "crest", "coincidence"]
+    keys = full.set_index(["step", "site"]).index
+    theirs = whole.set_index(["step", "site"]).loc[keys].reset_index()
+    assert full[columns].reset_index(drop=True).equals(theirs[columns])
+    here = channels[channels["step"].isin((3, 4, 5))]
+    assert set(here["site"]) == {"layers.1.mlp"}
+    there = all_channels[all_channels["step"].isin((3, 4, 5))]
+    there = there[there["site"] == "layers.1.mlp"]
+    hottest = ["step", "product_amax"]
+    assert (
+        here.groupby("step")["product_amax"]
+        .max()
+        .equals(there.groupby("step")["product_amax"].max())
+    ), hottest
+
+
 # --- listeners --------------------------------------------------------------------------------
 
 
