@@ -17,7 +17,7 @@ from torch import nn
 from fp8lab.casting import FusedProduct
 from fp8lab.linear import Fp8Linear, check_recipes
 from fp8lab.plan import Plan, as_recipe
-from fp8lab.recipe import GEMMS, OPERANDS, Accumulation, Gemm, Operand, Recipe
+from fp8lab.recipe import GEMMS, OPERANDS, Accumulation, Gemm, Operand, Recipe, shown
 from fp8lab.regions import close_region, open_region
 from fp8lab.sites import GateSite, find_gates
 
@@ -51,7 +51,9 @@ def convert(
     unmatched = plan.patterns_without_match(linears)
     if unmatched and linears:
         known = ", ".join(list(linears)[:8])
-        raise ValueError(f"convert: pattern {unmatched[0]!r} matches no linear layer of {known}, …")
+        raise ValueError(
+            f"convert: pattern {shown(unmatched[0])} matches no linear layer of {known}, …"
+        )
     chosen = {name: linear for name, linear in linears.items() if plan.covers(name)}
     if not chosen:
         raise ValueError(
