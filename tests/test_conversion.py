@@ -28,7 +28,7 @@ def model() -> nn.Module:
         ),
         (
             {"overrides": {"*.gait:input": DelayedScaling()}},
-            "convert: pattern '*.gait:input' matches no linear layer of 0.gate, 0.up, 0.down, …",
+            "convert: pattern '*.gait' matches no linear layer of 0.gate, 0.up, 0.down, …",
         ),
         ({"include": [LONG]}, "convert: pattern 'xxx"),
         (
