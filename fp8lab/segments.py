@@ -101,30 +101,18 @@ class Wanted:
         chosen = (self.steps, self.ranks, self.sites)
         return [key for key, choice in zip(KEYS, chosen, strict=True) if choice is not None]
 
-    def may_hold(self, low: int, high: int) -> bool:
-        """Whether rows of steps `low` to `high` can be wanted."""
-        if not self.steps:
-            return self.steps is None
-        first, last = _extent(self.steps)
-        return low <= last and high >= first
-
-    def mask(self, rows: pa.Table) -> pa.ChunkedArray:
-        """True for the wanted rows of a table that has the columns `keys`."""
-        parts = []
-        if isinstance(self.steps, range) and abs(self.steps.step) == 1:
-            first, last = _extent(self.steps) if self.steps else (1, 0)
-            above = pa.compute.greater_equal(rows["step"], first)
-            parts.append(pa.compute.and_(above, pa.compute.less_equal(rows["step"], last)))
-        elif self.steps is not None:
-            parts.append(_is_in(rows["step"], self.steps))
-        if self.ranks is not None:
-            parts.append(_is_in(rows["rank"], self.ranks))
-        if self.sites is not None:
-            parts.append(_matches(rows["site"], self.sites))
-        mask = parts[0]
-        for part in parts[1:]:
-            mask = pa.compute.and_(mask, part)
-        return mask
+    def mask(self, key: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        """True where that one of the `keys` leaves a row in."""
+        if key == "rank":
+            return _is_in(column, self.ranks or ())
+        if key == "site":
+            return _matches(column, self.sites or ())
+        steps = self.steps or ()
+        if isinstance(steps, range) and abs(steps.step) == 1:
+            first, last = _extent(steps)
+            above = pa.compute.greater_equal(column, first)
+            return pa.compute.and_(above, pa.compute.less_equal(column, last))
+        return _is_in(column, steps)
 
 
 def _extent(steps: Collection[int]) -> tuple[int, int]:
@@ -211,8 +199,12 @@ def read(folder: Path, table: Table, wanted: Wanted = EVERYTHING) -> list[pa.Tab
         else:
             # The segments too: a file that went before it was looked for is not among the files.
             is_compacted = any(file.suffix == ".parquet" for file in files)
-            if all(place.exists() for place in (files if is_compacted else segments)):
+            places = files if is_compacted else segments
+            if all(place.exists() for place in places):
                 return pieces
+            for place in places:
+                if place.is_symlink() and not place.exists():
+                    raise RunError(f"{place}: a link to nothing")
         # The run was merged, closed or resumed meanwhile: its rows are in another file now.
 
 
@@ -226,15 +218,16 @@ def _pieces(file: Path, table: Table, wanted: Wanted) -> Iterator[pa.Table]:
         kind = _ParquetFile if file.suffix == ".parquet" else _ArrowFile
         with kind(file, table) as opened:
             for chunk in range(opened.chunks):
-                if not wanted.may_hold(*opened.extent(chunk)):
-                    continue
                 mask = None
-                if keys:
-                    mask = wanted.mask(_conformed(opened.read(chunk, keys), schema, keys))
+                for key in keys:  # one by one: of most chunks the steps say that nothing is wanted
+                    column = _conformed(opened.read(chunk, [key]), schema, [key])[key]
+                    holds = wanted.mask(key, column)
+                    mask = holds if mask is None else pa.compute.and_(mask, holds)
                     if not pa.compute.any(mask).as_py():
-                        continue
-                rows = _conformed(opened.read(chunk, names), schema, names)
-                yield rows if mask is None else rows.filter(mask)
+                        break
+                else:
+                    rows = _conformed(opened.read(chunk, names), schema, names)
+                    yield rows if mask is None else rows.filter(mask)
     except _DAMAGE as error:
         reason = str(error).strip() or type(error).__name__
         raise RunError(f"{file}: damaged: {reason.splitlines()[0]}") from None
@@ -269,10 +262,6 @@ class _ArrowFile:
     def __exit__(self, *_: object) -> None:
         self._source.close()
 
-    def extent(self, chunk: int) -> tuple[int, int]:
-        """Bounds of the steps in a chunk; not known here."""
-        return -(2**63), 2**63 - 1
-
     def read(self, chunk: int, names: Iterable[str]) -> pa.Table:
         """Those of the columns that the file has."""
         stored = list(self._stored)
@@ -287,7 +276,11 @@ class _ArrowFile:
 
 
 class _ParquetFile:
-    """A compacted table, a row group at a time; columns go by today's names."""
+    """A compacted table, a row group at a time; columns go by today's names.
+
+    The statistics of row groups are left alone: where they are damaged pyarrow 26 does not raise
+    an error but ends the process.
+    """
 
     def __init__(self, file: Path, table: Table) -> None:
         self._source = _opened(file, "rb")
@@ -300,17 +293,6 @@ class _ParquetFile:
 
     def __exit__(self, *_: object) -> None:
         self._source.close()
-
-    def extent(self, chunk: int) -> tuple[int, int]:
-        """Bounds of the steps in a chunk, from the statistics of the file."""
-        group = self._file.metadata.row_group(chunk)
-        for position in range(group.num_columns):
-            column = group.column(position)
-            if column.path_in_schema == "step" and column.is_stats_set:
-                statistics = column.statistics
-                if statistics is not None and statistics.has_min_max:
-                    return int(statistics.min), int(statistics.max)
-        return -(2**63), 2**63 - 1
 
     def read(self, chunk: int, names: Iterable[str]) -> pa.Table:
         """Those of the columns that the file has."""

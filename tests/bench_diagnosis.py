@@ -52,6 +52,9 @@ WHY: dict[str, str] = {
     "independent-z-loss-sign": "the drift is dated earlier than the label's limit of 50",
     "independent-newline-sink": "the growth is dated earlier than the label's limit of 100",
     "independent-delimiter": "the growth is dated earlier than the label's limit of 100",
+    "corrupt_text": "its loss comes back to within 2 % of where the training began, not all of it",
+    "independent-rare-word": "first updates of 0.15 of the parameters rank as the earlier cause",
+    "independent-warm-up-too-far": "the rule on learning rates is silent; the twin fails too",
 }
 
 HOW_THE_SPLIT_WAS_KEPT = (

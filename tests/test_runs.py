@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -174,9 +175,11 @@ def test_a_row_group_without_a_wanted_step_is_not_read(
     monkeypatch.setattr(pa.parquet.ParquetFile, "read_row_group", noting)
     frame = run.tensors("cur_amax", steps=range(20, 21), sites="*:gate")
     assert len(frame) == 3
-    # Step 20 is in rows 240 to 251 of 492: the third group of five, its keys and then the rest.
-    assert [group for group, _ in read] == [2, 2]
-    assert "histogram" not in read[1][1]
+    # Step 20 is in rows 240 to 251 of 492: the third group of five. Of the others only steps.
+    steps = ["step"]
+    assert read[:5] == [(0, steps), (1, steps), (2, steps), (2, ["site"]), (2, read[4][1])]
+    assert read[5:] == [(3, steps), (4, steps)]
+    assert "cur_amax" in read[4][1] and "histogram" not in read[4][1]
 
 
 # --- versions -----------------------------------------------------------------------------------
@@ -446,3 +449,14 @@ def test_a_thousand_folders_deep_is_searched(tmp_path: Path) -> None:
     finally:
         os.chdir(here)
         subprocess.run(["rm", "-r", str(tmp_path / "d")], check=True)  # too deep for shutil
+
+
+@pytest.mark.parametrize("target", ["nowhere", "000000"])
+def test_a_segment_that_is_a_link_to_nothing_is_damage(tmp_path: Path, target: str) -> None:
+    """It was waited for as for one that is being merged, for ever."""
+    run = recorded(tmp_path / "run", closed=False)
+    segment = sorted((tmp_path / "run" / "segments").iterdir())[0]
+    shutil.rmtree(segment)
+    segment.symlink_to(segment.name if target == "000000" else target)
+    with pytest.raises(RunError, match=r"segments/\d+: a link to nothing$"):
+        run.tensors()
