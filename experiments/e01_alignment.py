@@ -19,13 +19,14 @@ Context 32 and 1,400 steps fit into a quarter of an hour; the learning rate of 0
 alignment shows so soon. Looked at before: seed 100, the neurons for half as long and decay 0, 1 and
 1 with gate and up spared for 600 steps.
 
+All of e01, e02, e05, e07 and e10 were run once with --steps 12 on their seeds before the full
+run, to see that `conclude` decides; nothing was changed after it.
+
 It cannot decide whether decay aligns at 7 billion parameters and 200 billion tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,140 +36,20 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from torch.optim.lr_scheduler import LambdaLR
 
 from fp8lab import GatedFeedForward, HighPrecision, Plan, watch
 from fp8lab.lab.arm import Arm
 from fp8lab.lab.experiment import Experiment, Job, Part, Progress
+from fp8lab.lab.language import BF16, Setup, Trained, train_bytes
 from fp8lab.lab.model import LanguageModel, ModelConfig
-from fp8lab.lab.result import Picture, Result, Table, Verdict, runs_of
-from fp8lab.lab.train import NextByte, Schedule, train
+from fp8lab.lab.result import Clause, Picture, Result, Table, judged, runs_of, spread
+from fp8lab.lab.train import NextByte
 from fp8lab.mitigations.no_decay_on_gate_up import NoDecayOnGateUp
 from fp8lab.report import drawing
-from fp8lab.runs import Run
 
 SEEDS = (0, 1, 2)
-BF16 = Plan(recipe=HighPrecision(), exclude=("head",))
-
-# --- what e02, e05, e07 and e10 share with this one -----------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """A byte-level language model and how it is trained; an arm's options may replace fields.
-
-    `looks` are measured at the steps that are recorded in full, `ends` after the last one.
-    """
-
-    config: ModelConfig
-    steps: int
-    quick: int
-    learning_rate: float
-    batch: int = 16
-    beta2: float = 0.95
-    weight_decay: float = 0.1
-    clip_norm: float | None = 1.0
-    fades: bool = False  # the learning rate falls to 0 along a line
-    every: int = 50
-    held_out: int = 16  # batches
-    task: Callable[..., NextByte] = NextByte
-    select: Callable[[int], Any] | None = None  # of the number of steps, as is what follows
-    windows: Callable[[int], list[tuple[int, int]]] | None = None  # recorded in full, every step
-    looks: Callable[[LanguageModel, NextByte, int], dict[str, float]] | None = None
-    ends: Callable[[LanguageModel, NextByte, int], dict[str, Any]] | None = None
-
-
-class _Looking:
-    """A task whose model is looked at every so many steps."""
-
-    def __init__(self, task: NextByte, setup: Setup) -> None:
-        self.task, self.setup = task, setup
-
-    def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
-        assert isinstance(model, LanguageModel)
-        loss, metrics = self.task.loss(model, step)
-        if self.setup.looks is not None and step % self.setup.every == 0:
-            with torch.no_grad():
-                metrics = metrics | self.setup.looks(model, self.task, step)
-        return loss, metrics
-
-
-def train_bytes(job: Job, progress: Progress, *, setup: Setup) -> None:
-    """One run of a byte-level language model."""
-    options = dict(job.arm.options or {})
-    own = {name: value for name, value in options.items() if name in Setup.__dataclass_fields__}
-    setup = replace(setup, **own)
-    steps = job.steps(setup.steps, quick=setup.quick)
-    setup = replace(setup, every=min(setup.every, 1 + steps // 3))
-    config = replace(setup.config, variant=options.get("variant", setup.config.variant))
-    model = LanguageModel(job.arm.configured(config), job.seed)
-    job.arm.prepare(model)
-    rate, betas, decay = setup.learning_rate, (0.9, setup.beta2), setup.weight_decay
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, weight_decay=decay)
-    job.arm.prepare_optimizer(optimizer, model)
-    if setup.fades:
-        fading = LambdaLR(optimizer, lambda step: 1.0 - step / steps)
-        optimizer.register_step_post_hook(lambda *_: fading.step())
-    task = setup.task(job.settings.text, job.seed, batch=setup.batch, context=config.context)
-    windows = [] if setup.windows is None else setup.windows(steps)
-    about = job.config(steps=steps, learning_rate=rate, weight_decay=decay, **task.origin())
-    select = () if setup.select is None else setup.select(steps)
-    with watch(
-        model, job.path, optimizer=optimizer, every=setup.every, select=select, config=about
-    ) as watching:
-
-        def told(step: int, loss: float) -> None:
-            progress(step + 1, steps, loss, watching.alarms)
-            for first, last in windows:
-                if step + 1 == first:
-                    watching.record_in_full(last - first)
-
-        looking = _Looking(task, setup)
-        schedule = Schedule(steps=steps, clip_norm=setup.clip_norm, diverged_above=16.0)
-        diverged = train(model, optimizer, looking, schedule, watch=watching, progress=told)
-        lost = diverged is not None
-        with torch.no_grad():
-            ends = {} if setup.ends is None or lost else setup.ends(model, task, job.seed)
-        loss = (
-            None if lost else task.held_out_loss(model, 2 if job.settings.quick else setup.held_out)
-        )
-        watching.set_result(diverged_at=diverged, final_loss=loss, **ends)
-
-
-Clause = tuple[str, str, bool | None]  # what was predicted, what was found, does it hold
-
-
-def judged(clauses: Sequence[Clause]) -> tuple[Verdict, Table]:
-    """The verdict on a prediction of several clauses, and the table of them."""
-    holds = [clause[2] for clause in clauses]
-    verdict: Verdict = "partly"
-    if None in holds:
-        verdict = "undecided"
-    elif all(holds):
-        verdict = "confirmed"
-    elif not any(holds):
-        verdict = "refuted"
-    words = {True: "yes", False: "no", None: "undecided"}
-    told = [(said, found, words[held]) for said, found, held in clauses]
-    rows = pd.DataFrame(told, columns=["clause", "found", "holds"])
-    return verdict, Table(title="The prediction, clause by clause", rows=rows)
-
-
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """The mean and the range of some seeds' numbers, in words."""
-    known = [value for value in values if np.isfinite(value)]
-    if not known:
-        return "nothing"
-    low, high, mean = min(known), max(known), sum(known) / len(known)
-    return f"{mean:.{digits}g} ({low:.{digits}g} to {high:.{digits}g})"
-
-
-def result_of(run: Run) -> dict[str, Any]:
-    """What a run came to."""
-    return dict(run.info.get("result") or {})
-
 
 # --- part one: single neurons ---------------------------------------------------------------------
 
@@ -270,11 +151,14 @@ def alignment(model: LanguageModel, task: NextByte, step: int) -> dict[str, floa
     return found
 
 
-def scatter(model: LanguageModel, task: NextByte, seed: int) -> dict[str, Any]:
+@torch.no_grad()
+def scatter(trained: Trained) -> dict[str, Any]:
     """The rows of the channel that is most aligned in the end, in the beginning and the end, with
-    another channel's up row for a control."""
-    first = rows_of(LanguageModel(model.config, seed))
-    last = rows_of(model)
+    another channel's up row for a control; nothing of a run that diverged."""
+    if trained.diverged_at is not None:
+        return {}
+    first = rows_of(LanguageModel(trained.model.config, trained.job.seed))
+    last = rows_of(trained.model)
     cosines = torch.stack([cosine_similarity(gate, up).abs() for gate, up in last])
     layer, channel = divmod(int(cosines.argmax()), cosines.shape[1])
     pairs = {
@@ -283,7 +167,9 @@ def scatter(model: LanguageModel, task: NextByte, seed: int) -> dict[str, Any]:
         "permuted": (last[layer][0][channel], last[layer][1][channel - 1]),
     }
     shown = {name: [side.tolist() for side in pair] for name, pair in pairs.items()}
-    return {"layer": layer, "channel": channel, "scatter": shown, **alignment(model, task, 0)}
+    return {"layer": layer, "channel": channel, "scatter": shown} | alignment(
+        trained.model, trained.task, 0
+    )
 
 
 LANGUAGE = Setup(
@@ -314,7 +200,7 @@ def of_neurons(out: Path) -> pd.DataFrame:
     rows = [
         {"arm": arm, "seed": seed, "target": target} | found
         for (arm, seed), run in runs_of(out, "neuron").items()
-        for target, found in zip(TARGETS, result_of(run).get("neurons", ()), strict=True)
+        for target, found in zip(TARGETS, run.info["result"]["neurons"], strict=True)
     ]
     columns = ["arm", "seed", "target", "cosine", "gate_norm", "up_norm", "off", "ones"]
     frame = pd.DataFrame(rows).reindex(columns=columns)
@@ -325,7 +211,7 @@ def of_language(out: Path) -> pd.DataFrame:
     """Of each run the largest over layers, in the end."""
     rows = []
     for (arm, seed), run in runs_of(out, "language").items():
-        end = result_of(run)
+        end = run.info["result"]
         row = {"arm": arm, "seed": seed, "loss": end.get("final_loss")}
         for name in ("aligned", "permuted"):
             row[name] = max((v for k, v in end.items() if k.startswith(f"{name}_")), default=np.nan)
@@ -339,7 +225,7 @@ def _every_seed(rows: pd.DataFrame, one: str, other: str, least: float) -> Claus
     table = rows.pivot(columns="arm", values="aligned")
     gaps = table[one] - table[other]
     words = f"largest |cos| with decay {one} is at least {least:g} above {other}, in every seed"
-    return words, spread(list(gaps)), _decided(gaps, gaps >= least)
+    return Clause(words, spread(list(gaps)), _decided(gaps, gaps >= least))
 
 
 def _decided(known: pd.Series, holds: pd.Series) -> bool | None:
@@ -354,28 +240,28 @@ def clauses_of(neurons: pd.DataFrame, language: pd.DataFrame) -> list[Clause]:
     clauses: list[Clause] = []
     found = square["cosine"]
     said = "(x·u)² aligns without decay and with it: |cos| ≥ 0.95 in every run"
-    clauses.append((said, spread(list(found)), _decided(found, found >= 0.95)))
+    clauses.append(Clause(said, spread(list(found)), _decided(found, found >= 0.95)))
     limit = product[product["arm"].str.startswith("bilinear")]
     found = limit["cosine"]
     said = "(x·u)(x·v), theorem's limit: |cos| ≤ 0.05 at every decay"
-    clauses.append((said, spread(list(found)), _decided(found, found <= 0.05)))
+    clauses.append(Clause(said, spread(list(found)), _decided(found, found <= 0.05)))
     decayed = limit[limit["arm"].isin(["bilinear-0.01", "bilinear-0.1"])]
     found = decayed["ones"]
     said = "there gate = A up (to 1 %), and A² has two eigenvalues at 1, not one"
     held = (found == 2) & (decayed["off"] < 0.01)
-    clauses.append((said, f"{sorted(set(found))} eigenvalues", _decided(found, held)))
+    clauses.append(Clause(said, f"{sorted(set(found))} eigenvalues", _decided(found, held)))
     for variant in ("bilinear", "swiglu"):
         table = between.pivot(columns="arm", values="cosine")
         gaps = table[f"{variant}-0.1"] - table[f"{variant}-0"]
         said = f"(x·u)(x·m), {variant}: l2 of 0.1 raises |cos| by at least 0.05 in every seed"
-        clauses.append((said, spread(list(gaps)), _decided(gaps, gaps >= 0.05)))
+        clauses.append(Clause(said, spread(list(gaps)), _decided(gaps, gaps >= 0.05)))
     free = language[language["arm"] == "0"]
     gaps = free["aligned"] - free["permuted"]
     said = "language, decay 0: largest |cos| at least 0.15 above its permuted pairs, in every seed"
-    clauses.append((said, spread(list(gaps)), _decided(gaps, gaps >= 0.15)))
+    clauses.append(Clause(said, spread(list(gaps)), _decided(gaps, gaps >= 0.15)))
     ratio = language[language["arm"] == "1"]["product amax"] / free["product amax"]
     said = "decay 1: the product's amax is at most half of that at decay 0, in every seed"
-    clauses.append((said, spread(list(ratio)) + " times", _decided(ratio, ratio <= 0.5)))
+    clauses.append(Clause(said, spread(list(ratio)) + " times", _decided(ratio, ratio <= 0.5)))
     clauses.append(_every_seed(language, "1", "0", 0.05))
     clauses.append(_every_seed(language, "1", SPARED, 0.05))
     return clauses
@@ -452,7 +338,7 @@ def draw_scatter(out: Path) -> Figure:
         axes = figure.subplots(2, 3)
         runs = runs_of(out, "language")
         for row, arm in zip(axes, ("0", "1"), strict=True):
-            end = result_of(next(run for key, run in runs.items() if key[0] == arm))
+            end = next(run for key, run in runs.items() if key[0] == arm).info["result"]
             for cell, name in zip(row, ("start", "end", "permuted"), strict=True):
                 gate, up = end.get("scatter", {}).get(name, ([], []))
                 cell.plot(gate, up, "o", markersize=3, color=drawing.BLUE, alpha=0.7)

@@ -23,15 +23,14 @@ import pandas as pd
 
 from fp8lab import DelayedScaling, Float8CurrentScaling, HighPrecision, Plan
 from fp8lab.lab.arm import Arm, Prediction
-from fp8lab.lab.experiment import Experiment, Part, load_experiment
-from fp8lab.lab.result import Clause, Result, Table, clause_table, runs_of, verdict_of
+from fp8lab.lab.experiment import Experiment, Part
+from fp8lab.lab.rare_tokens import regress
+from fp8lab.lab.result import Clause, Result, Table, judged, runs_of
 from fp8lab.mitigations import SmoothSwiGLU
 from fp8lab.recipe import Recipe
 
 SEEDS = (20, 21, 22, 23, 24, 25)
 MOST, FEW = 4, 1  # of six seeds: what counts as breaking, and as a chance
-_, DEMO = load_experiment("swiglu_divergence")
-TRAINING = next(part for part in DEMO.parts if part.name == "divergence")
 
 DELAYED, CURRENT, HIGH = (
     DelayedScaling(amax_history_len=16),
@@ -98,14 +97,14 @@ PLAIN = tuple(
 
 def conclude(out: Path) -> Result:
     ends = diverged(out, "gated") | diverged(out, "plain")
-    clauses = list(judged(ends))
+    verdict, clauses = judged([*clauses_of(ends)])
     alone, without_it = ends["only-product"], ends["not-product"]
     return Result(
-        verdict=verdict_of(clauses),
+        verdict=verdict,
         sentence=f"With nothing but the product in FP8 {told(alone)} diverge, with everything but "
         f"the product {told(without_it)}.",
         parts=(
-            clause_table(clauses),
+            clauses,
             *(table(out, part, ends) for part in ("gated", "plain")),
         ),
     )
@@ -127,7 +126,7 @@ def told(ends: list[int | None]) -> str:
     return f"{lost(ends)} of {len(ends)}"
 
 
-def judged(ends: dict[str, list[int | None]]) -> Iterator[Clause]:
+def clauses_of(ends: dict[str, list[int | None]]) -> Iterator[Clause]:
     for arm in ("fp8", "only-product", "not-input", "not-weights", "not-gradients"):
         yield Clause(f"{arm}: {MOST} or more diverge", told(ends[arm]), lost(ends[arm]) >= MOST)
     never = ["bf16", "smooth", "not-product", "only-input", "only-weights", "only-gradients"]
@@ -180,7 +179,7 @@ EXPERIMENT = Experiment(
     ),
     conclude=conclude,
     parts=(
-        Part(name="gated", title="With a gate", seeds=SEEDS, run=TRAINING.run, arms=GATED),
-        Part(name="plain", title="Without a gate", seeds=SEEDS, run=TRAINING.run, arms=PLAIN),
+        Part(name="gated", title="With a gate", seeds=SEEDS, run=regress, arms=GATED),
+        Part(name="plain", title="Without a gate", seeds=SEEDS, run=regress, arms=PLAIN),
     ),
 )

@@ -28,6 +28,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,11 @@ from fp8lab import (
 )
 from fp8lab.formats import FP32
 from fp8lab.lab.arm import Arm
-from fp8lab.lab.experiment import Experiment, Job, Part, Progress, Settings
-from fp8lab.lab.model import LanguageModel, ModelConfig, amplify
-from fp8lab.lab.result import Clause, Result, Table, clause_table, runs_of, verdict_of
-from fp8lab.lab.train import NextByte, Schedule, load_checkpoint, save_checkpoint, train
+from fp8lab.lab.experiment import Experiment, Job, Part, Progress
+from fp8lab.lab.language import Setup, pretrain, pretrained
+from fp8lab.lab.model import ModelConfig, amplify
+from fp8lab.lab.result import Clause, Result, Table, judged, runs_of
+from fp8lab.lab.train import NextByte
 from fp8lab.mitigations import (
     AntiWindup,
     ClampedSwiGLU,
@@ -67,8 +69,13 @@ from fp8lab.mitigations import (
 from fp8lab.recipe import Recipe
 
 SEEDS = (0, 1, 2)
-CONFIG = ModelConfig(dim=64, layers=2, heads=4, context=64)
-BATCH, PRETRAINING_STEPS = 16, 400
+SETUP = Setup(
+    config=ModelConfig(dim=64, layers=2, heads=4, context=64),
+    steps=400,
+    quick=8,
+    learning_rate=3e-3,
+    beta2=0.999,
+)
 LAYER, CHANNEL = 1, 7
 DOSES = (2.0**14, 2.0**16)
 STEPS, JUMP = 8, 4  # batches, and the one before which the channel grows
@@ -109,32 +116,10 @@ ARMS = (
 PLAIN = {"delayed", "current", "rows", "blocks", "mx", "nvfp4", "fp32"}
 
 
-def pretrain(seed: int, folder: Path, settings: Settings, progress: Progress) -> None:
-    """The model of a seed, trained in FP32."""
-    steps = settings.steps or (8 if settings.quick else PRETRAINING_STEPS)
-    model = LanguageModel(CONFIG, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    train(
-        model,
-        optimizer,
-        NextByte(settings.text, seed, batch=BATCH, context=CONFIG.context),
-        Schedule(steps=steps, clip_norm=1.0),
-        progress=lambda step, loss: progress(step + 1, steps, loss, 0),
-    )
-    save_checkpoint(folder / f"pretrained-{seed}.safetensors", model, optimizer, steps)
-
-
-def pretrained(job: Job) -> LanguageModel:
-    model = LanguageModel(CONFIG, job.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    load_checkpoint(job.path.parents[1] / f"pretrained-{job.seed}.safetensors", model, optimizer)
-    return model
-
-
 def measure(job: Job, progress: Progress) -> None:
     """A run: eight batches, before the fifth of which the channel grows."""
-    text = NextByte(job.settings.text, job.seed, batch=BATCH, context=CONFIG.context)
-    model, exact = pretrained(job), pretrained(job)
+    text = NextByte(job.settings.text, job.seed, batch=SETUP.batch, context=SETUP.config.context)
+    model, exact = pretrained(job, SETUP), pretrained(job, SETUP)
     changes = [m for m in job.arm.mitigations if m.changes_function]
     change = change_of_function(model, changes[0], text.held_out(0)[:, :-1]) if changes else None
     job.arm.prepare(model)
@@ -203,11 +188,11 @@ def time_ratio(model: nn.Module, job: Job) -> float | None:
     turns; None where there are none."""
     if job.arm.name in PLAIN:
         return None
-    bare = Arm(name="bare", title="", plan=job.arm.plan).prepare(pretrained(job))
+    bare = Arm(name="bare", title="", plan=job.arm.plan).prepare(pretrained(job, SETUP))
     with_it, without = (
         timed(copy.deepcopy(one.get_submodule(f"layers.{LAYER}.mlp"))) for one in (model, bare)
     )
-    x = torch.randn(BATCH, CONFIG.context, CONFIG.dim)
+    x = torch.randn(SETUP.batch, SETUP.config.context, SETUP.config.dim)
     ratios = []
     for _ in range(2 if job.settings.quick else TURNS):
         ratios.append(with_it(x) / without(x))
@@ -245,7 +230,7 @@ def results(out: Path) -> pd.DataFrame:
 
 def conclude(out: Path) -> Result:
     found = results(out)
-    clauses = list(judged(found))
+    verdict, clauses = judged([*clauses_of(found)])
     best = found.drop(index="fp32")
     best = best[best["function_change"] == 0]
     bulk = best[["bulk_error_jump", "hot_error_jump"]].max(axis=1)
@@ -254,14 +239,14 @@ def conclude(out: Path) -> Result:
     told = ", ".join(f"{titles[name]} {100 * error:.1f} %" for name, error in least.items())
     plain = 100 * bulk["delayed"]
     return Result(
-        verdict=verdict_of(clauses),
+        verdict=verdict,
         sentence=f"At the jump the worse of bulk and hot error is {plain:.0f} % in plain FP8 "
         f"delayed; the least, of those that leave the function alone: {told}.",
-        parts=(clause_table(clauses), table(found)),
+        parts=(clauses, table(found)),
     )
 
 
-def judged(found: pd.DataFrame) -> Iterator[Clause]:
+def clauses_of(found: pd.DataFrame) -> Iterator[Clause]:
     def below(arm: str, column: str, bound: float, says: str) -> Clause:
         value = float(found.loc[arm, column])
         return Clause(f"{arm}: {says}", f"{100 * value:.2f} %", value <= bound)
@@ -352,7 +337,7 @@ EXPERIMENT = Experiment(
             title="One channel grows, nothing else is in FP8",
             seeds=SEEDS,
             run=measure,
-            prepare=pretrain,
+            prepare=partial(pretrain, setup=SETUP, plan=None),
             arms=ARMS,
         ),
     ),

@@ -17,6 +17,9 @@ chosen, and the first four architectures looked at, on seed 100 over 360 steps. 
 gate, so OP stands here with GELU and with SwiGLU; FOG with xIELU and with SwiGLU, which its paper
 reports as stable too. The lab's OP leaves out the scaling of the feed-forward's inputs.
 
+All of e01, e02, e05, e07 and e10 were run once with --steps 12 on their seeds before the full
+run, to see that `conclude` decides; nothing was changed after it.
+
 It cannot say what 450 billion tokens do to any of them.
 """
 
@@ -32,14 +35,13 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from fp8lab.lab.arm import Arm
-from fp8lab.lab.experiment import Experiment, Part, load_module
+from fp8lab.lab.experiment import Experiment, Part
+from fp8lab.lab.language import BF16, Setup, train_bytes
 from fp8lab.lab.model import LanguageModel, ModelConfig
-from fp8lab.lab.result import Picture, Result, Table, runs_of
+from fp8lab.lab.result import Clause, Picture, Result, Table, judged, runs_of, spread
 from fp8lab.lab.train import NextByte
 from fp8lab.mitigations.block_changes import FOG, OutlierProtected, PlainFeedForward
 from fp8lab.report import drawing
-
-shared = load_module(Path(__file__).with_name("e01_alignment.py"), "experiment")
 
 SEEDS = (0, 1, 2)
 LAST = 5  # records that the final number is a mean of
@@ -100,7 +102,7 @@ def kurtoses(model: LanguageModel, task: NextByte, step: int) -> dict[str, float
     return {name: max(values) for name, values in found.items()}
 
 
-SETUP = shared.Setup(
+SETUP = Setup(
     config=ModelConfig(dim=64, layers=2, heads=4, context=64),
     steps=1000,
     quick=6,
@@ -111,7 +113,7 @@ SETUP = shared.Setup(
 
 
 def arm(name: str, title: str, *changes: object) -> Arm:
-    return Arm(name=name, title=title, plan=shared.BF16, mitigations=changes, predicted="survives")
+    return Arm(name=name, title=title, plan=BF16, mitigations=changes, predicted="survives")
 
 
 GELU = PlainFeedForward(activation="gelu")
@@ -131,24 +133,21 @@ def final(out: Path) -> pd.DataFrame:
     rows = []
     for (name, seed), run in runs_of(out, "training").items():
         steps = run.steps().reindex(columns=columns).dropna(how="all")
-        ended = shared.result_of(run).get("final_loss")
+        ended = run.info["result"]["final_loss"]
         means = steps.tail(LAST).mean() if ended is not None else steps.mean() * np.nan
         rows.append({"arm": name, "seed": seed, "loss": ended} | means.to_dict())
     return pd.DataFrame(rows)
 
 
-def _compare(rows: pd.DataFrame, column: str, small: str, large: str, factor: float) -> object:
+def _compare(rows: pd.DataFrame, column: str, small: str, large: str, factor: float) -> Clause:
     """Whether `small` times `factor` is at most `large`, in every seed."""
     table = rows.pivot(index="seed", columns="arm", values=column)
     ratio = table[large] / table[small]
     known = len(ratio) >= len(SEEDS) and np.isfinite(ratio).all()
     by = f" {factor:g} times" if factor != 1 else ""
     said = f"{column}: {large} is at least{by} {small}, in every seed"
-    return (
-        said,
-        shared.spread(list(ratio)) + " times",
-        bool((ratio >= factor).all()) if known else None,
-    )
+    held = bool((ratio >= factor).all()) if known else None
+    return Clause(said, spread(list(ratio)) + " times", held)
 
 
 def orders_differ(rows: pd.DataFrame) -> tuple[float, str, str]:
@@ -173,7 +172,7 @@ def conclude(out: Path) -> Result:
         _compare(rows, "FOG product", "gelu", "fog-xielu", 1.5),
         _compare(rows, "FOG product", "fog-swiglu", "op-swiglu", 1.0),
     ]
-    verdict, table = shared.judged(clauses)
+    verdict, table = judged(clauses)
     means = rows.groupby("arm").mean(numeric_only=True).reindex([a.name for a in ARMS])
     share, fog_worst, op_worst = orders_differ(rows)
     sentence = (
@@ -263,7 +262,7 @@ EXPERIMENT = Experiment(
             name="training",
             title="A byte-level language model by architecture",
             seeds=SEEDS,
-            run=partial(shared.train_bytes, setup=SETUP),
+            run=partial(train_bytes, setup=SETUP),
             arms=ARMS,
         ),
     ),

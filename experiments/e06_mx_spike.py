@@ -45,11 +45,9 @@ from torch.nn import functional
 from fp8lab import GatedFeedForward, HighPrecision, MXFP8BlockScaling, Plan, fake_quantize, watch
 from fp8lab.casting import cast_for
 from fp8lab.lab.arm import Arm
-from fp8lab.lab.experiment import Experiment, Job, Part, Progress, Settings, load_module
-from fp8lab.lab.result import Picture, Result, Table, runs_of
+from fp8lab.lab.experiment import Experiment, Job, Part, Progress, Settings
+from fp8lab.lab.result import Picture, Result, Table, judged, runs_of
 from fp8lab.lab.train import Schedule, load_checkpoint, save_checkpoint, train
-
-shared = load_module(Path(__file__).with_name("e13_wind_up.py"), "experiment")
 
 SEEDS = (0, 1, 2)
 DIM, HIDDEN, BLOCKS, TOKENS = 64, 160, 4, 64
@@ -311,7 +309,7 @@ def conclude(out: Path) -> Result:
         ("the final loss in MX is at most 1.3 times BF16's", f"{gap:.3f} times",
          told and bool(gap <= 1.3)),
     ]  # fmt: skip
-    verdict, checked = shared.judged(clauses, told and spikes > 0 and calm == 0)
+    verdict, checked = judged(clauses, killed=told and spikes > 0 and calm == 0)
     return Result(
         verdict=verdict,
         sentence=(

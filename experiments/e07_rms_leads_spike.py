@@ -18,14 +18,20 @@ watched is that of the *other* rows: nothing is new in them, and what happens to
 The gradient's norm is held against the same spikes by the rule of the loss, for it is there anyway.
 RMS_t, the norm and the loss of every step are fp8lab's own rows.
 
-Sizes, and the numbers of the prediction, are from seed 100 in FP32, three bursts an arm. Without
-new text a learning rate of 0.01 or 0.03 gave no spike of the loss in 600 steps: so the change is
-planted.
+Four designs were tried on seed 100, in FP32: a high learning rate (0.01 and 0.03 gave no spike of
+the loss in 600 steps), a shift of all bytes, new text that lasts, and bursts of it, which is what
+stands here. So the change is planted. Sizes, and the numbers of the prediction, are from that seed,
+three bursts an arm; clauses were redrafted after that look.
+
+All of e01, e02, e05, e07 and e10 were run once with --steps 12 on their seeds before the full
+run, to see that `conclude` decides; nothing was changed after it.
+
 It cannot say how often a real training's signal changes.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,15 +45,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fp8lab.lab.arm import Arm
-from fp8lab.lab.experiment import Experiment, Part, load_module
+from fp8lab.lab.experiment import Experiment, Part
+from fp8lab.lab.language import BF16, Setup, train_bytes
 from fp8lab.lab.model import LanguageModel, ModelConfig
-from fp8lab.lab.result import Picture, Result, Table, runs_of
+from fp8lab.lab.result import Clause, Picture, Result, Table, judged, runs_of, spread
 from fp8lab.lab.train import NextByte
 from fp8lab.mitigations.stable_adamw import StableAdamW
 from fp8lab.report import drawing
 from fp8lab.runs import Run
-
-shared = load_module(Path(__file__).with_name("e01_alignment.py"), "experiment")
 
 SEEDS = (0, 1, 2, 3)
 KNOWN_BYTES, NEW_ROWS = 512, 4
@@ -93,7 +98,7 @@ class Calm(Known):
     is_calm = True
 
 
-SETUP = shared.Setup(
+SETUP = Setup(
     config=ModelConfig(dim=32, layers=2, heads=4, context=32),
     steps=900,
     quick=12,
@@ -106,25 +111,25 @@ SETUP = shared.Setup(
     task=Known,
 )
 
-ADAM = Arm(name="adam-0.999", title="AdamW, beta2 0.999", plan=shared.BF16, predicted="survives")
+ADAM = Arm(name="adam-0.999", title="AdamW, beta2 0.999", plan=BF16, predicted="survives")
 QUICKER = Arm(
     name="adam-0.95",
     title="AdamW, beta2 0.95",
-    plan=shared.BF16,
+    plan=BF16,
     predicted="survives",
     options={"beta2": 0.95},
 )
 STABLE = Arm(
     name="stable",
     title="StableAdamW, beta2 0.999",
-    plan=shared.BF16,
+    plan=BF16,
     mitigations=(StableAdamW(),),
     predicted="survives",
 )
 CLIPPED = Arm(
     name="clipped",
     title="AdamW, beta2 0.999, clipped at 1",
-    plan=shared.BF16,
+    plan=BF16,
     predicted="survives",
     options={"clip_norm": 1.0},
 )
@@ -204,7 +209,7 @@ def all_measured(out: Path) -> pd.DataFrame:
 # --- conclusion -----------------------------------------------------------------------------------
 
 
-def clauses_of(rows: pd.DataFrame) -> list[Any]:
+def clauses_of(rows: pd.DataFrame) -> list[Clause]:
     changing = rows[rows["part"] == "changing"]
     adam = changing[changing["arm"] == ADAM.name].set_index("seed")
     calm = rows[rows["part"] == "calm"].set_index("seed")
@@ -245,17 +250,17 @@ def clauses_of(rows: pd.DataFrame) -> list[Any]:
         ),
         (
             "beta2 0.95 has lower peaks in every seed",
-            shared.spread(list(quicker)) + " of those at 0.999",
+            spread(list(quicker)) + " of those at 0.999",
             bool((quicker < 1).all()),
         ),
         (
             "StableAdamW does not take half of the peak away, in every seed",
-            shared.spread(list(stable)) + " of those without",
+            spread(list(stable)) + " of those without",
             bool((stable > 0.5).all()),
         ),
     ]
     known = len(adam) >= 3 and len(calm) >= 3 and spikes >= 8 and peaks.notna().all(axis=None)
-    return [(said, told, bool(held) if known else None) for said, told, held in found]
+    return [Clause(said, told, bool(held) if known else None) for said, told, held in found]
 
 
 def detectors(rows: pd.DataFrame) -> pd.DataFrame:
@@ -283,7 +288,7 @@ def detectors(rows: pd.DataFrame) -> pd.DataFrame:
 def conclude(out: Path) -> Result:
     rows = all_measured(out)
     clauses = clauses_of(rows)
-    verdict, table = shared.judged(clauses)
+    verdict, table = judged(clauses)
     peaks = rows[rows["part"] == "changing"].groupby("arm", sort=False)["peak"].mean()
     sentence = (
         f"With beta2 0.999 {clauses[0][1]} loss spikes follow an RMS spike by 1 to 8 steps "
@@ -386,14 +391,14 @@ EXPERIMENT = Experiment(
             name="changing",
             title="New text in bursts",
             seeds=SEEDS,
-            run=partial(shared.train_bytes, setup=SETUP),
+            run=partial(train_bytes, setup=SETUP),
             arms=(ADAM, QUICKER, STABLE, CLIPPED),
         ),
         Part(
             name="calm",
             title="No new text",
             seeds=SEEDS,
-            run=partial(shared.train_bytes, setup=shared.replace(SETUP, task=Calm)),
+            run=partial(train_bytes, setup=replace(SETUP, task=Calm)),
             arms=(ADAM,),
         ),
     ),

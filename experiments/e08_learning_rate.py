@@ -27,66 +27,43 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from fp8lab import DelayedScaling, Plan, watch
+from fp8lab import DelayedScaling, Plan
 from fp8lab.lab.arm import Arm
-from fp8lab.lab.experiment import Experiment, Job, Part, Progress, load_module
-from fp8lab.lab.model import LanguageModel, ModelConfig
-from fp8lab.lab.result import Picture, Result, Table
-from fp8lab.lab.train import NextByte, Schedule, train
+from fp8lab.lab.experiment import Experiment, Part
+from fp8lab.lab.language import Setup, train_bytes
+from fp8lab.lab.model import ModelConfig
+from fp8lab.lab.rare_tokens import BF16, fp8, regress_spaced
+from fp8lab.lab.result import Picture, Result, Table, diverged, judged, results, wilson
 from fp8lab.mitigations import AntiWindup
 from fp8lab.mitigations.smooth_swiglu import SmoothSwiGLU
-
-shared = load_module(Path(__file__).with_name("e13_wind_up.py"), "experiment")
-divergence = shared.divergence
 
 SEEDS = (0, 1, 2, 3, 4, 5)
 RATES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08)
 STEPS = 1500
 PRECISIONS: dict[str, tuple[str, Plan, tuple[Any, ...]]] = {
-    "bf16": ("BF16", divergence.BF16, ()),
-    "delayed": ("FP8 delayed", shared.fp8(16), ()),
-    "smooth": ("FP8 delayed + Smooth-SwiGLU", shared.fp8(16), (SmoothSwiGLU(),)),
-    "anti-windup": ("FP8 delayed + anti-wind-up", shared.fp8(16), (AntiWindup(),)),
+    "bf16": ("BF16", BF16, ()),
+    "delayed": ("FP8 delayed", fp8(16), ()),
+    "smooth": ("FP8 delayed + Smooth-SwiGLU", fp8(16), (SmoothSwiGLU(),)),
+    "anti-windup": ("FP8 delayed + anti-wind-up", fp8(16), (AntiWindup(),)),
 }
 
 # --- real text ------------------------------------------------------------------------------------
 
-CONFIG = ModelConfig(dim=64, layers=2, heads=4, context=64)
-BATCH = 16
-TEXT_STEPS = 150
 TEXT_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
-MEASURED = 16  # held-out batches of the final loss
 AT_THE_START = float(np.log(256))  # of a model that knows nothing, nats per byte
-
-
-def learn(job: Job, progress: Progress) -> None:
-    """A run of the part `text`."""
-    steps = job.steps(TEXT_STEPS, quick=2)
-    rate = float((job.arm.options or {})["learning_rate"])
-    task = NextByte(job.settings.text, job.seed, batch=BATCH, context=CONFIG.context)
-    model = LanguageModel(CONFIG, job.seed)
-    job.arm.prepare(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
-    config = job.config(steps=steps, learning_rate=rate, **task.origin())
-    with watch(model, job.path, optimizer=optimizer, every=50, config=config) as watching:
-        end = train(
-            model,
-            optimizer,
-            task,
-            Schedule(steps=steps, clip_norm=1.0, diverged_above=20.0),
-            watch=watching,
-            progress=lambda step, loss: progress(step + 1, steps, loss, watching.alarms),
-        )
-        loss = (
-            task.held_out_loss(model, 1 if job.settings.quick else MEASURED)
-            if end is None
-            else None
-        )
-        watching.set_result(diverged_at=end, final_loss=loss)
+SETUP = Setup(
+    config=ModelConfig(dim=64, layers=2, heads=4, context=64),
+    steps=150,
+    quick=2,
+    learning_rate=TEXT_RATES[2],  # every arm has its own
+    diverged_above=20.0,
+    at_least=None,
+    held_out_quick=1,
+    told=("learning_rate",),
+)
 
 
 def arms(rates: tuple[float, ...], text: bool = False) -> tuple[Arm, ...]:
@@ -102,7 +79,10 @@ def arms(rates: tuple[float, ...], text: bool = False) -> tuple[Arm, ...]:
             else:
                 one, how = plan, how | {"steps": STEPS}
             full = f"{title}, {rate:g}"
-            found.append(shared.arm(f"{name}-{rate:g}", full, one, "open", *mitigations, **how))
+            of = Arm(
+                name=f"{name}-{rate:g}", title=full, plan=one, mitigations=mitigations, options=how
+            )
+            found.append(of)
     return tuple(found)
 
 
@@ -110,8 +90,8 @@ def arms(rates: tuple[float, ...], text: bool = False) -> tuple[Arm, ...]:
 
 
 def by_rate(out: Path, part: str) -> pd.DataFrame:
-    """`shared.results` with the arm's precision and rate apart."""
-    rows = shared.results(out, part)
+    """`results` with the arm's precision and rate apart."""
+    rows = results(out, part)
     split = rows["arm"].str.rsplit("-", n=1)
     return rows.assign(precision=split.str[0], rate=split.str[1].astype(float))
 
@@ -153,19 +133,29 @@ def boundary(rows: pd.DataFrame) -> dict[str, tuple[float, float, float]]:
     return found
 
 
+def halves(half: dict[str, tuple[float, float, float]]) -> pd.DataFrame:
+    """`boundary` as a table."""
+    return pd.DataFrame(
+        [
+            {"precision": PRECISIONS[name][0], "half diverge at": at, "95 %, from": low, "to": high}
+            for name, (at, low, high) in half.items()
+        ]
+    )
+
+
 def counts(rows: pd.DataFrame) -> pd.DataFrame:
     """A row per precision and rate: k of n, Wilson's interval, how the survivors end."""
     found = []
     for name, (title, _, _) in PRECISIONS.items():
         for rate in RATES:
-            k, n = shared.count(rows, f"{name}-{rate:g}")
+            k, n = diverged(rows, f"{name}-{rate:g}")
             of = rows[rows["arm"] == f"{name}-{rate:g}"]
             found.append(
                 {
                     "precision": title,
                     "rate": rate,
                     "diverged": f"{k} of {n}",
-                    "95 %": "{:.2f} to {:.2f}".format(*shared.wilson(k, n)),
+                    "95 %": "{:.2f} to {:.2f}".format(*wilson(k, n)),
                     "common loss of the others": of["final_common_loss"].astype(float).median(),
                     "their rare error": of["final_rare_error"].astype(float).median(),
                 }
@@ -184,7 +174,7 @@ def sensitivity(rows: pd.DataFrame) -> pd.DataFrame:
         row: dict[str, Any] = {"precision": PRECISIONS[name][0]}
         row |= {f"{rate:g}": kept[rate].mean() for rate in kept.columns}
         row |= {"sensitivity": each.mean(), "least": each.min(), "most": each.max()}
-        row["diverged"] = "{} of {}".format(*shared.count(of, *of["arm"].unique()))
+        row["diverged"] = "{} of {}".format(*diverged(of, *of["arm"].unique()))
         found.append(row)
     return pd.DataFrame(found)
 
@@ -195,13 +185,13 @@ def conclude(out: Path) -> Result:
     told = len(rows["seed"].unique()) >= 3 or None  # one seed in a hurry tells nothing
     ratio = half["bf16"][0] / half["delayed"][0]
     near = {name: half[name][0] / half["bf16"][0] for name in ("smooth", "anti-windup")}
-    lost = [shared.count(rows, f"delayed-{rate:g}")[0] for rate in RATES]
-    first = {n: [shared.count(rows, f"{n}-{r:g}")[0] for r in RATES[:4]] for n in PRECISIONS}
-    spread = table["sensitivity"].max() - table["sensitivity"].min()
+    lost = [diverged(rows, f"delayed-{rate:g}")[0] for rate in RATES]
+    first = {n: [diverged(rows, f"{n}-{r:g}")[0] for r in RATES[:4]] for n in PRECISIONS}
+    apart = table["sensitivity"].max() - table["sensitivity"].min()
     worst = max(
         abs(table[f"{rate:g}"] - table[f"{rate:g}"].iloc[0]).max() for rate in TEXT_RATES[:3]
     )
-    ended = shared.count(text, *text["arm"].unique())
+    ended = diverged(text, *text["arm"].unique())
     clauses = [
         ("BF16's half at 0.035 to 0.08", "{:.3g} ({:.3g} to {:.3g})".format(*half["bf16"]),
          told and 0.035 <= half["bf16"][0] <= 0.08),
@@ -215,27 +205,21 @@ def conclude(out: Path) -> Result:
          "; ".join(f"{n}: {v}" for n, v in first.items()),
          told and lost[3] >= 5 and not any(sum(first[n]) for n in PRECISIONS if n != "delayed")),
         ("text: nothing diverges", "{} of {}".format(*ended), told and ended[0] == 0),
-        ("text: sensitivities within 0.05 nats", f"{spread:.3f}", told and bool(spread <= 0.05)),
+        ("text: sensitivities within 0.05 nats", f"{apart:.3f}", told and bool(apart <= 0.05)),
         ("text: up to a rate of 0.01 every mean within 0.05 nats of BF16's", f"{worst:.3f}",
          told and bool(worst <= 0.05)),
     ]  # fmt: skip
     off = {name: abs(np.log(half[name][0] / half["bf16"][0])) for name in ("smooth", "delayed")}
     killed = told and bool(ratio <= 1 or off["smooth"] >= off["delayed"])
-    verdict, checked = shared.judged(clauses, killed)
-    bands = pd.DataFrame(
-        [
-            {"precision": PRECISIONS[name][0], "half diverge at": at, "95 %, from": low, "to": high}
-            for name, (at, low, high) in half.items()
-        ]
-    )
-    calm = spread <= 0.05 and ended[0] == 0
+    verdict, checked = judged(clauses, killed=killed)
+    calm = apart <= 0.05 and ended[0] == 0
     return Result(
         verdict=verdict,
         sentence=(
             f"Half of the runs diverge at {half['bf16'][0]:.3g} in BF16, {half['delayed'][0]:.3g} "
             f"in FP8 delayed, {half['smooth'][0]:.3g} with Smooth-SwiGLU and "
             f"{half['anti-windup'][0]:.3g} with anti-wind-up; on text the sensitivities differ by "
-            f"{spread:.3f} nats."
+            f"{apart:.3f} nats."
         ),
         against=(
             "Lee et al. found FP8 language models less robust over learning rates; this small one "
@@ -243,7 +227,7 @@ def conclude(out: Path) -> Result:
         ),
         parts=(
             checked,
-            Table(title="Where half of the runs diverge", rows=bands,
+            Table(title="Where half of the runs diverge", rows=halves(half),
                   note="At the ends of the range: there or beyond."),
             Picture(name="boundary", title="Diverged, by rate", draw=partial(drawn, rows, half)),
             Table(title="Diverged, by precision and rate", rows=counts(rows)),
@@ -256,9 +240,9 @@ def conclude(out: Path) -> Result:
 def drawn(rows: pd.DataFrame, half: dict[str, tuple[float, float, float]]) -> Figure:
     figure, axes = pyplot.subplots(figsize=(7.5, 4.2), layout="constrained")
     for index, (name, (title, _, _)) in enumerate(PRECISIONS.items()):
-        found = [shared.count(rows, f"{name}-{rate:g}") for rate in RATES]
+        found = [diverged(rows, f"{name}-{rate:g}") for rate in RATES]
         share = np.array([k / n if n else 0.0 for k, n in found])
-        bands = np.array([shared.wilson(k, n) for k, n in found]).T
+        bands = np.array([wilson(k, n) for k, n in found]).T
         x = np.array(RATES) * 1.04 ** (index - 1.5)  # beside each other
         reach = np.abs(bands - share)
         line = axes.errorbar(x, share, yerr=reach, marker="o", capsize=2, label=title)
@@ -295,9 +279,9 @@ EXPERIMENT = Experiment(
     ),
     parts=(
         Part(name="boundary", title="Rare tokens, by learning rate", seeds=SEEDS,
-             run=shared.regress, arms=arms(RATES)),
-        Part(name="text", title="Real text, by learning rate", seeds=SEEDS[:3], run=learn,
-             arms=arms(TEXT_RATES, text=True)),
+             run=regress_spaced, arms=arms(RATES)),
+        Part(name="text", title="Real text, by learning rate", seeds=SEEDS[:3],
+             run=partial(train_bytes, setup=SETUP), arms=arms(TEXT_RATES, text=True)),
     ),
     conclude=conclude,
 )  # fmt: skip

@@ -17,39 +17,25 @@ About nine minutes of CPU time.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
 
-from fp8lab import HighPrecision, Plan, watch
 from fp8lab.formats import FORMATS
 from fp8lab.lab.arm import Arm
 from fp8lab.lab.experiment import Experiment, Job, Part, Progress
-from fp8lab.lab.model import LanguageModel, ModelConfig
-from fp8lab.lab.result import (
-    Clause,
-    Result,
-    Table,
-    clause_table,
-    final_losses,
-    runs_of,
-    verdict_of,
-)
-from fp8lab.lab.train import NextByte, Schedule, train
+from fp8lab.lab.language import BF16, Setup, Trained, train_bytes
+from fp8lab.lab.model import ModelConfig
+from fp8lab.lab.result import Clause, Result, Table, final_losses, judged, runs_of
 from fp8lab.optim import Fp8AdamW
 
 SEEDS = (0, 1, 2)
-CONFIG = ModelConfig(dim=64, layers=2, heads=4, context=64)
-BATCH = 16
-STEPS = 400
-LEARNING_RATE = 3e-3
-MEASURED = 16  # held-out batches of the final loss
 NEAR = 0.03  # nats per byte
-DIVERGED_ABOVE = 8.0  # nats per byte; a model that knows nothing has 5.55
-BF16 = Plan(recipe=HighPrecision(), exclude=("head",))
 
 
 def arm(name: str, title: str, first: str | None, second: str | None, **options: object) -> Arm:
@@ -66,46 +52,50 @@ COAT_ARM = arm(
 )
 
 
-def optimizer_of(arm: Arm, model: nn.Module, beta2: float) -> Fp8AdamW:
+def optimizer_of(model: nn.Module, setup: Setup, arm: Arm) -> Fp8AdamW:
     """With nothing reduced it is torch.optim.AdamW to the bit."""
     options = dict(arm.options or {})
     for name in ("first_moment", "second_moment", "master_weights"):
         options[name] = FORMATS.get(options.get(name) or "")
     return Fp8AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, beta2), weight_decay=0.1, **options
+        model.parameters(),
+        lr=setup.learning_rate,
+        betas=(0.9, setup.beta2),
+        weight_decay=setup.weight_decay,
+        **options,
     )
+
+
+def states(trained: Trained) -> dict[str, Any]:
+    """What the optimizer's states have become."""
+    optimizer = trained.optimizer
+    assert isinstance(optimizer, Fp8AdamW)
+    second = [optimizer.moments(p)[1].flatten() for p in trained.model.parameters()]
+    return {
+        "second_moment_zero": float((torch.cat(second) == 0).float().mean()),
+        "bytes_per_parameter": optimizer.bytes_per_parameter(),
+    }
+
+
+SETUP = Setup(
+    config=ModelConfig(dim=64, layers=2, heads=4, context=64),
+    steps=400,
+    quick=10,
+    learning_rate=3e-3,
+    diverged_above=8.0,
+    every=20,
+    at_least=None,
+    held_out_quick=16,
+    told=("learning_rate", "beta2"),
+    optimizer=optimizer_of,
+    ends=states,
+)
 
 
 def learn(job: Job, progress: Progress, *, beta2: float) -> None:
-    """One run: train, then the loss on held-out text, and what the states have become."""
-    steps = job.steps(STEPS, quick=10)
-    model = LanguageModel(CONFIG, job.seed)
-    job.arm.prepare(model)
-    optimizer = optimizer_of(job.arm, model, beta2)
-    task = NextByte(job.settings.text, job.seed, batch=BATCH, context=CONFIG.context)
-    config = job.config(
-        steps=steps,
-        learning_rate=LEARNING_RATE,
-        beta2=beta2,
-        optimizer=dict(job.arm.options or {}),
-        **task.origin(),
-    )
-    with watch(model, job.path, optimizer=optimizer, every=20, config=config) as watching:
-        diverged = train(
-            model,
-            optimizer,
-            task,
-            Schedule(steps=steps, clip_norm=1.0, diverged_above=DIVERGED_ABOVE),
-            watch=watching,
-            progress=lambda step, loss: progress(step + 1, steps, loss, watching.alarms),
-        )
-        second = [optimizer.moments(p)[1].flatten() for p in model.parameters()]
-        watching.set_result(
-            diverged_at=diverged,
-            final_loss=task.held_out_loss(model, MEASURED) if diverged is None else None,
-            second_moment_zero=float((torch.cat(second) == 0).float().mean()),
-            bytes_per_parameter=optimizer.bytes_per_parameter(),
-        )
+    """One run."""
+    setup, options = replace(SETUP, beta2=beta2), dict(job.arm.options or {})
+    train_bytes(job, progress, setup=setup, optimizer=options)
 
 
 # --- what came of it ------------------------------------------------------------------------------
@@ -123,12 +113,13 @@ def conclude(out: Path) -> Result:
         _above(out, "memory", "e4m3-e5m2"),
         _within(out, "memory", "e4m3-fp32"),
     ]
+    verdict, table = judged(clauses)
     farthest = max(float(gaps(out, part).abs().max().max()) for part in ("states", "memory"))
     return Result(
-        verdict=verdict_of(clauses),
+        verdict=verdict,
         sentence=f"Divergence: {'; '.join(lost) or 'none'}. What did not diverge ends within "
         f"{farthest:.3f} nats per byte of FP32 states.",
-        parts=(clause_table(clauses), *(_ends(out, part) for part in ("states", "memory"))),
+        parts=(table, *(_ends(out, part) for part in ("states", "memory"))),
     )
 
 

@@ -40,11 +40,9 @@ from torch import Tensor
 
 from fp8lab import GatedFeedForward, MXFP8BlockScaling, Plan, watch
 from fp8lab.lab.arm import Arm
-from fp8lab.lab.experiment import Experiment, Job, Part, Progress, load_module
-from fp8lab.lab.result import Picture, Result, Table, runs_of
+from fp8lab.lab.experiment import Experiment, Job, Part, Progress
+from fp8lab.lab.result import Picture, Result, Table, judged, runs_of
 from fp8lab.linear import Fp8Linear
-
-shared = load_module(Path(__file__).with_name("e13_wind_up.py"), "experiment")
 
 SEEDS = (1, 2, 3)
 MANTISSAS = 256
@@ -175,7 +173,7 @@ def conclude(out: Path) -> Result:
          -9 <= bias["ocp_floor"] <= -7 and -1.5 <= bias["up"] <= -0.7
          and of["ocp_floor"]["norm weights saturated %"] > 99),
     ]  # fmt: skip
-    verdict, checked = shared.judged(clauses, not (clauses[0][2] and clauses[2][2]))
+    verdict, checked = judged(clauses, killed=not (clauses[0][2] and clauses[2][2]))
     return Result(
         verdict=verdict,
         sentence=(

@@ -53,13 +53,11 @@ from fp8lab import (
 )
 from fp8lab.formats import FP32
 from fp8lab.lab.arm import Arm, Mitigation
-from fp8lab.lab.experiment import Experiment, Job, Part, Progress, load_module
-from fp8lab.lab.result import Picture, Result, Table, runs_of
+from fp8lab.lab.experiment import Experiment, Job, Part, Progress
+from fp8lab.lab.result import Picture, Result, Table, judged, runs_of
 from fp8lab.linear import Fp8Linear
 from fp8lab.mitigations.smooth_swiglu import SmoothSwiGLU
 from fp8lab.recipe import Recipe
-
-shared = load_module(Path(__file__).with_name("e13_wind_up.py"), "experiment")
 
 SEEDS = (1, 2, 3, 4, 5)
 DIM, HIDDEN, TOKENS = 64, 1024, 1024
@@ -244,6 +242,21 @@ def table(
     return pd.DataFrame(rows)
 
 
+def off_print(mean: dict[str, pd.Series]) -> list[float]:
+    """By ratio: how far off what was printed the farthest cell of part `bulk` is, relative."""
+    return [
+        max(abs(mean[name].iloc[i] / was[i] - 1) for name, was in PRINTED_BULK.items())
+        for i in range(len(RATIOS))
+    ]
+
+
+NOTE = (
+    "Means of the seeds; 'to the digit': rounded as printed, the mean is the same. What was "
+    "printed is one draw of unknown sizes: where it is among the seeds here, draw and size "
+    "explain the difference; elsewhere its scales or sizes were others."
+)
+
+
 def conclude(out: Path) -> Result:
     bulks = cells(out, "bulk", BULK_ARMS, RATIOS)
     grown = cells(out, "growth", GROWTH_ARMS, GROWTHS)
@@ -251,10 +264,7 @@ def conclude(out: Path) -> Result:
     growth_table = table(grown, GROWTH_ARMS, PRINTED_GROWTH)
     mean = {name: of.mean() for name, of in bulks.items()}
     by_k = {name: of.mean() for name, of in grown.items()}
-    off_by = [
-        max(abs(mean[name].iloc[i] / was[i] - 1) for name, was in PRINTED_BULK.items())
-        for i in range(len(RATIOS))
-    ]
+    off_by = off_print(mean)
     far = max(off_by)
     order = ("tensor", "token", "row", "block", "linear")
     delayed = max(float((grown["smooth-delayed"] - grown["raw"]).abs().max(axis=None)), 0.0)
@@ -290,14 +300,9 @@ def conclude(out: Path) -> Result:
          f"{by_k['token'].iloc[-1]:.1f}", bool(10 < by_k["token"].iloc[-1] < by_k["raw"].iloc[-1])),
     ]  # fmt: skip
     killed = not (clauses[2][2] and clauses[4][2] and clauses[7][2])
-    verdict, checked = shared.judged(clauses, killed)
+    verdict, checked = judged(clauses, killed=killed)
     both = pd.concat([bulk_table, growth_table])["to the digit"]
     same, of = int((both == "yes").sum()), int(both.notna().sum())
-    note = (
-        "Means of the seeds; 'to the digit': rounded as printed, the mean is the same. What was "
-        "printed is one draw of unknown sizes: where it is among the seeds here, draw and size "
-        "explain the difference; elsewhere its scales or sizes were others."
-    )
     return Result(
         verdict=verdict,
         sentence=(
@@ -307,8 +312,8 @@ def conclude(out: Path) -> Result:
         ),
         parts=(
             checked,
-            Table(title="Bulk error, by amax / median", rows=bulk_table, note=note),
-            Table(title="Output error, by growth of both rows", rows=growth_table, note=note),
+            Table(title="Bulk error, by amax / median", rows=bulk_table, note=NOTE),
+            Table(title="Output error, by growth of both rows", rows=growth_table, note=NOTE),
             Picture(name="growth", title="Output error by growth", draw=partial(drawn, grown)),
         ),
     )

@@ -41,19 +41,19 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from fp8lab import DelayedScaling, Float8CurrentScaling, MXFP8BlockScaling, Plan, watch
+from fp8lab import DelayedScaling, Float8CurrentScaling, MXFP8BlockScaling, Plan
+from fp8lab.lab import rare_tokens
 from fp8lab.lab.arm import Arm
-from fp8lab.lab.experiment import Experiment, Job, Part, Progress, load_module
+from fp8lab.lab.experiment import Experiment, Job, Part, Progress
+from fp8lab.lab.language import BF16, Setup, Trained, train_bytes
 from fp8lab.lab.model import LanguageModel, ModelConfig
-from fp8lab.lab.result import Picture, Result, Table
-from fp8lab.lab.train import NextByte, Schedule, train
+from fp8lab.lab.rare_tokens import RareTokens, arm, fp8, regress_spaced, table_of_ends
+from fp8lab.lab.result import Picture, Result, Table, diverged, judged, ratios, results, wilson
+from fp8lab.lab.train import NextByte
 from fp8lab.linear import Fp8Linear
 from fp8lab.mitigations import AntiWindup, HighPrecisionProduct
 from fp8lab.mitigations.smooth_swiglu import SmoothSwiGLU
 from fp8lab.recipe import Recipe
-
-shared = load_module(Path(__file__).with_name("e13_wind_up.py"), "experiment")
-divergence = shared.divergence
 
 SEEDS = (0, 1, 2, 3, 4, 5, 6, 7)
 REMEDIES: dict[str, tuple[Any, ...]] = {
@@ -68,27 +68,31 @@ REMEDIES: dict[str, tuple[Any, ...]] = {
 SWITCH, LATE_STEPS = 800, 1600
 
 
+class Late(RareTokens):
+    """Exact gaps until the remedy comes and is put on the model, random ones from then on."""
+
+    def __init__(self, *arguments: Any, remedy: str, switch: int, punctual: bool) -> None:
+        super().__init__(*arguments, punctual=punctual)
+        self.remedy, self.switch = REMEDIES[remedy], switch
+
+    def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
+        if step == self.switch:
+            for mitigation in self.remedy:
+                mitigation.apply(model)
+            self.task = self.asked  # whose gap is 40, at random
+        return super().loss(model, step)
+
+
 def regress_late(job: Job, progress: Progress) -> None:
     """A run of the part `late`; the arm's own mitigations are none, its option names the remedy."""
-    switch = SWITCH if not job.settings.quick else 30
-    remedy = REMEDIES[str((job.arm.options or {})["remedy"])]
-
-    def hook(model: nn.Module, step: int, task: Any) -> None:
-        if step == switch:
-            for mitigation in remedy:
-                mitigation.apply(model)
-            task.task = divergence.Regression(job.seed).task  # whose gap is 40, at random
-
-    shared.regress(job, progress, steps=LATE_STEPS, hooks=(hook,))
+    switch = 30 if job.settings.quick else SWITCH
+    remedy = str((job.arm.options or {})["remedy"])
+    task = partial(Late, remedy=remedy, switch=switch)
+    regress_spaced(job, progress, task=task, steps=LATE_STEPS)
 
 
 # --- real text ------------------------------------------------------------------------------------
 
-CONFIG = ModelConfig(dim=64, layers=2, heads=4, context=64)
-BATCH = 16
-STEPS = 200
-LEARNING_RATE = 1e-2
-MEASURED = 16  # held-out batches of the final loss
 RECIPES: dict[str, Recipe] = {
     "delayed-16": DelayedScaling(amax_history_len=16),
     "delayed-1": DelayedScaling(amax_history_len=1, amax_compute_algo="most_recent"),
@@ -97,35 +101,13 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def learn(job: Job, progress: Progress) -> None:
-    """A run of the part `text`."""
-    steps = job.steps(STEPS, quick=2)
-    task = NextByte(job.settings.text, job.seed, batch=BATCH, context=CONFIG.context)
-    model = LanguageModel(CONFIG, job.seed)
-    job.arm.prepare(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1
-    )
-    config = job.config(steps=steps, learning_rate=LEARNING_RATE, **task.origin())
-    with watch(model, job.path, optimizer=optimizer, every=20, config=config) as watching:
-        end = train(
-            model,
-            optimizer,
-            task,
-            Schedule(steps=steps, clip_norm=1.0, diverged_above=8.0),
-            watch=watching,
-            progress=lambda step, loss: progress(step + 1, steps, loss, watching.alarms),
-        )
-        loss = (
-            task.held_out_loss(model, 1 if job.settings.quick else MEASURED)
-            if end is None
-            else None
-        )
-        twin = LanguageModel(CONFIG, job.seed)  # of whose forwards the watch knows nothing
-        job.arm.prepare(twin)
-        twin.load_state_dict(model.state_dict())
-        cosine, norm = masking(twin, task, steps)
-        watching.set_result(diverged_at=end, final_loss=loss, cosine=cosine, norm=norm)
+def against_none(trained: Trained) -> dict[str, Any]:
+    """What `masking` finds, on a twin of whose forwards the watch knows nothing."""
+    twin = LanguageModel(trained.model.config, trained.job.seed)
+    trained.job.arm.prepare(twin)
+    twin.load_state_dict(trained.model.state_dict())
+    cosine, norm = masking(twin, trained.task, trained.steps)
+    return {"cosine": cosine, "norm": norm}
 
 
 def masking(model: LanguageModel, task: NextByte, step: int) -> tuple[float, float]:
@@ -151,6 +133,19 @@ def masking(model: LanguageModel, task: NextByte, step: int) -> tuple[float, flo
     return float(cosine_similarity(whole, masked, dim=0)), float(masked.norm() / whole.norm())
 
 
+SETUP = Setup(
+    config=ModelConfig(dim=64, layers=2, heads=4, context=64),
+    steps=200,
+    quick=2,
+    learning_rate=1e-2,
+    diverged_above=8.0,
+    every=20,
+    at_least=None,
+    held_out_quick=1,
+    told=("learning_rate",),
+    ends=against_none,
+)
+
 # --- arms -----------------------------------------------------------------------------------------
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -169,40 +164,43 @@ SEARCHED = tuple(name for name in SETTINGS if name.startswith("adamw"))
 
 
 def equal_arms() -> tuple[Arm, ...]:
-    arms = [divergence.BF16_ARM]
+    arms = [arm("bf16", "BF16", rare_tokens.BF16, "survives", steps=1500)]
     more = {**REMEDIES, "smooth-code": (SmoothSwiGLU.reference_code(),)}
     more["both"] = (AntiWindup(), SmoothSwiGLU())
     for name, mitigations in more.items():
         predicted = {"none": "diverges", "smooth-code": "open"}.get(name, "survives")
-        arms.append(shared.arm(name, name, shared.fp8(16), predicted, *mitigations))
-    return tuple(
-        shared.arm(one.name, one.title, one.plan, one.predicted, *one.mitigations, steps=1500)
-        for one in arms
-    )
+        arms.append(arm(name, name, fp8(16), predicted, *mitigations, steps=1500))
+    return tuple(arms)
 
 
 def optimizer_arms() -> tuple[Arm, ...]:
     arms = []
     for setting, options in SETTINGS.items():
-        plan = shared.fp8(4 if setting == "adamw-short" else 16)
+        plan = fp8(4 if setting == "adamw-short" else 16)
         how = {"steps": 1200, **options}
-        arms.append(shared.arm(f"bf16-{setting}", setting, divergence.BF16, "survives", **how))
+        arms.append(arm(f"bf16-{setting}", setting, rare_tokens.BF16, "survives", **how))
         for name in ("none", "anti-windup", "smooth"):
             if name == "smooth" and setting in SEARCHED[2:]:
                 continue  # what is searched for is a divergence without a remedy
             title = f"{name}, {setting}"
-            one = shared.arm(f"{name}-{setting}", title, plan, "survives", *REMEDIES[name], **how)
+            one = arm(f"{name}-{setting}", title, plan, "survives", *REMEDIES[name], **how)
             arms.append(one)
     return tuple(arms)
 
 
 def text_arms() -> tuple[Arm, ...]:
-    arms = [divergence.of_language_model(divergence.BF16_ARM)]
+    arms = [Arm(name="bf16", title="BF16", plan=BF16)]
     for name, recipe in RECIPES.items():
         plan = Plan(recipe=recipe, exclude=("head",))
         arms += [
-            shared.arm(name, name, plan, "survives"),
-            shared.arm(f"{name}-anti", f"{name}, anti-wind-up", plan, "survives", AntiWindup()),
+            Arm(name=name, title=name, plan=plan, predicted="survives"),
+            Arm(
+                name=f"{name}-anti",
+                title=f"{name}, anti-wind-up",
+                plan=plan,
+                mitigations=(AntiWindup(),),
+                predicted="survives",
+            ),
         ]
     return tuple(arms)
 
@@ -249,16 +247,16 @@ def text_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def clauses_of(
     equal: pd.DataFrame, late: pd.DataFrame, others: pd.DataFrame, text: pd.DataFrame
-) -> tuple[list[Any], bool | None]:
+) -> tuple[list[tuple[str, str, bool | None]], bool | None]:
     """The clauses, and whether what would refute them has come."""
-    lost = {name: shared.count(equal, name) for name in equal["arm"].unique()}
+    lost = {name: diverged(equal, name) for name in equal["arm"].unique()}
     told = lost["none"][1] >= 3 or None  # one seed in a hurry tells nothing
-    rare = shared.pairs(equal, "final_rare_error", "anti-windup", "smooth").median()
-    search = shared.count(others, *(f"none-{name}" for name in SEARCHED))
-    anti = shared.count(others, *(f"anti-windup-{name}" for name in SETTINGS))
+    rare = ratios(equal, "final_rare_error", "anti-windup", "smooth").median()
+    search = diverged(others, *(f"none-{name}" for name in SEARCHED))
+    anti = diverged(others, *(f"anti-windup-{name}" for name in SETTINGS))
     settings = by_setting(others).set_index("setting").loc[["sgd-clip-10", "adam-0.003"]]
     better = (settings["anti-windup: rare error"] < settings["none: rare error"]).all()
-    loose = {name: shared.count(late, f"late-{name}") for name in REMEDIES}
+    loose = {name: diverged(late, f"late-{name}") for name in REMEDIES}
     bias = text.set_index("recipe")
     delayed = bias.loc[["delayed-16", "delayed-1"]]
     gap = max(delayed["most"].max(), -delayed["least"].min())
@@ -299,21 +297,22 @@ def clauses_of(
 
 
 def conclude(out: Path) -> Result:
-    equal, late = shared.results(out, "equal"), shared.results(out, "late")
-    others, text = shared.results(out, "optimizers"), text_table(shared.results(out, "text"))
-    verdict, checked = shared.judged(*clauses_of(equal, late, others, text))
-    saved, lost = shared.count(equal, "anti-windup"), shared.count(equal, "none")
-    loose = shared.count(late, "late-anti-windup")
-    search = shared.count(others, *(f"none-{name}" for name in SEARCHED))
+    equal, late = results(out, "equal"), results(out, "late")
+    others, text = results(out, "optimizers"), text_table(results(out, "text"))
+    clauses, killed = clauses_of(equal, late, others, text)
+    verdict, checked = judged(clauses, killed=killed)
+    saved, lost = diverged(equal, "anti-windup"), diverged(equal, "none")
+    loose = diverged(late, "late-anti-windup")
+    search = diverged(others, *(f"none-{name}" for name in SEARCHED))
     bands = pd.DataFrame(
         [
             {"arm": name, "diverged": f"{k} of {n}",
-             "95 % (Wilson)": "{:.2f} to {:.2f}".format(*shared.wilson(k, n))}
+             "95 % (Wilson)": "{:.2f} to {:.2f}".format(*wilson(k, n))}
             for name in equal["arm"].unique()
-            for k, n in [shared.count(equal, name)]
+            for k, n in [diverged(equal, name)]
         ]
     )  # fmt: skip
-    table = shared.gap_table(equal).merge(bands[["arm", "95 % (Wilson)"]], on="arm")
+    table = table_of_ends(equal).merge(bands[["arm", "95 % (Wilson)"]], on="arm")
     cost = equal.groupby("arm")["cpu_ms"].median()
     table["CPU time of a step, of none's"] = (cost / cost["none"]).reindex(table["arm"]).tolist()
     return Result(
@@ -328,7 +327,7 @@ def conclude(out: Path) -> Result:
             Table(title="At equal terms, plain SGD", rows=table,
                   note="Medians; what saves a training may cost it the rare token."),
             Table(title="Other optimizers, medians", rows=by_setting(others)),
-            Table(title="A remedy after 800 steps of winding up", rows=shared.gap_table(late)),
+            Table(title="A remedy after 800 steps of winding up", rows=table_of_ends(late)),
             Table(title="Real text", rows=text, note="Nats per byte, held out."),
             Picture(name="settings", title="Rare error", draw=partial(drawn, by_setting(others))),
         ),
@@ -374,19 +373,20 @@ EXPERIMENT = Experiment(
     ),
     parts=(
         Part(name="equal", title="Each remedy from the first step", seeds=SEEDS,
-             run=shared.regress, arms=equal_arms()),
+             run=regress_spaced, arms=equal_arms()),
         Part(name="optimizers", title="Clipping, Adam, and a search under AdamW", seeds=SEEDS[:3],
-             run=shared.regress, arms=optimizer_arms()),
+             run=regress_spaced, arms=optimizer_arms()),
         Part(
             name="late", title="A remedy after 800 steps of winding up", seeds=SEEDS[:4],
             run=regress_late,
             arms=tuple(
-                shared.arm(f"late-{name}", f"{name}, late", shared.fp8(16), "diverges",
+                arm(f"late-{name}", f"{name}, late", fp8(16), "diverges",
                            remedy=name, punctual=True)
                 for name in REMEDIES
             ),
         ),
-        Part(name="text", title="Real text", seeds=SEEDS[:3], run=learn, arms=text_arms()),
+        Part(name="text", title="Real text", seeds=SEEDS[:3],
+             run=partial(train_bytes, setup=SETUP), arms=text_arms()),
     ),
     conclude=conclude,
 )  # fmt: skip

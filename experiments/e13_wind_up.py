@@ -29,198 +29,23 @@ and remedies are `e13_anti_windup`'s matter.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib import pyplot
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torch.nn import functional
 
-from fp8lab import DelayedScaling, Plan, watch
 from fp8lab.lab.arm import Arm
-from fp8lab.lab.data import RareToken
-from fp8lab.lab.experiment import Experiment, Job, Part, Progress, load_module
-from fp8lab.lab.result import Picture, Result, Table, Verdict, runs_of
-from fp8lab.lab.train import Schedule, train
+from fp8lab.lab.experiment import Experiment, Part
+from fp8lab.lab.rare_tokens import BF16, arm, fp8, regress_spaced, table_of_ends
+from fp8lab.lab.result import Picture, Result, Table, diverged, judged, ratios, results, runs_of
 from fp8lab.mitigations import AntiWindup
 from fp8lab.mitigations.smooth_swiglu import SmoothSwiGLU
 
-divergence = load_module(Path(__file__).with_name("swiglu_divergence.py"), "experiment")
-
-# --- what sibling experiments take from here ----------------------------------------------------
-
-Clause = tuple[str, str, bool | None]  # of a prediction: its words, what was found, whether it held
-
-
-def judged(clauses: Sequence[Clause], killed: bool | None) -> tuple[Verdict, Table]:
-    """The verdict on a prediction, and it clause by clause; None is what the runs cannot tell.
-    `killed`: whether what would refute it has come."""
-    words = {True: "yes", False: "no", None: "cannot tell"}
-    rows = [(what, found, words[None if held is None else bool(held)])
-            for what, found, held in clauses]  # fmt: skip
-    held = [holds for _, _, holds in rows]
-    rows.append(("what would refute it", "came" if killed else "did not come", "–"))
-    verdict: Verdict = "partly"
-    if killed:
-        verdict = "refuted"
-    elif "cannot tell" in held:
-        verdict = "undecided"
-    elif set(held) == {"yes"}:
-        verdict = "confirmed"
-    elif set(held) == {"no"}:
-        verdict = "refuted"
-    table = pd.DataFrame(rows, columns=["predicted", "found", "holds"])
-    return verdict, Table(title="The prediction, clause by clause", rows=table)
-
-
-def wilson(good: int, of: int) -> tuple[float, float]:
-    """The 95 % interval of a share, Wilson 1927; (0, 1) of nothing."""
-    if not of:
-        return 0.0, 1.0
-    z, share = 1.959964, good / of
-    middle = share + z * z / (2 * of)
-    reach = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
-    size = 1 + z * z / of
-    return max(0.0, (middle - reach) / size), min(1.0, (middle + reach) / size)
-
-
-class Punctual:
-    """The tokens of a `RareToken`, the rare one at exactly every `gap`-th step."""
-
-    def __init__(self, task: RareToken, gap: int) -> None:
-        self.gap = gap
-        self.kinds = tuple(replace(task, event_probability=float(rare)) for rare in (False, True))
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self.kinds[step % self.gap == self.gap - 1].batch(step)
-
-
-class RareTokens(divergence.Regression):  # type: ignore[misc]
-    """That regression, rare tokens `gap` steps apart, with what stands behind the clipping."""
-
-    def __init__(self, seed: int, gap: int, *, punctual: bool) -> None:
-        super().__init__(seed)
-        self.target = self.task.rare_target
-        self.token = self.task.rare_input
-        spaced = replace(self.task, event_probability=1 / gap)
-        self.task = Punctual(self.task, gap) if punctual else spaced
-
-    def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
-        scale = getattr(model.mlp.down, "scale", None)  # moves in the forward
-        held = math.nan if scale is None else 448.0 / float(scale[0])
-        behind = self.exact(model)
-        loss, metrics = super().loss(model, step)
-        if "rare_error" in metrics:
-            metrics |= behind
-            if isinstance(model.mlp.down.recipes["input"], DelayedScaling):
-                metrics["ratio"] = behind["product"] / held
-        return loss, metrics
-
-    @torch.no_grad()
-    def exact(self, model: nn.Module) -> dict[str, float]:
-        """Of the rare token, without noise and without a cast: its product's largest element, and
-        its squared error relative to the answer asked for."""
-        gate, up, down = (
-            getattr(model.mlp, name).weight.float() for name in ("gate", "up", "down")
-        )
-        product = functional.silu(gate @ self.token) * (up @ self.token)
-        error = (down @ product - self.target).square().sum() / self.rare_target
-        return {"product": float(product.abs().max()), "exact_error": float(error)}
-
-
-def optimizer_of(job: Job, model: nn.Module) -> torch.optim.Optimizer:
-    """As the arm's options say; SGD at the rate of `swiglu_divergence` if they do not."""
-    options = dict(job.arm.options or {})
-    rate = options.get("learning_rate", divergence.LEARNING_RATE)
-    kind = options.get("optimizer", "sgd")
-    if kind == "sgd":
-        momentum = options.get("momentum", 0.0)
-        return torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
-    if kind == "adam":
-        return torch.optim.Adam(model.parameters(), lr=rate)
-    betas = (0.9, options.get("beta2", 0.95))
-    return torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, weight_decay=0.1)
-
-
-LAST = 100  # steps that a final loss is a mean of
-LAST_EVENTS = 5
-
-
-def ends(steps: pd.DataFrame) -> dict[str, float | None]:
-    """Means over a run's last steps and events, None where there was none."""
-    common = steps["common_loss"].tail(LAST)
-    events = steps.dropna(subset=["rare_error"]).tail(LAST_EVENTS)
-    found: dict[str, float | None] = {"final_common_loss": float(common.mean())}
-    for name in ("rare_error", "exact_error", "product"):
-        found[f"final_{name}"] = float(events[name].mean()) if len(events) else None
-    return found
-
-
-def regress(
-    job: Job, progress: Progress, *, steps: int | None = None, hooks: Iterable[Any] = ()
-) -> None:
-    """A run on rare tokens. The arm's options: `gap`, `punctual`, `steps`, `clip_norm` and those of
-    `optimizer_of`. `hooks` are called with model and step before each step."""
-    options = dict(job.arm.options or {})
-    quick = 45 if options.get("punctual") else 4  # one event at least where its step is known
-    steps = job.steps(steps or options.get("steps", 1200), quick=quick)
-    model = job.arm.prepare(divergence.Student(job.seed))
-    task = RareTokens(job.seed, options.get("gap", 40), punctual=options.get("punctual", False))
-    optimizer = optimizer_of(job, model)
-    schedule = Schedule(
-        steps=steps,
-        clip_norm=options.get("clip_norm"),
-        judged_by="common_loss",
-        diverged_above=divergence.COMMON_LOSS_LIMIT,
-    )
-    kept: list[dict[str, float]] = []
-
-    class Kept:
-        def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
-            for hook in hooks:
-                hook(model, step, task)
-            loss, metrics = task.loss(model, step)
-            kept.append(metrics)
-            return loss, metrics
-
-    config = job.config(**options | {"steps": steps})
-    with watch(model, job.path, optimizer=optimizer, every=100, config=config) as watching:
-        began = time.process_time()
-        end = train(
-            model,
-            optimizer,
-            Kept(),
-            schedule,
-            watch=watching,
-            progress=lambda step, loss: progress(step + 1, steps, loss, watching.alarms),
-        )
-        milliseconds = 1e3 * (time.process_time() - began) / len(kept)
-        rows = pd.DataFrame(kept).reindex(
-            columns=["common_loss", "rare_error", "exact_error", "product"]
-        )
-        found = ends(rows)
-        result = found if end is None else dict.fromkeys(found)
-        events = int(rows["rare_error"].notna().sum())
-        loss = result["final_common_loss"]
-        told = {"diverged_at": end, "final_loss": loss, "events": events, "cpu_ms": milliseconds}
-        watching.set_result(**told, **result)
-
-
-def fp8(history: int) -> Plan:
-    """Delayed scaling with such a history; gradients just in time."""
-    recipe = DelayedScaling(amax_history_len=history)
-    return Plan(recipe=recipe, overrides=divergence.GRADIENTS_JUST_IN_TIME)
-
-
-# --- the parts of this one ----------------------------------------------------------------------
+# --- arms -----------------------------------------------------------------------------------------
 
 HISTORY = 16
 GAPS = (8, 16, 17, 40)
@@ -230,18 +55,12 @@ DEFAULT_HISTORY = 1024  # Transformer Engine's
 SEEDS = (0, 1, 2, 3)
 
 
-def arm(name: str, title: str, plan: Plan, predicted: Any, *more: Any, **options: Any) -> Arm:
-    return Arm(
-        name=name, title=title, plan=plan, predicted=predicted, mitigations=more, options=options
-    )
-
-
 def gap_arms() -> tuple[Arm, ...]:
     arms = []
     for gap in GAPS:
         how: dict[str, Any] = {"gap": gap, "punctual": True, "steps": 1200}
         arms += [
-            arm(f"bf16-{gap}", f"BF16, every {gap}", divergence.BF16, "survives", **how),
+            arm(f"bf16-{gap}", f"BF16, every {gap}", BF16, "survives", **how),
             arm(f"delayed-{gap}", f"FP8 delayed, every {gap}", fp8(HISTORY), "survives", **how),
         ]
     more = {"anti-windup-40": AntiWindup(), "smooth-40": SmoothSwiGLU()}
@@ -252,16 +71,6 @@ def gap_arms() -> tuple[Arm, ...]:
 
 
 # --- what came of it ----------------------------------------------------------------------------
-
-
-def results(out: Path, part: str) -> pd.DataFrame:
-    """A row per run: arm, seed and its result."""
-    return pd.DataFrame(
-        [
-            {"arm": name, "seed": seed, **run.info["result"], "steps": run.info["config"]["steps"]}
-            for (name, seed), run in runs_of(out, part).items()
-        ]
-    )
 
 
 def log_slope(waits: pd.DataFrame) -> tuple[float, float]:
@@ -295,42 +104,16 @@ def waits_of(out: Path) -> pd.DataFrame:
     return rows.sort_values(["history", "seed"])
 
 
-def gap_table(rows: pd.DataFrame) -> pd.DataFrame:
-    names = {
-        "final_common_loss": "common loss",
-        "final_rare_error": "rare error in force",
-        "final_exact_error": "rare error, no cast",
-        "final_product": "largest product",
-    }
-    grouped = rows.groupby("arm", sort=False)
-    table = grouped[list(names)].median().rename(columns=names).astype(float)
-    ended = grouped["diverged_at"].apply(lambda of: f"{of.notna().sum()} of {len(of)}")
-    table.insert(0, "diverged", ended)
-    return table.reset_index()
-
-
-def pairs(rows: pd.DataFrame, column: str, of: str, to: str) -> pd.Series:
-    """Ratio of one arm's column to another's, seed by seed, of what both have."""
-    table = rows.pivot(index="seed", columns="arm", values=column).astype(float)
-    return (table[of] / table[to]).dropna()
-
-
-def count(rows: pd.DataFrame, *arms: str) -> tuple[int, int]:
-    """How many of the arms' runs diverged, of how many."""
-    of = rows[rows["arm"].isin(arms)]
-    return int(of["diverged_at"].notna().sum()), len(of)
-
-
 def clauses_of(
     gaps: pd.DataFrame, waits: pd.DataFrame, out: Path
-) -> tuple[list[Clause], bool | None]:
+) -> tuple[list[tuple[str, str, bool | None]], bool | None]:
     """The clauses, and whether what would refute them has come."""
-    growth = {gap: pairs(gaps, "final_product", f"delayed-{gap}", f"bf16-{gap}") for gap in GAPS}
+    growth = {gap: ratios(gaps, "final_product", f"delayed-{gap}", f"bf16-{gap}") for gap in GAPS}
     bomb = gaps[gaps["arm"] == "delayed-40"]["final_exact_error"].astype(float)
-    common = pairs(gaps, "final_common_loss", "delayed-40", "bf16-40")
-    disarmed = pairs(gaps, "final_product", "anti-windup-40", "bf16-40")
-    lost = count(gaps, *(name for name in gaps["arm"].unique() if name != "delayed-17"))
-    beyond = count(gaps, "delayed-17")
+    common = ratios(gaps, "final_common_loss", "delayed-40", "bf16-40")
+    disarmed = ratios(gaps, "final_product", "anti-windup-40", "bf16-40")
+    lost = diverged(gaps, *(name for name in gaps["arm"].unique() if name != "delayed-17"))
+    beyond = diverged(gaps, "delayed-17")
     late = results(out, "history")
     fit = fitted(waits)
     medians = waits.groupby("history")["events"].median()
@@ -339,10 +122,13 @@ def clauses_of(
     enough = len(waits["seed"].unique()) >= 3 and some
     inner, outer = max(growth[8].max(), growth[16].max()), growth[40].min()
     wound = beyond[0] + int((growth[17] >= 10).sum())
-    short, long = count(late, "history-1", "history-4", "history-16"), count(late, "history-256")
+    short, long = (
+        diverged(late, "history-1", "history-4", "history-16"),
+        diverged(late, "history-256"),
+    )
     told = enough or None  # one seed in a hurry tells nothing
     killed = told and bool(outer <= inner or disarmed.max() >= outer or fit["slope"][0] < 0.5)
-    clauses: list[Clause] = [
+    clauses = [
         ("exact gaps of 8, 16 and 40: nothing diverges", f"{lost[0]} of {lost[1]}",
          told and lost[0] == 0),
         ("gap within the history: product at most 3 times BF16's", f"{inner:.3g} at most",
@@ -372,7 +158,8 @@ def clauses_of(
 
 def conclude(out: Path) -> Result:
     gaps, waits = results(out, "gap"), waits_of(out)
-    verdict, checked = judged(*clauses_of(gaps, waits, out))
+    clauses, killed = clauses_of(gaps, waits, out)
+    verdict, checked = judged(clauses, killed=killed)
     fit = fitted(waits)
     b, (wait, low, high) = fit["slope"], fit["default"]
     by_history = waits.groupby("history").agg(
@@ -381,7 +168,7 @@ def conclude(out: Path) -> Result:
     )  # fmt: skip
     by_history["median / history"] = by_history["median"] / by_history.index
     grown, disarmed = (
-        pairs(gaps, "final_product", name, "bf16-40").median()
+        ratios(gaps, "final_product", name, "bf16-40").median()
         for name in ("delayed-40", "anti-windup-40")
     )
     lasting = (
@@ -399,7 +186,7 @@ def conclude(out: Path) -> Result:
             checked,
             Table(
                 title="Exact gaps, history 16",
-                rows=gap_table(gaps),
+                rows=table_of_ends(gaps),
                 note="Medians of the seeds over the last events; errors are squared and relative.",
             ),
             Picture(
@@ -411,7 +198,9 @@ def conclude(out: Path) -> Result:
                 note=lasting,
             ),
             Picture(name="waiting", title="Waiting time", draw=partial(waiting, waits)),
-            Table(title="Random gap of 40, by history", rows=gap_table(results(out, "history"))),
+            Table(
+                title="Random gap of 40, by history", rows=table_of_ends(results(out, "history"))
+            ),
         ),
     )
 
@@ -471,13 +260,13 @@ EXPERIMENT = Experiment(
         "come so seldom and jump so far is not known.",
     ),
     parts=(
-        Part(name="gap", title="Rare tokens at exact gaps", seeds=SEEDS, run=regress,
+        Part(name="gap", title="Rare tokens at exact gaps", seeds=SEEDS, run=regress_spaced,
              arms=gap_arms()),
         Part(
             name="waiting",
             title="Random gaps of 2.5 histories",
             seeds=(0, 1, 2, 3, 4, 5, 6, 7),
-            run=regress,
+            run=regress_spaced,
             arms=tuple(
                 arm(f"history-{h}", f"history {h}, gap {5 * h // 2}", fp8(h), "diverges",
                     gap=5 * h // 2, steps=120 * h)
@@ -488,7 +277,7 @@ EXPERIMENT = Experiment(
             name="history",
             title="Random gaps of 40",
             seeds=(0, 1, 2),
-            run=regress,
+            run=regress_spaced,
             arms=tuple(
                 arm(f"history-{h}", f"history {h}", fp8(h), "diverges" if h <= 16 else "survives",
                     steps=2000)

@@ -25,26 +25,19 @@ on, the accumulator and not FP8 makes the error. What came of the prediction: th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import nn
 
-from fp8lab import Accumulation, Float8CurrentScaling, GatedFeedForward, HighPrecision, Plan, watch
+from fp8lab import Accumulation, Float8CurrentScaling, GatedFeedForward, Plan, watch
 from fp8lab.lab.arm import Arm
 from fp8lab.lab.experiment import Experiment, Job, Part, Progress
-from fp8lab.lab.model import LanguageModel, ModelConfig
-from fp8lab.lab.result import (
-    Clause,
-    Result,
-    Table,
-    clause_table,
-    final_losses,
-    runs_of,
-    verdict_of,
-)
-from fp8lab.lab.train import NextByte, Schedule, train
+from fp8lab.lab.language import BF16, Setup, train_bytes
+from fp8lab.lab.model import ModelConfig
+from fp8lab.lab.result import Clause, Result, Table, final_losses, judged, runs_of
 from fp8lab.linear import Fp8Linear
 
 SEEDS = (0, 1, 2)
@@ -103,37 +96,17 @@ def measure_error(job: Job, progress: Progress) -> None:
 
 # --- part two: training ---------------------------------------------------------------------------
 
-CONFIG = ModelConfig(dim=128, layers=1, heads=4, context=64)
-BATCH = 16
-STEPS = 300
-LEARNING_RATE = 3e-3
-MEASURED = 16  # held-out batches of the final loss
-DIVERGED_ABOVE = 8.0  # nats per byte; a model that knows nothing has 5.55
-
-
-def learn(job: Job, progress: Progress) -> None:
-    """A run of the part `training`."""
-    steps = job.steps(STEPS, quick=4)
-    model = LanguageModel(CONFIG, job.seed)
-    task = NextByte(job.settings.text, job.seed, batch=BATCH, context=CONFIG.context)
-    job.arm.prepare(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1
-    )
-    config = job.config(steps=steps, learning_rate=LEARNING_RATE, **task.origin())
-    with watch(model, job.path, optimizer=optimizer, every=20, config=config) as watching:
-        diverged = train(
-            model,
-            optimizer,
-            task,
-            Schedule(steps=steps, clip_norm=1.0, diverged_above=DIVERGED_ABOVE),
-            watch=watching,
-            progress=lambda step, loss: progress(step + 1, steps, loss, watching.alarms),
-        )
-        watching.set_result(
-            diverged_at=diverged,
-            final_loss=task.held_out_loss(model, MEASURED) if diverged is None else None,
-        )
+SETUP = Setup(
+    config=ModelConfig(dim=128, layers=1, heads=4, context=64),
+    steps=300,
+    quick=4,
+    learning_rate=3e-3,
+    diverged_above=8.0,
+    every=20,
+    at_least=None,
+    held_out_quick=16,
+    told=("learning_rate",),
+)
 
 
 def trained(name: str, title: str, accumulation: Accumulation | None) -> Arm:
@@ -155,15 +128,16 @@ def measured(
 
 def conclude(out: Path) -> Result:
     clauses = [*_of_error(out), *_of_training(out)]
+    verdict, table = judged(clauses)
     at = errors(out)
     never, promoted = at["never-14"].xs(4096, level="k"), at["promoted-14"].xs(4096, level="k")
     gap = gaps(out)["never-6"]
     return Result(
-        verdict=verdict_of(clauses),
+        verdict=verdict,
         sentence=f"At K = 4096, 14 bits lose {_percent(never)}, promoted every 128 "
         f"{_percent(promoted)}; 6 bits, never promoted, end {gap.min():+.3f} to {gap.max():+.3f} "
         f"nats per byte from FP32 accumulation.",
-        parts=(clause_table(clauses), _table_of_errors(out), _table_of_training(out)),
+        parts=(table, _table_of_errors(out), _table_of_training(out)),
     )
 
 
@@ -299,12 +273,12 @@ EXPERIMENT = Experiment(
             name="training",
             title="A language model, trained in FP8 (current scaling)",
             seeds=SEEDS,
-            run=learn,
+            run=partial(train_bytes, setup=SETUP),
             arms=(
                 Arm(
                     name="bf16",
                     title="BF16",
-                    plan=Plan(recipe=HighPrecision(), exclude=("head",)),
+                    plan=BF16,
                     predicted="survives",
                 ),
                 trained("fp32", "FP8, FP32 accumulation", FP32_ACCUMULATION),

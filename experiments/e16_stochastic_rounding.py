@@ -22,6 +22,8 @@ shortened to last three minutes. What came of the prediction: reports/e16_stocha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -39,29 +41,29 @@ from fp8lab import (
 )
 from fp8lab.formats import FP32
 from fp8lab.lab.arm import Arm
-from fp8lab.lab.experiment import Experiment, Job, Part, Progress, Settings
+from fp8lab.lab.experiment import Experiment, Job, Part, Progress
+from fp8lab.lab.language import Setup, pretrain, pretrained, train_bytes
 from fp8lab.lab.model import LanguageModel, ModelConfig
-from fp8lab.lab.result import (
-    Clause,
-    Result,
-    Table,
-    clause_table,
-    final_losses,
-    runs_of,
-    verdict_of,
-)
-from fp8lab.lab.train import NextByte, Schedule, load_checkpoint, save_checkpoint, train
+from fp8lab.lab.result import Clause, Result, Table, final_losses, judged, runs_of
+from fp8lab.lab.train import NextByte
 from fp8lab.recipe import Recipe
 
 SEEDS = (0, 1, 2)
-CONFIG = ModelConfig(dim=64, layers=2, heads=4, context=64)
-BATCH = 8
-STEPS = 250
-PRETRAINING_STEPS = 200
-LEARNING_RATE = 3e-3
-MEASURED = 32  # held-out batches of the final loss
+SETUP = Setup(
+    config=ModelConfig(dim=64, layers=2, heads=4, context=64),
+    steps=250,
+    quick=4,
+    learning_rate=3e-3,
+    batch=8,
+    diverged_above=8.0,
+    every=20,
+    at_least=None,
+    held_out=32,
+    held_out_quick=32,
+    told=("learning_rate",),
+)
+PRETRAINING = replace(SETUP, steps=200)
 DRAWS = 128
-DIVERGED_ABOVE = 8.0  # nats per byte; a model that knows nothing has 5.55
 
 RECIPES: dict[str, tuple[str, Recipe]] = {
     "bf16": ("BF16", HighPrecision()),
@@ -83,64 +85,7 @@ DRAWN = tuple(
 )
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1
-    )
-
-
-# --- part one: training ---------------------------------------------------------------------------
-
-
-def learn(job: Job, progress: Progress) -> None:
-    """A run of the part `training`."""
-    steps = job.steps(STEPS, quick=4)
-    model = LanguageModel(CONFIG, job.seed)
-    task = NextByte(job.settings.text, job.seed, batch=BATCH, context=CONFIG.context)
-    job.arm.prepare(model)
-    optimizer = optimizer_of(model)
-    config = job.config(steps=steps, learning_rate=LEARNING_RATE, **task.origin())
-    with watch(model, job.path, optimizer=optimizer, every=20, config=config) as watching:
-        diverged = train(
-            model,
-            optimizer,
-            task,
-            Schedule(steps=steps, clip_norm=1.0, diverged_above=DIVERGED_ABOVE),
-            watch=watching,
-            progress=lambda step, loss: progress(step + 1, steps, loss, watching.alarms),
-        )
-        watching.set_result(
-            diverged_at=diverged,
-            final_loss=task.held_out_loss(model, MEASURED) if diverged is None else None,
-        )
-
-
-# --- part two: one batch, its gradient drawn many times -------------------------------------------
-
-
-def pretrain(seed: int, folder: Path, settings: Settings, progress: Progress) -> None:
-    """The model whose gradient all arms of one seed draw: trained with BF16 operands."""
-    steps = settings.steps or (4 if settings.quick else PRETRAINING_STEPS)
-    model = LanguageModel(CONFIG, seed)
-    convert(model, Plan(recipe=HighPrecision(), exclude=("head",)))
-    optimizer = optimizer_of(model)
-    train(
-        model,
-        optimizer,
-        NextByte(settings.text, seed, batch=BATCH, context=CONFIG.context),
-        Schedule(steps=steps, clip_norm=1.0),
-        progress=lambda step, loss: progress(step + 1, steps, loss, 0),
-    )
-    save_checkpoint(folder / f"pretrained-{seed}.safetensors", model, optimizer, steps)
-
-
-def pretrained(job: Job, plan: Plan) -> LanguageModel:
-    """A fresh copy of the pretrained model, converted."""
-    model = LanguageModel(CONFIG, job.seed)
-    file = job.path.parents[1] / f"pretrained-{job.seed}.safetensors"
-    load_checkpoint(file, model, optimizer_of(model))
-    convert(model, plan)
-    return model
+# --- one batch, its gradient drawn many times -------------------------------------------
 
 
 def draw_gradients(job: Job, progress: Progress) -> None:
@@ -155,10 +100,10 @@ def draw_gradients(job: Job, progress: Progress) -> None:
         exclude=plan.exclude,
         overrides={"*:grad_output": HighPrecision(format=FP32)},
     )
-    task = NextByte(job.settings.text, job.seed, batch=BATCH, context=CONFIG.context)
+    task = NextByte(job.settings.text, job.seed, batch=SETUP.batch, context=SETUP.config.context)
     tokens = task.held_out(0)
-    exact = gradient_of(pretrained(job, unrounded), tokens)()
-    model = pretrained(job, plan)
+    exact = gradient_of(as_planned(job, unrounded), tokens)()
+    model = as_planned(job, plan)
     draw, total = gradient_of(model, tokens), torch.zeros_like(exact)
     most = 4 if job.settings.quick else DRAWS
     config = job.config(draws=most, **task.origin())
@@ -176,6 +121,13 @@ def draw_gradients(job: Job, progress: Progress) -> None:
         watching.set_result(
             diverged_at=None, final_loss=errors[-1], one_draw=errors[0], slope=slope
         )
+
+
+def as_planned(job: Job, plan: Plan) -> LanguageModel:
+    """A fresh copy of the pretrained model, converted."""
+    model = pretrained(job, SETUP)
+    convert(model, plan)
+    return model
 
 
 def gradient_of(model: LanguageModel, tokens: Tensor) -> Callable[[], Tensor]:
@@ -199,6 +151,7 @@ def gradient_of(model: LanguageModel, tokens: Tensor) -> Callable[[], Tensor]:
 
 def conclude(out: Path) -> Result:
     clauses = [*_of_training(out), *_of_gradient(out)]
+    verdict, table = judged(clauses)
     drawn = gradients(out)
     slope = {arm: drawn.loc[arm, "slope"] for arm in ("current-stochastic", "nvfp4-stochastic")}
     told = " and ".join(
@@ -206,9 +159,9 @@ def conclude(out: Path) -> Result:
         for arm, one in slope.items()
     )
     return Result(
-        verdict=verdict_of(clauses),
+        verdict=verdict,
         sentence=f"The mean of {DRAWS} stochastic gradients has {told} of the exact one's length.",
-        parts=(clause_table(clauses), _table_of_training(out), _table_of_gradient(out)),
+        parts=(table, _table_of_training(out), _table_of_gradient(out)),
     )
 
 
@@ -306,7 +259,7 @@ EXPERIMENT = Experiment(
             name="training",
             title="Trained with gradients rounded either way",
             seeds=SEEDS,
-            run=learn,
+            run=partial(train_bytes, setup=SETUP),
             arms=TRAINED,
         ),
         Part(
@@ -314,7 +267,7 @@ EXPERIMENT = Experiment(
             title="No training: relative error of one batch's mean gradient, by number of draws",
             seeds=SEEDS,
             run=draw_gradients,
-            prepare=pretrain,
+            prepare=partial(pretrain, setup=PRETRAINING),
             arms=DRAWN,
         ),
     ),

@@ -19,7 +19,7 @@ FP8 delayed run of seven survived). Seeds 7 to 9 were first run when everything 
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,27 +27,23 @@ from torch.nn.functional import cosine_similarity
 
 from fp8lab import (
     DelayedScaling,
-    FeedForward,
     Float8CurrentScaling,
-    GatedFeedForward,
     HighPrecision,
     Plan,
-    convert,
     watch,
 )
 from fp8lab.lab.arm import Arm
-from fp8lab.lab.data import RareToken
-from fp8lab.lab.experiment import Experiment, Job, Part, Progress, Settings
+from fp8lab.lab.experiment import Experiment, Job, Part, Progress
+from fp8lab.lab.language import Setup, pretrain, pretrained
 from fp8lab.lab.model import LanguageModel, ModelConfig, amplify
-from fp8lab.lab.train import NextByte, Schedule, load_checkpoint, save_checkpoint, train
+from fp8lab.lab.rare_tokens import BF16, fp8, regress
+from fp8lab.lab.train import NextByte
 from fp8lab.mitigations import AntiWindup, ClampedSwiGLU, HighPrecisionProduct, SmoothSwiGLU
 
 SEEDS = (0, 1, 2, 7, 8, 9)
 
 DELAYED = DelayedScaling(amax_history_len=16)
-GRADIENTS_JUST_IN_TIME = {"*:grad_output": Float8CurrentScaling()}
-FP8 = Plan(recipe=DELAYED, overrides=GRADIENTS_JUST_IN_TIME)
-BF16 = Plan(recipe=HighPrecision())
+FP8 = fp8(16)
 
 BF16_ARM = Arm(name="bf16", title="BF16", plan=BF16, predicted="survives")
 DELAYED_ARM = Arm(
@@ -81,126 +77,18 @@ ANTI_WINDUP_ARM = Arm(
     predicted="survives",
 )
 
-# --- part one: a rare token ---------------------------------------------------------------------
+# --- part `dose`: a language model, one channel amplified ----------------------------------------
 
-STEPS = 2000
-LEARNING_RATE = 0.025
-COMMON_LOSS_LIMIT = 1000.0
-LAST = 100  # steps that the final loss is a mean of
-
-
-class Student(nn.Module):
-    """One SwiGLU layer, twice as wide as the teacher, or with the name of an activation one without
-    a gate and with as many weights."""
-
-    def __init__(self, seed: int, activation: str | None = None) -> None:
-        super().__init__()
-        self.mlp: nn.Module
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            if activation is None:
-                self.mlp = GatedFeedForward(64, 128)
-            else:
-                self.mlp = FeedForward(64, 192, activation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.mlp(x)
-        return output
-
-
-class Regression:
-    """Squared error summed over the outputs, mean over the batch; common and rare tokens are
-    recorded apart, and the common ones decide whether a run has diverged."""
-
-    def __init__(self, seed: int) -> None:
-        self.task = RareToken(seed=seed, hidden=64, target_scale=70.0)
-        self.rare_target = float(self.task.rare_target.square().sum())
-        self.common: list[float] = []
-        self.rare: list[float] = []
-
-    def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
-        x, y, is_rare = self.task.batch(step)
-        errors = (model(x) - y).square().sum(-1)
-        common = float(errors.detach()[~is_rare].mean())
-        self.common.append(common)
-        metrics = {"common_loss": common}
-        if is_rare.any():
-            metrics["rare_error"] = float(errors.detach()[is_rare].mean()) / self.rare_target
-            self.rare.append(metrics["rare_error"])
-        return errors.mean(), metrics
-
-
-def regress(job: Job, progress: Progress) -> None:
-    """A run of the parts `divergence` and `limits`."""
-    options = job.arm.options or {}
-    steps = job.steps(STEPS, quick=40)
-    model = job.arm.prepare(Student(job.seed, options.get("activation")))
-    task = Regression(job.seed)
-    if options.get("optimizer") == "adam":
-        rate = 0.003
-        optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    else:
-        rate = LEARNING_RATE
-        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-    clip = options.get("clip_norm")
-    schedule = Schedule(
-        steps=steps, clip_norm=clip, judged_by="common_loss", diverged_above=COMMON_LOSS_LIMIT
-    )
-    config = job.config(steps=steps, learning_rate=rate, clip_norm=clip)
-    first = 0
-    if job.start is not None:
-        first = load_checkpoint(job.start, model, optimizer, other_precision=True)
-    with watch(model, job.path, optimizer=optimizer, config=config) as watching:
-        diverged = train(
-            model,
-            optimizer,
-            task,
-            schedule,
-            watch=watching,
-            first_step=first,
-            stop=job.stop,
-            progress=lambda step, loss: progress(step + 1, steps, loss, watching.alarms),
-        )
-        common, rare = task.common[-LAST:], task.rare[-5:]
-        watching.set_result(
-            diverged_at=diverged,
-            final_loss=sum(common) / len(common) if diverged is None else None,
-            final_rare_error=sum(rare) / len(rare) if rare and diverged is None else None,
-        )
-
-
-# --- part two: a language model, one channel amplified ------------------------------------------
-
-CONFIG = ModelConfig(dim=64, layers=2, heads=4, context=64)
-BATCH = 16
-PRETRAINING_STEPS = 600
+SETUP = Setup(
+    config=ModelConfig(dim=64, layers=2, heads=4, context=64),
+    steps=600,
+    quick=600,
+    learning_rate=3e-3,
+    beta2=0.999,
+)
 LAYER, CHANNEL = 1, 7
 EXPONENTS = (0, 8, 12, 14, 16, 18)
 WARM_UP, MEASURED = 4, 8  # batches at each dose: to fill the amax history, and to measure
-
-
-def pretrain(seed: int, folder: Path, settings: Settings, progress: Progress) -> None:
-    """The model that all arms of one seed start from: trained with BF16 operands."""
-    steps = settings.steps or PRETRAINING_STEPS
-    model = LanguageModel(CONFIG, seed)
-    convert(model, Plan(recipe=HighPrecision(), exclude=("head",)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    train(
-        model,
-        optimizer,
-        NextByte(settings.text, seed, batch=BATCH, context=CONFIG.context),
-        Schedule(steps=steps, clip_norm=1.0),
-        progress=lambda step, loss: progress(step + 1, steps, loss, 0),
-    )
-    save_checkpoint(folder / f"pretrained-{seed}.safetensors", model, optimizer, steps)
-
-
-def pretrained(job: Job) -> LanguageModel:
-    """A fresh copy of the pretrained model, not converted."""
-    model = LanguageModel(CONFIG, job.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    load_checkpoint(job.path.parents[1] / f"pretrained-{job.seed}.safetensors", model, optimizer)
-    return model
 
 
 def dose_response(job: Job, progress: Progress) -> None:
@@ -208,10 +96,10 @@ def dose_response(job: Job, progress: Progress) -> None:
 
     A step of the run is one batch at one dose; the metric `dose` is the exponent of two.
     """
-    text = NextByte(job.settings.text, job.seed, batch=BATCH, context=CONFIG.context)
-    exact, start = pretrained(job), pretrained(job).state_dict()
+    text = NextByte(job.settings.text, job.seed, batch=SETUP.batch, context=SETUP.config.context)
+    exact, start = pretrained(job, SETUP), pretrained(job, SETUP).state_dict()
     # The amax histories are filled on a second model, so that what is recorded is the measurement.
-    model, warm = job.arm.prepare(pretrained(job)), job.arm.prepare(pretrained(job))
+    model, warm = (job.arm.prepare(pretrained(job, SETUP)) for _ in range(2))
     cold = {name: value.clone() for name, value in warm.state_dict().items()}
     assert isinstance(model, LanguageModel) and isinstance(warm, LanguageModel)
     config = job.config(**text.origin(), doses=EXPONENTS)
@@ -373,7 +261,7 @@ EXPERIMENT = Experiment(
             title="A language model with one channel amplified",
             seeds=(0, 7),
             run=dose_response,
-            prepare=pretrain,
+            prepare=partial(pretrain, setup=SETUP),
             arms=tuple(
                 of_language_model(arm)
                 for arm in (

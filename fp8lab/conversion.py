@@ -50,10 +50,8 @@ def convert(
     linears = {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear)}
     unmatched = plan.patterns_without_match(linears)
     if unmatched and linears:
-        known = ", ".join(list(linears)[:8])
-        raise ValueError(
-            f"convert: pattern {shown(unmatched[0])} matches no linear layer of {known}, …"
-        )
+        pattern, known = shown(unmatched[0]), ", ".join(list(linears)[:8])
+        raise ValueError(f"convert: pattern {pattern} matches no linear layer of {known}, …")
     chosen = {name: linear for name, linear in linears.items() if plan.covers(name)}
     if not chosen:
         raise ValueError(

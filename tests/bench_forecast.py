@@ -12,21 +12,20 @@ and the same forecasts would be false alarms.
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 import fp8lab
-from fp8lab import DelayedScaling, Float8CurrentScaling, Plan
+from fp8lab import Float8CurrentScaling, Plan
+from fp8lab.lab import rare_tokens
 from fp8lab.lab.train import Schedule, train
 
 SEEDS = range(1000, 1008)
 HISTORIES = (4, 16, 64, 1024)
-EXPERIMENT = Path(__file__).resolve().parents[1] / "experiments" / "swiglu_divergence.py"
 
 
 class Case(NamedTuple):
@@ -37,32 +36,19 @@ class Case(NamedTuple):
     real: int | None
 
 
-def experiment() -> Any:
-    """The module of the main experiment."""
-    spec = importlib.util.spec_from_file_location("swiglu_divergence", EXPERIMENT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def plans(of: Any) -> dict[str, Plan]:
+def plans() -> dict[str, Plan]:
     """What a run is replayed and trained under."""
-    named = {
-        f"delayed, history {length}": Plan(
-            recipe=DelayedScaling(amax_history_len=length), overrides=of.GRADIENTS_JUST_IN_TIME
-        )
-        for length in HISTORIES
-    }
+    named = {f"delayed, history {length}": rare_tokens.fp8(length) for length in HISTORIES}
     return named | {"current": Plan(recipe=Float8CurrentScaling())}
 
 
-def trained(of: Any, seed: int, plan: Plan, path: Path | None = None) -> int | None:
+def trained(seed: int, plan: Plan, path: Path | None = None) -> int | None:
     """The step at which the training diverges, None if it does not; recorded at `path`."""
-    model, task = fp8lab.convert(of.Student(seed), plan), of.Regression(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=of.LEARNING_RATE)
-    limit = of.COMMON_LOSS_LIMIT
-    schedule = Schedule(steps=of.STEPS, judged_by="common_loss", diverged_above=limit)
+    model = fp8lab.convert(rare_tokens.Student(seed), plan)
+    task = rare_tokens.Regression(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rare_tokens.LEARNING_RATE)
+    limit = rare_tokens.COMMON_LOSS_LIMIT
+    schedule = Schedule(steps=rare_tokens.STEPS, judged_by="common_loss", diverged_above=limit)
     if path is None:
         return train(model, optimizer, task, schedule)
     with fp8lab.watch(model, path, every=1) as watch:
@@ -71,14 +57,14 @@ def trained(of: Any, seed: int, plan: Plan, path: Path | None = None) -> int | N
 
 def cases(seeds: range) -> list[Case]:
     """Every recipe of every seed. Raises AssertionError if a BF16 run diverges."""
-    of, found = experiment(), []
+    found = []
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "bf16"
-            assert trained(of, seed, of.BF16, path) is None
-            for name, plan in plans(of).items():
+            assert trained(seed, rare_tokens.BF16, path) is None
+            for name, plan in plans().items():
                 forecast = fp8lab.replay(path, plan).breaks_at
-                found.append(Case(name, forecast, trained(of, seed, plan)))
+                found.append(Case(name, forecast, trained(seed, plan)))
     return found
 
 

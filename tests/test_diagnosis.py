@@ -29,6 +29,7 @@ from fp8lab.diagnosis.twin import first_divergence
 from fp8lab.ffn import GatedFeedForward
 from fp8lab.lab.experiment import Settings, load_experiment, run_experiment
 from fp8lab.lab.model import LanguageModel, ModelConfig, amplify
+from fp8lab.lab.rare_tokens import LEARNING_RATE, Regression, Student
 from fp8lab.mitigations import SmoothSwiGLU
 from fp8lab.monitor import watch
 from fp8lab.recipe import Float8CurrentScaling, HighPrecision, Recipe
@@ -495,9 +496,9 @@ def trained_again(seed: int, steps: int) -> tuple[list[float], int]:
     the pure rare token's product is largest."""
     load_experiment("swiglu_divergence")
     experiment = sys.modules["fp8lab_experiment_swiglu_divergence"]
-    model = experiment.DELAYED_ARM.prepare(experiment.Student(seed))
-    task = experiment.Regression(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=experiment.LEARNING_RATE)
+    model = experiment.DELAYED_ARM.prepare(Student(seed))
+    task = Regression(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     losses = []
     for step in range(steps):
         loss, _ = task.loss(model, step)

@@ -7,10 +7,12 @@ compared with run.json.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -20,10 +22,14 @@ from fp8lab.lab.result import (
     Picture,
     Result,
     Table,
-    clause_table,
+    diverged,
     final_losses,
+    judged,
+    ratios,
+    results,
     runs_of,
-    verdict_of,
+    spread,
+    wilson,
     write_log,
     write_page,
 )
@@ -149,20 +155,89 @@ def test_what_contradicts_the_literature_stands_in_the_heading(whole: Path, tmp_
         ([True, True], "confirmed"),
         ([False, False], "refuted"),
         ([True, False], "partly"),
-        ([True, False, None], "partly"),
+        ([True, False, None], "undecided"),
         ([True, None], "undecided"),
         ([False, None], "undecided"),
         ([], "undecided"),
     ],
 )
-def test_the_verdict_of_clauses(holds: list[bool | None], verdict: str) -> None:
-    assert verdict_of([Clause("a", "b", one) for one in holds]) == verdict
+@pytest.mark.parametrize("killed", [None, False, True])
+def test_the_verdict_of_clauses(holds: list[bool | None], verdict: str, killed: bool) -> None:
+    found, _ = judged([Clause("a", "b", one) for one in holds], killed=killed)
+    assert found == ("refuted" if killed else verdict)
 
 
-def test_clauses_as_a_table() -> None:
-    table = clause_table([Clause("a", "1", True), Clause("b", "2", False), Clause("c", "–", None)])
-    assert table.rows["holds"].tolist() == ["yes", "**no**", "cannot be told"]
+def test_a_prediction_clause_by_clause() -> None:
+    clauses = [Clause("a", "1", True), ("b", "2", False), Clause("c", "–", None)]
+    _, table = judged(clauses)
+    assert table.rows["predicted"].tolist() == ["a", "b", "c"]
     assert table.rows["found"].tolist() == ["1", "2", "–"]
+    assert table.rows["holds"].tolist() == ["yes", "**no**", "cannot be told"]
+    of_numpy = [Clause("a", "1", np.True_), Clause("b", "2", np.False_)]
+    assert judged(of_numpy)[0] == "partly"
+    assert judged(of_numpy)[1].rows["holds"].tolist() == ["yes", "**no**"]
+
+
+@pytest.mark.parametrize(("killed", "said"), [(True, "came"), (False, "did not come")])
+def test_what_would_refute_it_stands_last(killed: bool, said: str) -> None:
+    _, table = judged([Clause("a", "1", True)], killed=killed)
+    assert table.rows.iloc[-1].tolist() == ["what would refute it", said, "–"]
+    assert len(table.rows) == 2 and len(judged([Clause("a", "1", True)])[1].rows) == 1
+
+
+def test_results_are_a_row_a_run(quick: Path) -> None:
+    rows = results(quick, "second")
+    assert rows[["arm", "seed", "steps"]].values.tolist() == [["bf16", 0, 2], ["hot", 0, 2]]
+    for row, arm in enumerate(("bf16", "hot")):
+        told = open_run(quick / "second" / arm / "seed-0").info["result"]
+        kept = {name: value for name, value in told.items() if value is not None}
+        assert rows.loc[row].dropna().to_dict() == kept | {"arm": arm, "seed": 0, "steps": 2}
+    assert results(quick, "third").empty
+
+
+def test_how_many_of_the_arms_diverged() -> None:
+    rows = pd.DataFrame(
+        {"arm": ["a", "a", "b", "c"], "diverged_at": [3.0, math.nan, 5.0, math.nan]}
+    )
+    assert diverged(rows, "a") == (1, 2)
+    assert diverged(rows, "a", "b") == (2, 3)
+    assert diverged(rows, "d") == (0, 0)
+
+
+def test_ratios_are_of_the_seeds_that_both_have() -> None:
+    rows = pd.DataFrame(
+        {
+            "arm": ["a", "b", "a", "b", "a"],
+            "seed": [0, 0, 1, 1, 2],
+            "x": [6.0, 3.0, 1.0, None, 5.0],
+        }
+    )
+    assert ratios(rows, "x", "a", "b").to_dict() == {0: 2.0}
+
+
+@pytest.mark.parametrize(
+    ("count", "of", "low", "high"),
+    # Newcombe, Stat. Med. 17 (1998) 857, table I, method 3: score without continuity correction.
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_as_newcombe_prints_it(count: int, of: int, low: float, high: float) -> None:
+    assert tuple(round(end, 4) for end in wilson(count, of)) == (low, high)
+
+
+def test_wilson_of_nothing_and_of_all() -> None:
+    assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson(6, 6)[1] == 1.0
+
+
+def test_spread_in_words() -> None:
+    assert spread([1.0, 2.0, math.nan, 6.0]) == "3 (1 to 6)"
+    assert spread([1.23456, 1.23456], digits=2) == "1.2 (1.2 to 1.2)"
+    assert spread([math.inf, math.nan]) == spread([]) == "nothing"
 
 
 def test_final_losses_by_seed_and_arm(quick: Path) -> None:

@@ -87,15 +87,64 @@ def runs_of(out: Path, part: str) -> dict[tuple[str, int], Run]:
     return found
 
 
+def results(out: Path, part: str) -> pd.DataFrame:
+    """What the finished runs of a part came to, a row a run: its arm, its seed, all that its result
+    says, and its number of steps, if it says so."""
+    return pd.DataFrame(
+        [
+            {
+                "arm": arm,
+                "seed": seed,
+                **(run.info.get("result") or {}),
+                "steps": run.info["config"].get("steps"),
+            }
+            for (arm, seed), run in runs_of(out, part).items()
+        ]
+    )
+
+
 def final_losses(out: Path, part: str) -> pd.DataFrame:
-    """What the finished runs of a part came to: a row a seed, a column an arm, NaN where a run
-    diverged or says nothing."""
+    """The final losses of `results`: a row a seed, a column an arm, NaN where a run diverged or
+    says nothing."""
     found: dict[str, dict[int, float]] = {}
     for (arm, seed), run in runs_of(out, part).items():
         result = run.info.get("result") or {}
         final = result.get("final_loss") if result.get("diverged_at") is None else None
         found.setdefault(arm, {})[seed] = math.nan if final is None else float(final)
     return pd.DataFrame(found).rename_axis(index="seed", columns="arm").sort_index()
+
+
+def diverged(rows: pd.DataFrame, *arms: str) -> tuple[int, int]:
+    """How many of the arms' runs diverged, of how many; `rows` are `results`."""
+    of = rows[rows["arm"].isin(arms)]
+    return int(of["diverged_at"].notna().sum()), len(of)
+
+
+def ratios(rows: pd.DataFrame, column: str, of: str, to: str) -> pd.Series:
+    """One arm's column over another's, seed by seed, of what both have; `rows` are `results`."""
+    table = rows.pivot(index="seed", columns="arm", values=column).astype(float)
+    return (table[of] / table[to]).dropna()
+
+
+def wilson(count: int, of: int) -> tuple[float, float]:
+    """The 95 % interval of a share, from Wilson, J. Am. Stat. Assoc. 22 (1927) 209; (0, 1) of
+    nothing."""
+    if not of:
+        return 0.0, 1.0
+    z, share = 1.959964, count / of
+    middle = share + z * z / (2 * of)
+    reach = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    size = 1 + z * z / of
+    return max(0.0, (middle - reach) / size), min(1.0, (middle + reach) / size)
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """The mean and the range of some seeds' numbers, in words; what is not finite is left out."""
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return "nothing"
+    low, high, mean = min(known), max(known), sum(known) / len(known)
+    return f"{mean:.{digits}g} ({low:.{digits}g} to {high:.{digits}g})"
 
 
 class Clause(NamedTuple):
@@ -106,22 +155,30 @@ class Clause(NamedTuple):
     holds: bool | None
 
 
-def verdict_of(clauses: Sequence[Clause]) -> Verdict:
-    """Of all clauses together: "partly" if some hold and some do not."""
-    told = {clause.holds for clause in clauses}
-    if told >= {True, False}:
-        return "partly"
-    if None in told or not told:
-        return "undecided"
-    return "confirmed" if told == {True} else "refuted"
+def judged(
+    clauses: Sequence[tuple[str, str, bool | None]], *, killed: bool | None = None
+) -> tuple[Verdict, Table]:
+    """The verdict on a prediction, and it clause by clause, as every page has it first.
 
-
-def clause_table(clauses: Sequence[Clause]) -> Table:
-    """Clause by clause, as every page has it first."""
+    The clauses are `Clause`, or tuples of the same. "partly" is of a prediction of which every
+    clause can be told and some hold. `killed` is for a prediction that says what would refute it
+    whatever else holds: whether that has come; None if it says no such thing, or the runs cannot
+    tell.
+    """
     words = {True: "yes", False: "**no**", None: "cannot be told"}
-    rows = [(one.predicted, one.found, words[one.holds]) for one in clauses]
-    columns = pd.Index(["predicted", "found", "holds"])
-    return Table(title="Clause by clause", rows=pd.DataFrame(rows, columns=columns))
+    rows = [(predicted, found, words[holds]) for predicted, found, holds in clauses]
+    told = {holds for _, _, holds in clauses}
+    verdict: Verdict = "partly"
+    if killed:
+        verdict = "refuted"
+    elif None in told or not told:
+        verdict = "undecided"
+    elif len(told) == 1:
+        verdict = "confirmed" if True in told else "refuted"
+    if killed is not None:
+        rows.append(("what would refute it", "came" if killed else "did not come", "–"))
+    table = pd.DataFrame(rows, columns=pd.Index(["predicted", "found", "holds"]))
+    return verdict, Table(title="Clause by clause", rows=table)
 
 
 def write_page(experiment: Experiment, file: Path, out: Path, folder: Path) -> Path:
