@@ -329,6 +329,9 @@ EXPERIMENT = Experiment(
         "Times are those of the emulation on a CPU; on a GPU a maximum per channel costs another "
         "share. Order them, do not quote them.",
         "One channel of one layer, two sizes.",
+        "Down's column shrinks here as the product grows, and down is in BF16. Where a channel "
+        "grows by itself, balancing channels moves its range into down's weight: with one FP8 "
+        "scale for that, its other columns are flushed instead of the product's.",
     ),
     conclude=conclude,
     parts=(
