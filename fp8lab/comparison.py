@@ -12,14 +12,19 @@ from typing import Any
 
 from fp8lab.runs import Run
 
+_OF_WEIGHT = ("weight_flushed", "weight_bulk_error")
+_PRODUCT, _DOWN = r":product$", r"(?:^|\.)down(?:_proj)?:weight$"
+
 
 def side_by_side(runs: Iterable[Run], against: str) -> list[dict[str, Any]]:
     """A row an arm, named part/arm; runs that belong to no experiment are each an arm.
 
     Losses and times are medians over runs; staleness, saturated, flushed and bulk error are the
-    largest that were recorded at a product. `loss_gap` is the median, over the seeds that both
-    have, of the final loss less that of the arm `against` in the same part; `step_time_ratio` that
-    of the median times of a step.
+    largest that were recorded at a product. Where the weight of a down projection was recorded, to
+    which a balanced product hands its range, its largest are `weight_flushed` and
+    `weight_bulk_error`; where it was in no arm these are left out. `loss_gap` is the median, over
+    the seeds that both have, of the final loss less that of the arm `against` in the same part;
+    `step_time_ratio` that of the median times of a step.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -31,7 +36,8 @@ def side_by_side(runs: Iterable[Run], against: str) -> list[dict[str, Any]]:
     for arm, members in groups.items():
         part = config_of(members[0]).get("part")
         rows.append(_row(arm, members, groups.get(f"{part}/{against}", [])))
-    return rows
+    unseen = {name for name in _OF_WEIGHT if all(row[name] is None for row in rows)}
+    return [{name: row[name] for name in row if name not in unseen} for row in rows]
 
 
 def config_of(run: Run) -> dict[str, Any]:
@@ -52,12 +58,11 @@ def number_of(value: Any) -> float | None:
 
 def _row(arm: str, runs: list[Run], others: list[Run]) -> dict[str, Any]:
     results = [told_of(run, "result") for run in runs]
-    products = [run.tensors() for run in runs]
-    products = [frame[frame["site"].str.endswith(":product", na=False)] for frame in products]
+    tensors = [run.tensors() for run in runs]
 
-    def largest(column: str) -> float | None:
-        values = [float(frame[column].max()) for frame in products if frame[column].notna().any()]
-        return max(values, default=None)
+    def largest(column: str, site: str = _PRODUCT) -> float | None:
+        found = [one.loc[one["site"].str.contains(site, na=False), column] for one in tensors]
+        return max((float(values.max()) for values in found if values.notna().any()), default=None)
 
     finals, other_finals = _finals(runs), _finals(others)
     gaps = [loss - other_finals[seed] for seed, loss in finals.items() if seed in other_finals]
@@ -73,6 +78,8 @@ def _row(arm: str, runs: list[Run], others: list[Run]) -> dict[str, Any]:
         "saturated": largest("saturated"),
         "flushed": largest("flushed"),
         "bulk_error": largest("bulk_error"),
+        "weight_flushed": largest("flushed", _DOWN),
+        "weight_bulk_error": largest("bulk_error", _DOWN),
         "steps_per_second": 1.0 / seconds if seconds else None,
         "step_time_ratio": seconds / other_seconds if seconds and other_seconds else None,
         "changes_function": changes.pop() if len(changes) == 1 else None,

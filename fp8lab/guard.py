@@ -252,6 +252,6 @@ class _Recent(Run):
         wanted = wanted_of(columns, sites, steps, ranks)
         first = self._first if table == "steps" else []
         rows = pa.concat_tables([TABLES[table].empty_table(), *first, *self._tables[table]])
-        if wanted.keys():
-            rows = rows.filter(wanted.mask(rows))
+        for key in wanted.keys():
+            rows = rows.filter(wanted.mask(key, rows[key]))
         return rows.select(wanted.names(TABLES[table]))

@@ -17,8 +17,8 @@ where an unconverted layer saves them as they are.
 
 Delayed scales move when a step ends, which `regions` decides. The state is in two buffers named as
 TE names them, one column per operand (input, weight, grad_output) and in `scale` two more where a
-format has copies of input and weight for the backward pass; row 0 of the history collects the
-running step.
+format has copies of input and weight for the backward pass. Row 0 is filled when the step ends:
+DistributedDataParallel gives every rank the buffers of rank 0, before each forward.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from fp8lab.recipe import (
     recipe_in_words,
 )
 from fp8lab.regions import register, steps
-from fp8lab.rewriting import Rewrite
+from fp8lab.rewriting import OfAnotherForwardError, Rewrite
 from fp8lab.scaling import absolute_maximum, is_the_same_both_ways, scale_for
 
 
@@ -102,9 +102,8 @@ class Fp8Linear(nn.Linear):
         it, an optimizer's included, stay what they are."""
         check_recipes(recipes, gemm_recipes or {}, "Fp8Linear")
         linear.__class__ = cls
-        converted = cast(Fp8Linear, linear)
-        converted._set_up(recipes, gemm_recipes or {}, accumulation)
-        return converted
+        cast(Fp8Linear, linear)._set_up(recipes, gemm_recipes or {}, accumulation)
+        return cast(Fp8Linear, linear)
 
     def _set_up(
         self,
@@ -113,9 +112,11 @@ class Fp8Linear(nn.Linear):
         accumulation: Accumulation | None,
     ) -> None:
         self.recipes = dict(recipes)
-        self.gemm_recipes = dict(gemm_recipes)
+        # A delayed one is the operand's own, and stays that.
+        self.gemm_recipes = {k: r for k, r in gemm_recipes.items() if type(r) is not DelayedScaling}
         self.accumulation = accumulation
         self.rewrite: Rewrite | None = None
+        self._running: dict[Operand, Tensor] = {}  # amaxes of this step, float32 []
         self.gradient_of_saturated: Literal["straight_through", "zero"] = "straight_through"
         self.product_in: FusedProduct | None = None
         self.product_out: FusedProduct | None = None
@@ -123,9 +124,8 @@ class Fp8Linear(nn.Linear):
         if delayed:
             length = max(recipe.amax_history_len for recipe in delayed)
             columns = 5 if any(recipe.fp8_format.has_copies for recipe in delayed) else 3
-            device = self.weight.device
             # Whatever torch's default dtype is.
-            ones = torch.ones(columns, device=device, dtype=torch.float32)
+            ones = torch.ones(columns, device=self.weight.device, dtype=torch.float32)
             self.register_buffer("amax_history", ones.new_zeros(length, 3))
             self.register_buffer("scale", ones)
             self.register_buffer("_scale_before", ones.clone(), persistent=False)
@@ -183,8 +183,10 @@ class Fp8Linear(nn.Linear):
             tensor, _, scale, _ = rewrite(tensor, self.weight)
         elif rewrite is not None and operand == "weight":
             tensor = rewrite.of_weight(tensor)
-        elif rewrite is not None and rewrite.output_scale is not None:
-            scale = rewrite.output_scale.expand_as(tensor)
+        elif rewrite is not None and (of_output := rewrite.output_scale) is not None:
+            if of_output.shape[:-1] != tensor.shape[:-1]:
+                raise OfAnotherForwardError("Fp8Linear: a gradient of an earlier forward")
+            scale = of_output.expand_as(tensor)
             tensor = (tensor * scale).to(tensor.dtype)  # as autograd makes it
         gemm = gemm or ("grad_input" if operand == "grad_output" else "output")
         return self.cast_as_given(operand, tensor, gemm)._replace(channel_scale=scale)
@@ -263,27 +265,31 @@ class Fp8Linear(nn.Linear):
             missing_keys += missing
         elif f"{prefix}weight" in state_dict:
             missing_keys += [key for key in missing if key not in own]
-            self._start_afresh()
+            self.start_afresh(*OPERANDS)
         for name in ("amax_history", "scale"):  # assign=True takes the dtype of the checkpoint
             if (buffer := self._buffers.get(name)) is not None:
                 self._buffers[name] = buffer.float()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        self._start_afresh()
+        self.start_afresh(*OPERANDS)
 
-    def _start_afresh(self) -> None:
-        for name, value in (("amax_history", 0.0), ("scale", 1.0), ("_scale_before", 1.0)):
-            if (buffer := self._buffers.get(name)) is not None:
-                buffer.fill_(value)
+    def start_afresh(self, *operands: Operand) -> None:
+        """Forget the amaxes and delayed scales of these operands."""
+        if "amax_history" not in self._buffers:
+            return
+        columns = [OPERANDS.index(operand) for operand in operands]
+        self.amax_history[:, columns] = 0.0
+        columns += [column + 3 for column in columns if column + 3 < len(self.scale)]
+        self.scale[columns] = self._scale_before[columns] = 1.0
+        self._running = {o: amax for o, amax in self._running.items() if o not in operands}
 
     def quantized(self, how: Cast, operand: Operand, counts: bool) -> Tensor:
         """What a GEMM takes of a cast operand, float32 [tokens, features]; its amax enters the
         history if it counts."""
         if counts and isinstance(how.recipe, DelayedScaling):
             values, amax = how.fake_quantized_and_amax()
-            running = self.amax_history[0, OPERANDS.index(operand)]
-            torch.maximum(running, amax, out=running)
+            self._running[operand] = torch.maximum(self._running.get(operand, amax), amax)
         else:
             values = how.fake_quantized()
         return values.reshape(-1, values.shape[-1])
@@ -338,12 +344,11 @@ class Fp8Linear(nn.Linear):
         return error_of_sums(left, right.t() if gemm == "output" else right, self.accumulation)
 
     def running_amaxes(self, *operands: Operand) -> list[Tensor]:
-        """float32 [] views of this step's amaxes that all ranks share."""
-        recipes = ((operand, self.recipes[operand]) for operand in operands)
+        """float32 [], this step's amaxes that all ranks share, to be changed in place."""
         return [
-            self.amax_history[0, OPERANDS.index(operand)]
-            for operand, recipe in recipes
-            if isinstance(recipe, DelayedScaling) and recipe.reduce_amax
+            self._running.setdefault(operand, self.scale.new_zeros(()))
+            for operand in operands
+            if isinstance(recipe := self.recipes[operand], DelayedScaling) and recipe.reduce_amax
         ]
 
     @torch.no_grad()
@@ -364,13 +369,15 @@ class Fp8Linear(nn.Linear):
                     f"DelayedScaling: amax_history_len={recipe.amax_history_len}, expected at most "
                     f"the {len(self.amax_history)} steps that the layer was converted with"
                 )
+            if (running := self._running.pop(operand, None)) is not None:
+                self.amax_history[0, column] = running
             if self._moved_by_kernel(recipe, operand):
                 continue
             history = self.amax_history[: recipe.amax_history_len, column]
             amax, rolled = _amax_and_rolled(history, recipe)
-            self._move_scale(column, amax, recipe, operand, "rowwise")
+            self._move(column, amax, recipe, operand_format(recipe, operand))
             if operand != "grad_output" and recipe.fp8_format.has_copies:
-                self._move_scale(column + 3, amax, recipe, operand, "columnwise")
+                self._move(column + 3, amax, recipe, operand_format(recipe, operand, "columnwise"))
             history.copy_(rolled)
             history[0] = 0.0
 
@@ -390,15 +397,8 @@ class Fp8Linear(nn.Linear):
         )
         return True
 
-    def _move_scale(
-        self,
-        column: int,
-        amax: Tensor,
-        recipe: DelayedScaling,
-        operand: Operand,
-        direction: Direction,
-    ) -> None:
-        fmt, old = operand_format(recipe, operand, direction), self.scale[column].clone()
+    def _move(self, column: int, amax: Tensor, recipe: DelayedScaling, fmt: FloatFormat) -> None:
+        old = self.scale[column].clone()
         self._scale_before[column] = old
         compute = recipe.scaling_factor_compute_algo
         if compute is None:

@@ -33,7 +33,7 @@ class Layer(Protocol):
     """What has delayed scales."""
 
     def running_amaxes(self, *operands: Operand) -> list[Tensor]:
-        """float32 [] views of this step's amaxes that all ranks share."""
+        """float32 [], this step's amaxes that all ranks share, to be changed in place."""
         ...
 
     def move_scales(self, *operands: Operand) -> None:

@@ -18,6 +18,10 @@ import torch
 from torch import Tensor, nn
 
 
+class OfAnotherForwardError(RuntimeError):
+    """What a rewriting has kept is of another forward than the tensor that it is asked about."""
+
+
 class Rewritten(NamedTuple):
     """The pair, [..., features] and [out, features], of as many features as the layer or more.
 
@@ -36,7 +40,8 @@ class Rewrite(Protocol):
     """How a layer's operands are rewritten; it must answer alike as long as nothing has changed.
 
     The GEMMs of the backward pass have no input to rewrite by. What they take is told by the last
-    rewriting: a layer that runs twice before its first backward is measured with the second's.
+    rewriting: a layer that runs twice before its first backward is measured with the second's, and
+    not at all where their shapes differ.
     """
 
     @property
@@ -67,27 +72,42 @@ def is_free(where: str, rewrite: Rewrite | None, mitigation: object) -> bool:
 
 class Remembering:
     """A rewriting that carries something from step to step: in float32 buffers of its layer, which
-    travel in the state dict and start afresh, at `fresh`, where a checkpoint has none. (Not as a
-    module in the layer: who takes a layer for a leaf, as torch's tensor parallelism, would fail.)
-    What is of the running forward alone, `transient`, is no part of a copy.
+    travel in the state dict and start afresh, at 0, where a checkpoint has none. (Not as a module
+    in the layer: who takes a layer for a leaf, as torch's tensor parallelism, would fail.) What a
+    step collects is in no buffer, which DistributedDataParallel would overwrite with rank 0's. What
+    is of the running forward alone, `transient`, is no part of a copy.
     """
 
-    fresh: ClassVar[float] = 0.0
     transient: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, layer: nn.Module | None = None) -> None:
         self.layer: Any = layer
         self.handles: list[Any] = []  # of hooks
         self._buffers: list[str] = []
+        self._running: Tensor | None = None
+
+    def collect(self, values: Tensor) -> None:
+        """Take the larger of these and what the step has had so far."""
+        before = self._running
+        self._running = values if before is None else torch.maximum(before, values)
+
+    def collected(self, like: Tensor) -> Tensor:
+        """What the step has had, 0 of nothing, for the last time."""
+        running, self._running = self._running, None
+        return torch.zeros_like(like) if running is None else running
+
+    def running_amaxes(self, *operands: str) -> list[Tensor]:
+        """None: those of a layer are shared by all processes, these are not."""
+        return []
 
     def allocate(self, name: str, size: int, *, persistent: bool = True) -> None:
         """Give the layer a buffer, float32 [size]."""
         device = self.layer.weight.device
-        values = torch.full((size,), self.fresh, device=device, dtype=torch.float32)
+        values = torch.zeros(size, device=device, dtype=torch.float32)
         self.layer.register_buffer(name, values, persistent=persistent)
         self._buffers.append(name)
         if persistent:
-            hook = partial(_start_afresh, name, self.fresh)
+            hook = partial(_start_afresh, name)
             self.handles.append(self.layer.register_load_state_dict_pre_hook(hook))
 
     def leave(self) -> None:
@@ -102,9 +122,8 @@ class Remembering:
 
 
 def _start_afresh(
-    name: str, value: float, layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+    name: str, layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
 ) -> None:
     # Only where the layer is in the checkpoint at all.
     if f"{prefix}weight" in state_dict:
-        fresh = torch.full_like(layer.get_buffer(name), value)
-        state_dict.setdefault(f"{prefix}{name}", fresh)
+        state_dict.setdefault(f"{prefix}{name}", torch.zeros_like(layer.get_buffer(name)))

@@ -30,6 +30,7 @@ from fp8lab.observe import Leaving, eagerly, take_off
 from fp8lab.probes import counts
 from fp8lab.recipe import OPERANDS
 from fp8lab.recorder import Recorder, local
+from fp8lab.rewriting import OfAnotherForwardError
 from fp8lab.selection import BLOCK_TENSORS, LINEAR_TENSORS, PARAMETER_TENSORS
 from fp8lab.sites import cast_in_force
 from fp8lab.step_probes import gradient_scale, when_gradients_are_there
@@ -117,6 +118,8 @@ class TensorTaps:
             if name == "residual":  # a massive activation has a channel
                 found = measure.sentinel_vector(local(tensor.detach()), None, summary)
                 self._recorder.add(f"{layer}:{name}", "sentinel", found)
+        except OfAnotherForwardError:
+            pass  # another micro-batch of the step has its part of the row
         except Exception as error:  # what cannot be measured must not end the training
             self._fail(layer, name, error)
 
@@ -177,6 +180,8 @@ class TensorTaps:
             try:
                 with torch.no_grad(), _own_randomness(module, gradient):
                     self._sum(f"{name}:grad_weight", module, "grad_weight", gradient, input)
+            except OfAnotherForwardError:
+                pass
             except Exception as error:  # what cannot be measured must not end the training
                 self._fail(name, "grad_weight", error)
 

@@ -75,7 +75,7 @@ TABLE: dict[str, set[str]] = {
     "ranks": {"sketch", "recorder"},
     "probes": {"casting", "gating", "kernels", "measure", "sites", "observe", "recorder"},
     "taps": {"casting", "measure", "observe", "probes", "recipe", "recorder", "selection", "sites"}
-    | {"step_probes"},
+    | {"rewriting", "step_probes"},
     "step_probes": {"observe", "probes", "recorder"},
     "about": {"probes", "ranks", "sites"},
     "monitor": NECK | SITES | (MONITOR - {"measure", "statistics", "observe"}) | {"casting"},

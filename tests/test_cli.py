@@ -259,12 +259,17 @@ def test_compare_takes_medians_and_maxima_over_the_runs_of_an_arm(tmp_path: Path
         row = {"rank": 0, "site": "mlp:product", "staleness": peak}
         writer.append("tensors", [row | {"step": 0}])
         writer.append("tensors", [row | {"step": 0, "site": "mlp:gate", "staleness": 99.0}])
+        for site, lost in (("mlp.down", peak / 10), ("mlp.up", 0.95), ("mlp.countdown", 0.97)):
+            told = {"site": f"{site}:weight", "flushed": lost, "bulk_error": lost / 2}
+            writer.append("tensors", [row | {"step": 0} | told])
         writer.append("steps", [{"step": s, "rank": 0, "seconds": 1.0 + seed} for s in range(2)])
         writer.close()
     (row,) = strict(invoke("compare", tmp_path, "--json").stdout)
     assert (row["arm"], row["runs"], row["diverged"]) == ("p/a", 3, 0)
     assert row["final_loss"] == statistics.median(finals)
     assert row["staleness"] == max(peaks) and row["saturated"] is None
+    assert row["flushed"] is row["bulk_error"] is None
+    assert (row["weight_flushed"], row["weight_bulk_error"]) == (0.9, 0.45)
     assert row["steps_per_second"] == 1 / 2
     assert row["loss_gap"] is row["step_time_ratio"] is row["changes_function"] is None
 

@@ -34,6 +34,7 @@ from fp8lab.mitigations import SmoothSwiGLU
 from fp8lab.monitor import watch
 from fp8lab.recipe import Float8CurrentScaling, HighPrecision, Recipe
 from fp8lab.record import Finding, Severity
+from fp8lab.selection import Selection
 from fp8lab.store import Run, RunError, RunWriter, open_run
 
 FP8 = {"mlp.down": {"input": "E4M3 DelayedScaling", "weight": "E4M3 DelayedScaling"}}
@@ -189,6 +190,18 @@ def test_bulk_underflow_reads_scaled_products_only(paths: Iterator[Path]) -> Non
     assert findings(next(paths), underflown(scale=None)) == ()
 
 
+def test_bulk_underflow_reads_of_weights_that_of_down_alone(paths: Iterator[Path]) -> None:
+    for name in ("down", "mlp.down", "layers.0.mlp.down_proj"):
+        row = underflown(site=f"{name}:weight", channel_ratio=None)
+        (found,) = findings(next(paths), row)
+        assert (found.site, found.severity, found.channel) == (f"{name}:weight", "medium", None)
+        assert found.remedy.startswith("keep the product in BF16") and "block" in found.remedy
+        assert findings(next(paths), row | {"bulk_error": 0.11}) == ()
+        assert findings(next(paths), row | {"scale": None}) == ()  # a scale per block or row
+    for name in ("mlp.up", "mlp.gate", "countdown", "mlp.down.0", "mlp.down_gate"):
+        assert findings(next(paths), underflown(site=f"{name}:weight")) == ()
+
+
 def test_bulk_underflow_is_silent_where_a_number_is_missing(paths: Iterator[Path]) -> None:
     for missing in ("bulk_error", "flushed", "subnormal", "hot_channel"):
         assert findings(next(paths), underflown(**{missing: None})) == ()
@@ -211,7 +224,8 @@ def test_what_bulk_underflow_says(paths: Iterator[Path]) -> None:
         (6, 0.2, 0.11),
         (7, 0.6, 0.5),
     ]
-    assert "SmoothSwiGLU" in found.remedy and "BF16" in found.cannot_exclude
+    assert found.remedy.startswith("keep the product in BF16") and "SmoothSwiGLU" in found.remedy
+    assert "BF16" in found.cannot_exclude
 
 
 # --- not FP8, and the loss's own alarm ----------------------------------------------------------
@@ -589,6 +603,40 @@ def test_a_planted_hot_channel_is_named_unless_it_does_no_harm(tmp_path: Path, a
     named = [(f.cause, f.severity, f.site, f.channel, f.since) for f in found]
     planted = ("bulk_underflow", "high", "layers.1.mlp:product", 5, 0)
     assert named == ([planted] if arm == "current" else [])
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_balanced_channels_that_down_cannot_take_are_named(
+    tmp_path: Path, compensated: bool
+) -> None:
+    """SmoothSwiGLU hands the channels' range to down's columns, whose cast then loses the others;
+    unless down's column was as much smaller as the channel was larger."""
+    model = LanguageModel(ModelConfig(dim=32, layers=2, heads=2, context=16), 0)
+    mlp = model.layers[1].mlp
+    with torch.no_grad():
+        mlp.gate.weight[7] *= 2.0**9
+        mlp.up.weight[7] *= 2.0**11
+        mlp.down.weight[:, 7] *= 2.0**-20 if compensated else 1.0
+    convert(model, Float8CurrentScaling(), exclude=("head",))
+    SmoothSwiGLU().apply(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    weights = Selection(tensors=("weight",), layers=("*.down",), statistics=("mse",))
+    with watch(model, tmp_path / "run", optimizer=optimizer, every=1, select=weights) as watching:
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            loss = model.loss(torch.randint(0, 256, (2, 17), generator=generator))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            watching.step(step, loss=loss)
+    found = diagnose(tmp_path / "run").findings
+    named = [(f.cause, f.severity, f.site, f.channel, f.since) for f in found]
+    planted = ("bulk_underflow", "high", "layers.1.mlp.down:weight", None, 0)
+    assert named == ([] if compensated else [planted])
+    if found:
+        assert found[0].summary.startswith(
+            "a column of the weight as it is cast is the largest and takes the range: the others"
+        )
 
 
 def test_a_learning_rate_too_high_for_bf16_is_not_fp8(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import operator
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,14 +23,20 @@ from typing import Any
 
 import pytest
 
+from fp8lab.lab.arm import Arm
 from fp8lab.lab.experiment import (
     Experiment,
+    Job,
     Part,
     Report,
+    Settings,
     load_experiment,
     run_experiment,
 )
 from fp8lab.lab.workers import Workers
+from fp8lab.mitigations import ClampedSwiGLU, HadamardProduct, QKClip, SmoothSwiGLU
+from fp8lab.plan import Plan
+from fp8lab.recipe import Float8CurrentScaling, HighPrecision
 from fp8lab.record import TABLES
 from fp8lab.store import Run, RunError, RunWriter, find_runs, open_run
 
@@ -154,6 +161,85 @@ def test_what_is_finished_is_left_alone(done: tuple[Path, Told]) -> None:
     before, told = snapshot(out), Told()
     assert run_tiny(out, **told.listen()) == []
     assert told.labels == {} and snapshot(out) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"mitigations": (ClampedSwiGLU(limit=0.01),)}, "mitigations"),
+        ({"mitigations": (QKClip(),)}, "mitigations"),
+        ({"options": {"hotter": 1e7}}, "options"),
+        ({"plan": Plan(recipe=Float8CurrentScaling())}, "recipe"),
+    ],
+    ids=str,
+)
+def test_a_finished_run_of_another_arm_is_refused(
+    tmp_path: Path, done: tuple[Path, Told], change: dict[str, Any], key: str
+) -> None:
+    """A mitigation's parameter, here, is all that is new: the arm's name says nothing of it."""
+    file, experiment = load_experiment(str(TINY))
+    out, label = tmp_path / "runs", "second/hot/seed-0"
+    shutil.copytree(done[0], out)
+    first, second = experiment.parts
+
+    def run_with(**changes: Any) -> dict[int, str]:
+        told = Told()
+        arms = (second.arms[0], dataclasses.replace(second.arms[1], **changes))
+        parts = (first, dataclasses.replace(second, arms=arms))
+        changed = dataclasses.replace(experiment, parts=parts)
+        assert run_experiment(file, changed, out, **told.listen()) == []
+        return told.labels
+
+    json_file = out / label / "run.json"
+    if key == "mitigations":
+        (wanted,) = change[key]
+        other = {"name": type(wanted).__name__, "limit": 10.0}
+        info = json.loads(json_file.read_text())
+        info["config"][key] = [other]
+        json_file.write_text(json.dumps(info))
+    before = snapshot(out)
+    with pytest.raises(RunError) as caught:
+        run_with(**change)
+    assert str(caught.value).startswith(f"{out / label}: a finished run with {key}=")
+    assert str(caught.value).endswith(", or a new folder")
+    assert snapshot(out) == before
+    if key == "mitigations":  # with nothing but names, as it was said before, or nothing at all
+        for said in ({key: [type(wanted).__name__]}, {}):
+            kept = {name: one for name, one in info["config"].items() if name != key}
+            for seed in (0, 1):
+                json_file = out / "second" / "hot" / f"seed-{seed}" / "run.json"
+                json_file.write_text(json.dumps(info | {"config": kept | said}))
+            assert run_with(**change) == {}
+
+
+def described(*mitigations: Any) -> Any:
+    plan = Plan(recipe=HighPrecision())
+    arm = Arm(name="a", title="A", plan=plan, mitigations=mitigations)
+    job = Job("e", "p", arm, 0, Path("nowhere"), Settings())
+    assert job.config()["mitigations"] == arm.describe()["mitigations"]
+    said = arm.describe()["mitigations"]
+    assert json.loads(json.dumps(said, allow_nan=False)) == said
+    return said
+
+
+def test_arms_that_differ_in_a_parameter_are_described_apart() -> None:
+    smooth = [
+        *(SmoothSwiGLU(), SmoothSwiGLU(timing="delayed"), SmoothSwiGLU.reference_code()),
+        *(SmoothSwiGLU.fog_baseline(), ClampedSwiGLU.gpt_oss(), ClampedSwiGLU.step()),
+    ]
+    said = [json.dumps(described(one)) for one in smooth]
+    assert len(set(said)) == len(smooth)
+    assert described(HadamardProduct(block=4)) != described(HadamardProduct(block=8))
+    assert described(QKClip(tau=3.0), QKClip()) == [
+        {"name": "QKClip", "tau": 3.0},
+        {"name": "QKClip", "tau": 100.0},
+    ]
+
+    class Group:
+        """What JSON cannot hold is told by its repr, without the address."""
+
+    one, other = (SmoothSwiGLU.reference_code(group=Group()) for _ in range(2))
+    assert described(one) == described(other) != described(SmoothSwiGLU.reference_code())
 
 
 # --- what befalls a run -------------------------------------------------------------------------

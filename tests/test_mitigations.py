@@ -29,10 +29,21 @@ from fp8lab.mitigations import AntiWindup, ClampedSwiGLU, HighPrecisionProduct, 
 from fp8lab.mitigations.hadamard_product import HadamardProduct, Turned
 from fp8lab.mitigations.hot_channel_patch import HotChannelPatch, Patched
 from fp8lab.mitigations.smooth_swiglu import ChannelsBalanced, power_of_two_scale
-from fp8lab.recipe import DelayedScaling, Float8CurrentScaling, Format, HighPrecision, Recipe
+from fp8lab.recipe import (
+    BitNetScaling,
+    DelayedScaling,
+    Float8BlockScaling,
+    Float8CurrentScaling,
+    Format,
+    HighPrecision,
+    MXFP8BlockScaling,
+    NVFP4BlockScaling,
+    Recipe,
+    RowwiseScaling,
+)
 
-ALL: list[Any] = [AntiWindup(), ClampedSwiGLU(), HighPrecisionProduct(), SmoothSwiGLU()]
-EACH: list[Any] = [*ALL, HadamardProduct(), HotChannelPatch()]
+EACH: list[Any] = [AntiWindup(), ClampedSwiGLU(), HighPrecisionProduct(), SmoothSwiGLU()]
+EACH += [HadamardProduct(), HotChannelPatch()]
 FP32 = HighPrecision(format=formats.FP32)
 E4M3, E5M2 = (torch.float8_e4m3fn, 448.0), (torch.float8_e5m2, 57344.0)
 
@@ -161,7 +172,7 @@ def test_every_layer_gets_it_and_the_same_model_comes_back(mitigation: Any) -> N
 
 @pytest.mark.parametrize("mitigation", EACH, ids=lambda m: type(m).__name__)
 def test_a_copy_of_the_model_keeps_it(mitigation: Any) -> None:
-    model = mitigation.apply(two_layers(Float8CurrentScaling()))
+    model = mitigation.apply(two_layers(DelayedScaling()))
     with torch.no_grad():
         model.layers[0].mlp.up.weight.mul_(200.0)
     tokens = torch.randint(0, 256, (2, 9))
@@ -213,6 +224,79 @@ def test_anti_windup_leaves_the_forward_alone() -> None:
         before = model(batch()[0].fill_(2.0))
         after = AntiWindup().apply(model)(batch()[0].fill_(2.0))
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "saturates"),
+    [
+        (DelayedScaling(), True),
+        (NVFP4BlockScaling(), True),
+        (MXFP8BlockScaling(scale_rounding="ocp_floor"), True),
+        (MXFP8BlockScaling(scale_rounding="even"), True),
+        (MXFP8BlockScaling(scale_rounding="ceil"), False),
+        (MXFP8BlockScaling(), False),
+        (Float8CurrentScaling(), False),
+        (Float8CurrentScaling(use_power_2_scales=True), False),
+        (RowwiseScaling(), False),
+        (RowwiseScaling(round_scales_to_power_of_2=False), False),
+        (Float8BlockScaling(), False),
+        (BitNetScaling(), False),
+    ],
+    ids=str,
+)
+def test_anti_windup_is_refused_where_nothing_saturates(recipe: Recipe, saturates: bool) -> None:
+    model = feed_forward()
+    down = down_converted(model, input=recipe)
+    torch.manual_seed(0)
+    products = torch.randn(200, 64, 24).mul_(2.0 ** torch.arange(200)[:, None, None].sub(100) / 8)
+    found = [down.cast_in_force("input", one).saturated().any().item() for one in products]
+    assert any(found) == saturates
+    if saturates:
+        AntiWindup().apply(model)
+        return
+    with pytest.raises(ValueError, match=r"of \. is scaled just in time \(.*\), nothing saturates"):
+        AntiWindup().apply(model)
+    assert down.gradient_of_saturated == "straight_through"
+
+
+# --- what one GEMM takes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gemm", ["output", "grad_weight"])
+def test_high_precision_product_holds_in_both_gemms(gemm: str) -> None:
+    model = feed_forward()
+    overrides = {f"down:input@{gemm}": RowwiseScaling()}
+    fp8lab.convert(model, Float8CurrentScaling(), overrides=overrides)
+    HighPrecisionProduct().apply(model)
+    said = model.down.precision()
+    assert {said["input@output"], said["input@grad_weight"]} == {"BF16 HighPrecision"}
+
+
+@pytest.mark.parametrize(
+    "mitigation",
+    [AntiWindup(), SmoothSwiGLU(), HadamardProduct(block=8), HotChannelPatch(channels=4)],
+    ids=lambda m: type(m).__name__,
+)
+def test_what_the_output_takes_decides(mitigation: Any) -> None:
+    """Not what the operand's recipe says, which one GEMM may not follow; and in either order."""
+    bf16, delayed = HighPrecision(), DelayedScaling()
+    model = feed_forward()
+    fp8lab.convert(model, delayed, overrides={"down:input@output": bf16})
+    with pytest.raises(ValueError, match=r"the product of \. is not FP8"):
+        mitigation.apply(model)
+    model = mitigation.apply(down_converted_model(feed_forward()))
+    before = copy.deepcopy(model.down.recipes)
+    with pytest.raises(ValueError, match=r"^HighPrecisionProduct: \.: .*, expected neither$"):
+        HighPrecisionProduct().apply(model)
+    assert model.down.recipes == before
+
+
+def test_the_weight_is_scaled_just_in_time_in_both_gemms() -> None:
+    delayed = DelayedScaling()
+    model = feed_forward()
+    fp8lab.convert(model, delayed, overrides={"down:weight@output": delayed})
+    said = SmoothSwiGLU().apply(model).down.precision()
+    assert said["weight@output"] == said["weight@grad_input"] == "E4M3 Float8CurrentScaling"
 
 
 # --- the product in high precision ------------------------------------------------------------
@@ -482,12 +566,17 @@ def test_smooth_swiglu_scales_the_weight_of_down_just_in_time(
 
 @pytest.mark.parametrize(
     "mitigations",
-    [[SmoothSwiGLU()], [SmoothSwiGLU(), AntiWindup()], [ClampedSwiGLU(), SmoothSwiGLU()], ALL],
+    [
+        [SmoothSwiGLU()],
+        [SmoothSwiGLU(), AntiWindup()],
+        [ClampedSwiGLU(), SmoothSwiGLU(), AntiWindup()],
+        [ClampedSwiGLU(), HighPrecisionProduct()],
+    ],
     ids=lambda ms: " and ".join(type(m).__name__ for m in ms),
 )
 def test_they_compose_and_train_under_delayed_scaling(mitigations: list[Any]) -> None:
     model = two_layers(DelayedScaling(amax_history_len=4))
-    for mitigation in sorted(mitigations, key=lambda m: m.kind == "recipe"):
+    for mitigation in mitigations:
         mitigation.apply(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     tokens = torch.randint(0, 4, (4, 17))
@@ -501,6 +590,6 @@ def test_they_compose_and_train_under_delayed_scaling(mitigations: list[Any]) ->
     assert losses[0] > 5.0
     assert losses[-1] < 2.0
     down = model.layers[0].mlp.down
-    if any(isinstance(m, SmoothSwiGLU) for m in mitigations) and len(mitigations) < 4:
+    if any(isinstance(m, SmoothSwiGLU) for m in mitigations):
         # The smoothed product's amax is in (1/2, 1]: the delayed scale has followed it there.
         assert 448.0 <= float(down.scale[0]) < 896.0

@@ -47,6 +47,7 @@ from fp8lab.recipe import (
     DelayedScaling,
     Float8BlockScaling,
     Float8CurrentScaling,
+    Format,
     HighPrecision,
     MXFP8BlockScaling,
     NVFP4BlockScaling,
@@ -282,12 +283,18 @@ def test_the_linear_branch_bounds_half_of_the_growth() -> None:
     assert torch.equal(output, F.linear(inputs.view(-1, 24), weight).view(2, 5, 16))
 
 
+def next_scale(before: Tensor, amax: Tensor) -> Tensor:
+    """Of a delayed scale: at most the median channel's, and at most twice the one before."""
+    scale = power_of_two_scale(amax.clamp(min=amax[amax > 0].median()))
+    return torch.where(before == 0, scale, torch.minimum(scale, 2 * before))
+
+
 @pytest.mark.parametrize("branch", ["product", "linear"])
 def test_a_delayed_scale_is_made_of_the_step_before(branch: Any) -> None:
     model = feed_forward()
     down = on_down(model, SmoothSwiGLU(timing="delayed", branch=branch), weight=FP32)
     rewrite: Any = down.rewrite
-    before = torch.ones(24)
+    before = torch.zeros(24)  # none yet
     for step in range(4):
         assert torch.equal(down.smooth_scale, before)
         parts = [(step + 1.0) * torch.randn(5, 16) for _ in range(2)]
@@ -299,13 +306,14 @@ def test_a_delayed_scale_is_made_of_the_step_before(branch: Any) -> None:
                 product = F.silu(gate) * up
                 made = down.cast_in_force("input", product)
                 output = model(x)
-                assert torch.equal(rewrite._last, before)
-                if branch == "product":
-                    assert torch.equal(made.tensor, product * before)
+                just_in_time = power_of_two_scale(product.abs().amax(dim=0))
+                used = before if step else just_in_time
+                assert torch.equal(rewrite._last, used)
+                assert torch.equal(made.tensor, product * used)
                 of = product if branch == "product" else up
                 amax = torch.maximum(amax, of.abs().amax(dim=0))
                 output.sum().backward()
-        before = power_of_two_scale(amax)
+        before = next_scale(before, amax)
         with torch.no_grad():  # an evaluation leaves it alone
             model(1e3 * torch.randn(5, 16))
     assert torch.equal(down.smooth_scale, before)
@@ -322,6 +330,61 @@ def test_a_silent_channel_keeps_its_delayed_scale() -> None:
     model(torch.randn(5, 16))
     assert torch.equal(down.smooth_scale[3:5], first[3:5])
     assert not torch.equal(down.smooth_scale, first)
+
+
+def error_of(model: Any, x: Tensor) -> float:
+    """Of down's output under FP8, relative to its exact one; the step is taken."""
+    with torch.no_grad():
+        expected = model.product(x).double() @ model.down.weight.double().t()
+    output = model(x)
+    output.sum().backward()
+    return relative(output.detach().double(), expected)
+
+
+@pytest.mark.parametrize("name", ["paper", "paper, delayed", "reference code", "token"])
+@pytest.mark.parametrize("copies", [False, True])
+def test_put_on_in_mid_training_it_does_not_take_the_history_of_another_operand(
+    name: str, copies: bool
+) -> None:
+    """With TE's history of 1024 steps the layer would be destroyed for as many."""
+    model = GatedFeedForward(32, 64)
+    with torch.no_grad():
+        model.up.weight[5] *= 1e6
+    fmt = Format.HYBRID_E5M2_COPIES if copies else Format.HYBRID
+    fp8lab.convert(model, DelayedScaling(fp8_format=fmt))
+    x = torch.randn(64, 32)
+    for _ in range(3):
+        error_of(model, x)
+    weight, gradient = model.down.scale[1:3].clone()
+    MITIGATIONS[name].apply(model)
+    kept = model.down.scale[1], model.down.amax_history[1:, 1].any()
+    assert kept == (weight, True)
+    of_tokens = "paper" not in name  # whose gradient is divided by s
+    assert (model.down.scale[2] == gradient) != of_tokens
+    fresh = model.down.scale[[0, 3] if copies else [0]]
+    assert (fresh == 1).all() and not model.down.amax_history[:, 0].any()
+    errors = [error_of(model, x) for _ in range(3)]
+    assert max(errors[1:]) <= 0.045
+
+
+@pytest.mark.parametrize("recipe", [Float8CurrentScaling(), DelayedScaling()], ids=str)
+@pytest.mark.parametrize("quiet", [1e-3, 1e-8])
+def test_a_channel_that_was_quiet_for_a_step_is_no_outlier_after(
+    recipe: Recipe, quiet: float
+) -> None:
+    errors = {}
+    for name in ("none", "paper, delayed"):
+        torch.manual_seed(0)
+        model, x = GatedFeedForward(32, 64), torch.randn(64, 32)
+        fp8lab.convert(model, recipe, include=["down"])
+        if name != "none":
+            MITIGATIONS[name].apply(model)
+        loud = model.up.weight.detach().clone()
+        for factor in (1.0, 1.0, 1.0, quiet, 1.0):
+            with torch.no_grad():
+                model.up.weight[3] = loud[3] * factor
+            errors[name] = error_of(model, x)
+    assert errors["paper, delayed"] <= 1.01 * errors["none"]
 
 
 def test_the_turned_product_is_its_formula() -> None:
@@ -533,6 +596,55 @@ def test_activation_checkpointing_changes_nothing(name: str, reentrant: bool) ->
         torch.manual_seed(9)
         model.loss(torch.randint(0, 256, (2, 9))).backward()
     assert_equal(gradients(other), gradients(alone))
+
+
+@pytest.mark.parametrize("name", ["paper, linear", "token", "reference code", "FOG"])
+@pytest.mark.parametrize("tokens", [(8, 8), (8, 5)])
+def test_down_repeated_without_its_branch_is_refused(name: str, tokens: tuple[int, int]) -> None:
+    """Activation checkpointing that keeps gate and up: their maxima are of the last micro-batch."""
+    model: Any = feed_forward()
+    on_down(model, MITIGATIONS[name])
+    alone = copy.deepcopy(model)
+
+    def tail(gate: Tensor, up: Tensor) -> Tensor:
+        output: Tensor = model.down(F.silu(gate) * up)
+        return output
+
+    batches = [torch.randn(n, 16) for n in tokens]
+    outputs = [
+        checkpoint(tail, model.gate(x), model.up(x), use_reentrant=False).sum() for x in batches
+    ]
+    if name != "token":
+        with pytest.raises(RuntimeError, match=r"down ran before its .* branch, expected that fir"):
+            torch.stack(outputs).sum().backward()
+        return
+    torch.stack(outputs).sum().backward()
+    torch.stack([alone(x).sum() for x in batches]).sum().backward()
+    assert_equal(gradients(model), gradients(alone))
+
+
+def test_a_gradient_of_another_forward_costs_its_part_of_a_row_alone(tmp_path: Path) -> None:
+    model = nn.Sequential(feed_forward())
+    fp8lab.convert(model, Float8CurrentScaling(), accumulation=Accumulation(promote_every=32))
+    SmoothSwiGLU.reference_code().apply(model)
+    select = fp8lab.Selection(
+        tensors=("grad_output", "grad_weight"), layers=("*.down",), statistics=("mse",)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with fp8lab.watch(
+        model, tmp_path / "run", optimizer=optimizer, every=1, select=select
+    ) as watching:
+        for step, lengths in enumerate([(6, 9), (6,), (6,)]):
+            optimizer.zero_grad()
+            loss = torch.stack([model(torch.randn(4, n, 16)).sum() for n in lengths]).sum()
+            loss.backward()
+            optimizer.step()
+            watching.step(step, loss=loss)
+    run_of = fp8lab.open_run(tmp_path / "run")
+    assert run_of.events().empty
+    rows = run_of.tensors()
+    for name in ("grad_output", "grad_weight"):
+        assert rows[rows["site"] == f"0.down:{name}"]["step"].tolist() == [0, 1, 2]
 
 
 def _checkpointed(forward: Any, reentrant: bool) -> Any:
@@ -780,7 +892,9 @@ def test_folding_scales_from_batches(form: str) -> None:
     batches = [torch.randn(2, 5, 16) for _ in range(3)]
     with torch.no_grad():
         product = torch.cat([model.product(x) for x in batches])
-        scale = power_of_two_scale(product.abs().amax(dim=(0, 1)))
+        amax = product.abs().amax(dim=(0, 1))
+        scale = next_scale(torch.zeros(24), amax)
+        assert not torch.equal(scale, power_of_two_scale(amax))  # a quiet one is left as quiet
         up, down, x = model.up.weight.clone(), model.down.weight.clone(), batches[0]
         bias = model.up.bias.clone()
         plain = F.linear(model.product(x), model.down.weight, model.down.bias)
@@ -822,6 +936,16 @@ def test_what_cannot_be_folded_is_refused_and_nothing_changed() -> None:
         (trained(SMOOTH["paper"], Float8CurrentScaling()), (), "expected batches"),
         (feed_forward(), (), "expected a model with Smooth-SwiGLU on it"),
     ]
+    tied = nn.Sequential(feed_forward(), feed_forward())
+    tied[1].up.weight = tied[0].up.weight
+    fp8lab.convert(tied, Float8CurrentScaling())
+    SmoothSwiGLU().apply(tied)
+    cases.append((tied, [torch.randn(3, 16)], "0: up or down shares its weight"))
+    biased = nn.Sequential(*(GatedFeedForward(16, 24, "swiglu", bias=True) for _ in range(2)))
+    biased[1].up.bias = biased[0].gate.bias
+    fp8lab.convert(biased, Float8CurrentScaling())
+    SmoothSwiGLU().apply(biased)
+    cases.append((biased, [torch.randn(3, 16)], "1: up or down shares its weight or bias"))
     hooked = trained(SMOOTH["paper, delayed"], Float8CurrentScaling())
     hooked.up.register_forward_hook(lambda module, args, output: output.clamp(max=1.0))
     cases.append((hooked, (), "a hook that may change"))
@@ -839,6 +963,7 @@ import sys, torch
 import torch.distributed as dist
 import fp8lab
 from fp8lab.ffn import GatedFeedForward
+from fp8lab.mitigations.hot_channel_patch import HotChannelPatch
 from fp8lab.mitigations.smooth_swiglu import SmoothSwiGLU
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -891,7 +1016,38 @@ def of(how):
     return {"output": result, "scale": scale, "grad": grad, "state": state}
 
 
-torch.save({how: of(how) for how in sys.argv[3].split(", ")}, f"{folder}/left-{rank}")
+def of_ddp(mitigation, recipe):
+    # Scales after a step of two micro-batches, rank 1's first the largest, and all ranks' amaxes.
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(GatedFeedForward(16, 24))
+    fp8lab.convert(model, recipe)
+    if mitigation is not None:
+        mitigation.apply(model)
+    down, products, gradients = model[0].down, [], []
+    down.register_forward_pre_hook(lambda m, given: products.append(given[0].detach().abs()))
+    down.register_full_backward_hook(lambda m, _, given: gradients.append(given[0].abs()))
+    ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=True)
+    torch.manual_seed(1)
+    for _ in range(2):
+        products.clear()
+        gradients.clear()
+        with fp8lab.autocast():
+            for factor in (8.0 ** rank, 1.0):
+                ddp(torch.randn(5, 16) * factor).square().sum().backward()
+    amax = torch.stack(products).amax(dim=(0, 1)), torch.stack(gradients).amax()
+    for one in amax:
+        dist.all_reduce(one, op=dist.ReduceOp.MAX)
+    buffers = {name: buffer.clone() for name, buffer in down.named_buffers()}
+    return {"product": amax[0], "gradient": amax[1], **buffers}
+
+
+left = {how: of(how) for how in sys.argv[3].split(", ")}
+left["DDP"] = of_ddp(None, fp8lab.DelayedScaling(amax_history_len=1))
+shared = SmoothSwiGLU(timing="delayed", group=dist.group.WORLD)
+left["DDP, delayed"] = of_ddp(shared, fp8lab.Float8CurrentScaling())
+patch = HotChannelPatch(channels=2, score="amax", timing="persistent", memory=0.0)
+left["DDP, persistent"] = of_ddp(patch, fp8lab.Float8CurrentScaling())
+torch.save(left, f"{folder}/left-{rank}")
 dist.destroy_process_group()
 """
 PARALLEL = ["megatron token", "megatron reference", "megatron fog"]
@@ -954,6 +1110,18 @@ def test_two_data_parallel_processes_share_delayed_scales(ranks: list[Any]) -> N
     model(x)
     for had in ranks:
         assert torch.equal(had["data delayed"]["state"], down.smooth_scale)
+
+
+def test_buffers_that_ddp_broadcasts_are_not_what_a_step_collects(ranks: list[Any]) -> None:
+    """Each forward of DistributedDataParallel gives all ranks the buffers of rank 0."""
+    for had in ranks:
+        plain, smooth = had["DDP"], had["DDP, delayed"]
+        expected = torch.stack([plain["product"].amax(), plain["gradient"]])
+        assert torch.equal(plain["scale"][[0, 2]], torch.tensor([448.0, 57344.0]) / expected)
+        assert ((smooth["product"] * smooth["smooth_scale"]).amax() > 0.5).all()
+        assert ((smooth["product"] * smooth["smooth_scale"]) <= 1.0).all()
+    assert ranks[0]["DDP"]["product"].amax() > 2.0
+    assert not torch.equal(*(had["DDP, persistent"]["patch_average"] for had in ranks))
 
 
 # --- refusals -----------------------------------------------------------------------------------

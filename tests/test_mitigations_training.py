@@ -357,7 +357,7 @@ def test_adagc_is_its_formula() -> None:
             value[:] = [v - factors[n] * g for v, g in zip(value, gradients[n], strict=True)]
         assert_close(parameters, values)
     assert clipped >= 3
-    kept = [group["adagc"]["gamma"][0] for group in optimizer.param_groups]
+    kept = [group["adagc"]["gamma"]["0"] for group in optimizer.param_groups]
     assert kept == pytest.approx(gamma, rel=1e-11)
 
 
@@ -442,7 +442,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace_in_other_tensors(
     numbers = str([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
     assert "nan" not in numbers and "inf" not in numbers
     if isinstance(mitigation, AdaGC):
-        assert min(optimizer.param_groups[0]["adagc"]["gamma"]) > 0.01
+        assert min(optimizer.param_groups[0]["adagc"]["gamma"].values()) > 0.01
     if math.isnan(bad):
         assert parameters[0].isnan().any()
 
@@ -583,6 +583,33 @@ def test_the_watch_goes_on_and_changes_nothing(watched_first: bool, tmp_path: Pa
     assert not len(run.events())
 
 
+@pytest.mark.parametrize(
+    "mitigation", [AdaGC(warm_up=3), ZClip(warm_up=3), OF_GRADIENTS[3]], ids=lambda m: m.source
+)
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_groups_of_a_step_are_nobody_elses(mitigation: Any, forgotten: bool) -> None:
+    """StableAdamW before it: the gradients are cut, and what is kept of them, as without."""
+
+    def cut(*before: Any) -> tuple[list[Any], Any]:
+        parameters = [nn.Parameter(torch.ones(4)) for _ in range(3)]
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=0.0)
+        for one in (*before, mitigation):
+            one.apply(optimizer)
+        gradients = []
+        for step in range(12):
+            if forgotten and step == 8:  # as a state from before the mitigation leaves it
+                for name in ("adagc", "zclip", "spam"):
+                    optimizer.param_groups[0].pop(name, None)
+            for parameter, size in zip(parameters, (1e-3, 1.0, 1e-2), strict=True):
+                parameter.grad = torch.full((4,), size * (30.0 if step >= 8 and size == 1 else 1))
+            optimizer.step()
+            gradients.append([parameter.grad.tolist() for parameter in parameters])
+        kept = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        return gradients, kept
+
+    assert cut(StableAdamW()) == cut()
+
+
 def test_two_that_set_rates_multiply() -> None:
     seen: dict[str, list[list[float]]] = {}
     for name, mitigations in {
@@ -680,10 +707,12 @@ def test_refusals_of_optimizers(mitigation: Any) -> None:
     flat._is_flat_param = True
     expected = "a rank's share of FSDP1, expected whole tensors or DTensors"
     refused(torch.optim.AdamW([flat]), expected)
-    if name != "StableAdamW":  # keeps nothing, and has nothing left to clip the second time
-        twice = mitigation.apply(torch.optim.AdamW(born()))
-        refused(twice, "on this AdamW already")
-        assert len(twice._optimizer_step_pre_hooks) == 1 + (name == "SPAM")
+    twice = mitigation.apply(torch.optim.AdamW(born()))
+    refused(twice, "on this AdamW already")
+    assert len(twice._optimizer_step_pre_hooks) == 1 + (name in ("SPAM", "StableAdamW"))
+    # torch forgets the hooks of a copy, and so does what refuses; the state goes on.
+    copied = copy.deepcopy(twice)
+    assert mitigation.apply(copied) is copied
     if name in ("StableAdamW", "SPAM"):
         other = "AdamW with amsgrad divides by another second moment"
         refused(torch.optim.AdamW(born(), amsgrad=True), other)
@@ -991,6 +1020,37 @@ def test_qk_clip_is_refused_where_it_cannot_be() -> None:
     model = LanguageModel(CONFIG, 0)
     reason = "QKClip: layers.0.attention: query or key is no parameter of the SGD"
     refused(torch.optim.SGD(model.head.parameters(), lr=1.0), model, reason)
+    expected = "is shared, expected query and key of each head with weights of their own"
+    for number, tied in ((0, model.layers[0].attention.key), (1, model.layers[1].attention.key)):
+        model = LanguageModel(CONFIG, 0)
+        tied = model.layers[number].attention.key
+        tied.weight = model.layers[0].attention.query.weight
+        reason = f"QKClip: layers.{number}.attention: query or key {expected}"
+        refused(torch.optim.SGD(model.parameters(), lr=1.0), model, reason)
+
+
+def test_qk_clip_is_on_once_and_says_when_it_sees_nothing() -> None:
+    model = LanguageModel(CONFIG, 0)
+    optimizer = QKClip().apply(torch.optim.SGD(model.parameters(), lr=0.0), model)
+    with pytest.raises(ValueError, match=r"^QKClip: on this SGD already$"):
+        QKClip(tau=5.0).apply(optimizer, model)
+    assert len(optimizer._optimizer_step_post_hooks) == 1
+    model.loss(tokens()[:0]).nansum().backward()  # no sequences: seen, and nothing to clip
+    optimizer.step()
+
+    torch._dynamo.reset()
+    model = LanguageModel(CONFIG, 0)
+    model.compile(backend="eager")
+    model(tokens()).sum().backward()
+    optimizer = QKClip().apply(torch.optim.SGD(model.parameters(), lr=0.0), model)
+    model(tokens()).sum().backward()
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    torch._dynamo.reset()
+    assert str(caught.value) == (
+        "QKClip: layers.0.attention: gradients of a forward in which no logits were seen, "
+        "expected QKClip on the model before it is compiled and run"
+    )
 
 
 # --- losses -----------------------------------------------------------------------------------
@@ -1308,6 +1368,25 @@ def test_architectures_refuse_what_is_not_the_labs() -> None:
         gelu.apply(ModelConfig(dim=16, layers=2, heads=2, context=16, hidden=41))
     with pytest.raises(ValueError, match=r"^ModelConfig.variant: expected one of .*, got 'tan'$"):
         FOG(activation="tan").apply(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (FOG(), QKNorm(), "QKNorm: the configuration has qk_norm='frozen', expected 'none' to"),
+        (QKNorm(), FOG(), "FOG: the configuration has qk_norm='learned', expected 'none' to make"),
+        (FOG(), OutlierProtected(), "OutlierProtected: the configuration has norm='post', expecte"),
+        (OutlierProtected(), FOG(), "FOG: the configuration has norm='none', expected 'pre' to"),
+    ],
+    ids=repr,
+)
+def test_norms_are_changed_by_one(first: Any, second: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        second.apply(first.apply(CONFIG))
+    assert str(caught.value).startswith(message)
+    assert first.apply(first.apply(CONFIG)) == first.apply(CONFIG)
+    both = QKNorm().apply(OutlierProtected().apply(CONFIG))  # says the same twice
+    assert both == OutlierProtected().apply(CONFIG)
 
 
 @pytest.mark.parametrize("activation", ["relu", "relu_squared", "gelu", "silu"])

@@ -92,7 +92,10 @@ LIMIT = "It shows nothing about <large> models."
 
 
 def describe(name: str, recipe: Any, predicted: str) -> dict[str, Any]:
-    return {"name": name, "title": f"the {name} arm", "predicted": predicted, "mitigations": []}
+    # One as arms are described now, one as older runs have it.
+    mitigations = [{"name": "ClampedSwiGLU", "limit": 7.0}, "QKClip"] if name == "high" else []
+    arm = {"name": name, "title": f"the {name} arm", "predicted": predicted}
+    return arm | {"mitigations": mitigations}
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +276,7 @@ def test_cells_are_the_results(page: str) -> None:
     cells = [text_of("<i>" + row) for row in rows]
     assert cells[0] == "the high arm 0.25 1.25 –"
     assert cells[1] == "the delayed arm diverged at 47 diverged at 47 –"
-    assert cells[2] == "the high arm – 0 of 2 0.75 Corrupt batch, low: 2 of 2"
+    assert cells[2] == "the high arm ClampedSwiGLU, QKClip 0 of 2 0.75 Corrupt batch, low: 2 of 2"
 
 
 def test_doses_are_the_results(page: str) -> None:

@@ -25,9 +25,16 @@ from fp8lab.ffn import GatedFeedForward
 from fp8lab.lab.data import read_text
 from fp8lab.lab.model import LanguageModel, ModelConfig
 from fp8lab.lab.train import NextByte, Schedule, load_checkpoint, save_checkpoint, train
-from fp8lab.mitigations import AdaGC, AntiWindup, SmoothSwiGLU, ZClip
+from fp8lab.mitigations import (
+    AdaGC,
+    AntiWindup,
+    HadamardProduct,
+    HotChannelPatch,
+    SmoothSwiGLU,
+    ZClip,
+)
 from fp8lab.monitor import watch
-from fp8lab.recipe import DelayedScaling, HighPrecision
+from fp8lab.recipe import DelayedScaling, Format, HighPrecision
 from fp8lab.record import TABLES
 from fp8lab.store import Run, open_run
 
@@ -458,6 +465,8 @@ FOREIGN: dict[str, Callable[[Path], Any]] = {
     "optimizer state of numbers": with_metadata(optimizer_state='{"0": 1}'),
     "groups that are no JSON": with_metadata(optimizer_groups="{"),
     "groups of another number": with_metadata(optimizer_groups="[{}, {}]"),
+    "rewritings that are no mapping": with_metadata(rewritten="[1]"),
+    "rewritings of what is not rewritten": with_metadata(rewritten='{"0.down": [1]}'),
     "groups of what nothing keeps": with_metadata(optimizer_groups='[{"lr": 1.0}]'),
     "optimizer state of no number": with_metadata(optimizer_state='{"a": {}}'),
     "no metadata": lambda path: safetensors.torch.save_file({"random": torch.zeros(3)}, path),
@@ -502,6 +511,7 @@ def test_a_checkpoint_that_cannot_be_loaded_changes_nothing(tmp_path: Path, kind
             "0.up.weight: torch.float32 [16, 9], expected torch.float32 [16, 8]",
         ),
         ("SGD's", "optimizer SGD of [3] parameters, expected AdamW of [3] parameters"),
+        ("rewritings of what is not rewritten", "0.down: input [1], expected 'as it is'"),
         ("a random state too short", "damaged: random state"),
         ("no metadata", "cannot be loaded: 'step'"),
     ],
@@ -513,6 +523,84 @@ def test_what_a_foreign_checkpoint_is_told(tmp_path: Path, kind: str, message: s
     with pytest.raises(ValueError) as caught:
         load_checkpoint(path, model, OPTIMIZERS["adamw"](model))
     assert str(caught.value) == f"checkpoint {path}: {message}"
+
+
+def test_what_a_clipper_keeps_is_of_so_many_tensors(tmp_path: Path) -> None:
+    def clipped() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = made()
+        return model, AdaGC(warm_up=2).apply(OPTIMIZERS["adamw"](model))
+
+    path, (model, optimizer) = tmp_path / "c.safetensors", clipped()
+    losses_of(model, optimizer, schedule=Schedule(steps=3))
+    kept = optimizer.param_groups[0]["adagc"]["gamma"]
+    assert len(kept) == 3
+    for other in ({"0": kept["0"]}, kept | {"3": 1.0}, list(kept.values())):
+        state = {"step": 3, "gamma": other}
+        save_checkpoint(path, model, optimizer, 3)
+        with_metadata(optimizer_groups=json.dumps([{"adagc": state}]))(path)
+        with pytest.raises(ValueError, match="optimizer groups, expected the state of"):
+            load_checkpoint(path, *clipped())
+
+
+REWRITINGS: dict[str, Any] = {
+    "none": None,
+    "balanced": SmoothSwiGLU(),
+    "balanced, delayed": SmoothSwiGLU(timing="delayed"),
+    "balanced by up, delayed": SmoothSwiGLU(timing="delayed", branch="linear"),
+    "balanced by token": SmoothSwiGLU.reference_code(),
+    "turned": HadamardProduct(block=4),
+    "patched": HotChannelPatch(channels=2, timing="persistent"),
+}
+
+
+PAIRS = [(one, one) for one in REWRITINGS] + [
+    *[("none", one) for one in REWRITINGS if one != "none"],
+    *[(one, "none") for one in REWRITINGS if one != "none"],
+    ("balanced, delayed", "balanced by up, delayed"),
+    ("balanced, delayed", "patched"),
+    ("turned", "balanced by token"),
+]
+
+
+@pytest.mark.parametrize(("before", "now"), PAIRS)
+def test_the_history_of_another_rewriting_is_of_another_tensor(
+    tmp_path: Path, before: str, now: str
+) -> None:
+    def rewritten(how: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+        recipe = DelayedScaling(amax_history_len=3, fp8_format=Format.HYBRID_E5M2_COPIES)
+        model = convert(nn.Sequential(GatedFeedForward(8, 16)), recipe)
+        if REWRITINGS[how] is not None:
+            REWRITINGS[how].apply(model)
+        return model, OPTIMIZERS["sgd"](model)
+
+    model, optimizer = rewritten(before)
+    losses_of(model, optimizer, schedule=Schedule(steps=3))
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, model, optimizer, 3)
+    old, (other, fresh) = state(model), rewritten(now)
+    born = state(other)
+    if before == now:
+        load_checkpoint(path, other, fresh)
+        assert equal(state(other), old)
+    else:
+        with pytest.raises(ValueError, match=r"0\.down: input '.*', expected '.*'$"):
+            load_checkpoint(path, other, fresh)
+        assert equal(state(other), born)
+    load_checkpoint(path, other, fresh, other_precision=True)
+    found = state(other)
+    if before == now:
+        assert equal(found, old)
+        return
+    assert found.keys() == born.keys()
+    for name, value in found.items():
+        if name in ("0.down.amax_history", "0.down.scale"):
+            columns = [0, 3] if name.endswith("scale") else [0]
+            others = [index for index in range(value.shape[-1]) if index not in columns]
+            assert torch.equal(value[..., columns], born[name][..., columns]), name
+            assert torch.equal(value[..., others], old[name][..., others]), name
+        else:  # the rewriting's own, of which the file has nothing that is of this one
+            is_own = name.startswith("0.down.") and name != "0.down.weight"
+            assert torch.equal(value, (born if is_own else old)[name]), name
 
 
 def test_other_parameter_groups_are_another_optimizer(tmp_path: Path) -> None:

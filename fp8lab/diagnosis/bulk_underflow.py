@@ -16,6 +16,12 @@ The same channel can take the range one cast earlier, that of gate's or up's wei
 it hot: then all other rows become zero there, and so are the product's other channels before its
 own cast, which has nothing left to lose. Its row shows no bulk error, and no channel ratio, for the
 median is zero: all of the bulk is gone, and the channel that is left is the one.
+
+Or one cast later. A product that is balanced channel by channel hands its range to the columns of
+down's weight, and what one scale there loses of them is lost to the output all the same: with
+channels 8.5e7 apart 99 % of that weight is zero, while the product's row is perfect. So the bulk
+error is read of that weight as well. Its row knows the largest channel of the parameter and not of
+what is cast, so the finding names none.
 """
 
 from __future__ import annotations
@@ -46,20 +52,31 @@ PERSISTENT = 0.5
 # So few steps before the loss tells, a hot channel is what blew up and not why.
 BLOWN = 3
 
-REMEDY = "SmoothSwiGLU, or keep the product in BF16: both treat the channels apart"
+# What down is called in the models at hand; elsewhere its weight is not looked at.
+DOWN = r"(?:^|\.)down(?:_proj)?:weight$"
+
+REMEDY = (
+    "keep the product in BF16 (HighPrecisionProduct), or SmoothSwiGLU with a scale per block for "
+    "down's weight, to which it moves the range"
+)
+REMEDY_OF_DOWN = (
+    "keep the product in BF16 (HighPrecisionProduct) and its channels as they are, or give each "
+    "block of down's weight a scale (MXFP8BlockScaling)"
+)
 REMEDY_OF_WEIGHT = (
     "keep the layer's weights and the product in BF16, or give each row a scale (RowwiseScaling)"
 )
 
 
 def find(run: Rows, twin: Rows | None) -> list[Finding]:
-    """One finding for every scaled product or input whose bulk error rose above `DAMAGED`, or whose
-    bulk is gone with a weight's."""
+    """One finding for every scaled product, input or weight of down whose bulk error rose above
+    `DAMAGED`, and every product whose bulk is gone with a weight's."""
     rows = forward_casts(run)
     rows = rows[rows["scale"].notna() & ~rows["cold"] & ~(rows["staleness"] < FRESH)]
     is_weight = rows["site"].str.endswith(":weight")
+    is_down = rows["site"].str.contains(DOWN)
+    fresh = rows[~is_weight | is_down].dropna(subset=["bulk_error", "hot_channel"])
     rows, weights = rows[~is_weight], rows[is_weight & (rows["flushed"] >= LOST)]
-    fresh = rows.dropna(subset=["bulk_error", "hot_channel"])
     below_normal = fresh["flushed"] + fresh["subnormal"]
     is_hot = ~(fresh["channel_ratio"] < HOT)  # which is recorded of products
     damaged = fresh[(fresh["bulk_error"] > DAMAGED) & (below_normal > UNDERFLOWN) & is_hot]
@@ -130,13 +147,14 @@ def _judge(site: str, damaged: pd.DataFrame) -> Finding:
     first = damaged.iloc[0]
     worst = damaged.nlargest(1, "bulk_error").iloc[0]
     lost = worst["bulk_error"] >= LOST
-    channel = int(worst["hot_channel"])
-    ratio = worst["channel_ratio"]
+    ratio, is_weight = worst["channel_ratio"], site.endswith(":weight")
+    channel = None if is_weight else int(worst["hot_channel"])
     size = "the largest" if pd.isna(ratio) else f"{ratio:.3g} times the median channel"
+    what = "a column of the weight as it is cast" if is_weight else f"channel {channel}"
     return Finding(
         cause="bulk_underflow",
         summary=(
-            f"channel {channel} is {size} and takes the range: the others are cast with an error "
+            f"{what} is {size} and takes the range: the others are cast with an error "
             f"of {worst['bulk_error']:.0%}, {worst['flushed']:.0%} of all values became zero"
         ),
         severity="high" if lost else "medium",
@@ -145,7 +163,7 @@ def _judge(site: str, damaged: pd.DataFrame) -> Finding:
         channel=channel,
         since=int(first["step"]),
         evidence=(_evidence(first, DAMAGED), _evidence(worst, LOST if lost else DAMAGED)),
-        remedy=REMEDY,
+        remedy=REMEDY_OF_DOWN if is_weight else REMEDY,
         cannot_exclude=(
             "that the hot channel alone carries the output and the rest is idle: the loss of the "
             "same run with the operand in BF16 decides"

@@ -7,8 +7,9 @@ has come: the model's configuration, the model, the optimizer, and what is added
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
@@ -102,11 +103,26 @@ class Arm:
             "name": self.name,
             "title": self.title,
             "recipe": recipe_to_dict(self.plan),
-            "mitigations": [type(m).__name__ for m in self.mitigations],
+            "mitigations": [_said_of(mitigation) for mitigation in self.mitigations],
             "changes_function": any(m.changes_function for m in self.mitigations),
             "predicted": self.predicted,
             "options": dict(self.options or {}),
         }
+
+
+def _said_of(mitigation: Mitigation) -> dict[str, Any]:
+    """Its name and fields, JSON-able and equal for equal ones in whatever process."""
+    said: dict[str, Any] = {"name": type(mitigation).__name__}
+    if is_dataclass(mitigation):
+        said |= {one.name: _plain(getattr(mitigation, one.name)) for one in fields(mitigation)}
+    return said
+
+
+def _plain(value: Any) -> Any:
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # an address is of one process
 
 
 def require_types(where: str, value: object, **types: type) -> None:

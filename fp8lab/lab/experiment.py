@@ -36,7 +36,7 @@ from fp8lab.lab.result import Result
 from fp8lab.lab.workers import Workers, in_one_line
 from fp8lab.plan import named
 from fp8lab.recipe import shown
-from fp8lab.store import RunError, open_run
+from fp8lab.store import Run, RunError, open_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,7 @@ class Job:
             "recipe": arm["recipe"],
             "mitigations": arm["mitigations"],
             "changes_function": arm["changes_function"],
+            "options": arm["options"],
             **more,
         }
 
@@ -310,7 +311,7 @@ def run_experiment(
 
     The callbacks get a job's index and label when it is known, its progress, and its end (with the
     error in one line, None if it went well). Raises ValueError for an unknown arm or fewer than one
-    worker, and RunError if `out` holds something else, runs with other settings among it.
+    worker, RunError if `out` holds something else: runs with other settings or arms, say.
     """
     settings = settings or Settings()
     seeds = None if seeds is None else list(dict.fromkeys(seeds))
@@ -369,7 +370,7 @@ def _stages(
             todo: list[_Work] = []
             for arm in part.arms:
                 path = out / part.name / arm.name / f"seed-{seed}"
-                if (arms is None or arm.name in arms) and not _finished(path):
+                if (arms is None or arm.name in arms) and not _finished(path, arm):
                     todo.append(_Work(part, arm, seed, path))
             if todo and part.prepare is not None:
                 preparations.append(_Work(part, None, seed, out / part.name))
@@ -380,10 +381,11 @@ def _stages(
 _OF_A_RUN = ("run.json", "segments", "ranks")  # and its tables: what is removed with it
 
 
-def _finished(path: Path) -> bool:
+def _finished(path: Path, arm: Arm) -> bool:
     """Whether a run is complete. What was left unfinished will be removed, to be done again.
 
-    Raises RunError if it must not be: somebody is writing it, or it holds what no run writes.
+    Raises RunError if it must not be: somebody is writing it, or it holds what no run writes. So it
+    does for a finished run that was another arm's.
     """
     if not path.exists() and not path.is_symlink():
         return False
@@ -393,6 +395,7 @@ def _finished(path: Path) -> bool:
     if {child.name for child in path.iterdir()} - {"segments", ".run.json"}:
         run = open_run(path)
         if run.state == "finished":
+            _require_same(run, arm)
             return True
         if run.state == "running":
             raise RunError(f"{path}: is being written by process {run.info.get('pid')}")
@@ -404,6 +407,20 @@ def _finished(path: Path) -> bool:
     if path.is_symlink():
         raise RunError(f"{path}: is a link to a run that has to be done again, expected the run")
     return False
+
+
+def _require_same(run: Run, arm: Arm) -> None:
+    config, described = run.info.get("config"), arm.describe()
+    for key in ("recipe", "mitigations", "options"):
+        if not isinstance(config, dict) or key not in config:
+            continue  # from before it was said, or by another's hand
+        found, wanted = config[key], described[key]
+        if key == "mitigations" and isinstance(found, list) and set(map(type, found)) == {str}:
+            wanted = [one["name"] for one in wanted]  # so it was said before
+        if found != json.loads(json.dumps(wanted)):
+            got, expected = (json.dumps(one)[:300] for one in (found, wanted))
+            told = f"a finished run with {key}={got}, expected {expected}, or a new folder"
+            raise RunError(f"{run.path}: {told}")
 
 
 def _description(out: Path, experiment: Experiment, settings: Settings) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -168,6 +168,7 @@ def save_checkpoint(
         "optimizer_groups": json.dumps(_added(optimizer)),
         "optimizer": _kind(optimizer),
         "optimizer_state": json.dumps(plain),
+        "rewritten": json.dumps(_rewritten(model)),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
@@ -184,17 +185,29 @@ def load_checkpoint(
 ) -> int:
     """Restore model, optimizer and random state in place; returns the step to go on with.
 
-    With `other_precision` the checkpoint may be from a training under another plan: of delayed
-    scaling's state a layer takes what it has room for, and what it lacks is as at its birth.
+    With `other_precision` the checkpoint may be from a training under another plan, or with other
+    rewritings of what layers cast: of their state a layer takes what it has room for, and what it
+    lacks is as at its birth. So is the history of an input that was rewritten otherwise: it is that
+    of another tensor.
 
     Raises ValueError in one line if the file is damaged or belongs to another model or optimizer;
     then nothing has changed.
     """
-    step, kind, tensors, states, added = _read(path)
+    step, kind, tensors, states, added, rewritten = _read(path)
     if kind != _kind(optimizer):
         wanted = _kind(optimizer)
         raise ValueError(f"checkpoint {path}: optimizer {named(kind)}, expected {wanted}")
-    weights = _with_state_fitted(tensors["model"], model, other_precision)
+    now = _rewritten(model)
+    rewritten = now if rewritten is None else rewritten  # None: an older file
+    others = {layer for layer in now | rewritten if now.get(layer) != rewritten.get(layer)}
+    if others and not other_precision:
+        layer = min(others)
+        got, wanted = (words.get(layer, "as it is") for words in (rewritten, now))
+        where = f"checkpoint {path}: {named(layer)}: input"
+        raise ValueError(f"{where} {shown(got)}, expected {wanted!r}")
+    weights = tensors["model"]
+    if other_precision:
+        weights = _with_state_fitted(weights, model, others)
     _compare(path, "", _shapes(weights), _shapes(model.state_dict()))
     after_a_step = _states_after_a_step(optimizer)
     for number, state in states.items():
@@ -218,10 +231,16 @@ def load_checkpoint(
     return step
 
 
-def _read(
-    path: Path,
-) -> tuple[int, str, dict[str, dict[str, Tensor]], dict[int, dict[str, Any]], Any]:
-    """A checkpoint's step, kind of optimizer, tensors, and its optimizer's states and additions."""
+class _Read(NamedTuple):
+    step: int
+    kind: str  # of optimizer
+    tensors: dict[str, dict[str, Tensor]]
+    states: dict[int, dict[str, Any]]  # the optimizer's
+    added: Any  # to its groups
+    rewritten: dict[str, str] | None  # the layers whose operands are, and how
+
+
+def _read(path: Path) -> _Read:
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "random": {}}
@@ -242,13 +261,24 @@ def _read(
             states.setdefault(int(index), {})[key] = value
         tensors["random"][""]
         added = json.loads(metadata.get("optimizer_groups", "null"))
+        rewritten = json.loads(metadata.get("rewritten", "null"))
+        rewritten = None if rewritten is None else dict(rewritten.items())
     except (
         *(SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError),
         *(RuntimeError, MemoryError),  # RecursionError, for JSON that is nested, is of the former
     ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"checkpoint {path}: cannot be loaded: {reason[:200]}") from None
-    return step, kind, tensors, states, added
+    return _Read(step, kind, tensors, states, added, rewritten)
+
+
+def _rewritten(model: nn.Module) -> dict[str, str]:
+    """What run.json says of the inputs that layers rewrite before they cast them."""
+    return {
+        layer: module.rewrite.words
+        for layer, module in model.named_modules()
+        if isinstance(module, Fp8Linear) and module.rewrite is not None
+    }
 
 
 def _added(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -282,25 +312,34 @@ def _are_alike(found: Any, expected: Any) -> bool:
 
 
 def _with_state_fitted(
-    tensors: dict[str, Tensor], model: nn.Module, other_precision: bool
+    tensors: dict[str, Tensor], model: nn.Module, others: set[str]
 ) -> dict[str, Tensor]:
-    """Histories and scales as this model's layers have them, if they may be of another precision;
-    every other tensor as it is.
+    """All that FP8 and rewritings keep in layers as this model's have it, every other tensor as it
+    is. `others` are the layers whose input was rewritten otherwise.
 
     A history's first rows are the same whatever its length, and so are a scale's first columns.
     """
     fitted = dict(tensors)
-    for layer, module in model.named_modules() if other_precision else ():
+    for layer, module in model.named_modules():
         if not isinstance(module, Fp8Linear):
             continue
-        for name in ("amax_history", "scale"):
-            key, fresh = f"{layer}.{name}".lstrip("."), getattr(module, name, None)
-            found = fitted.pop(key, None)
-            if isinstance(fresh, Tensor):
-                fitted[key] = fresh.clone()
-                if found is not None and found.ndim == fresh.ndim:
-                    part = tuple(map(slice, map(min, found.shape, fresh.shape)))
-                    fitted[key][part] = found[part]
+        prefix = f"{layer}." if layer else ""
+        state = module.state_dict().items()
+        own = {prefix + name: value for name, value in state if "." not in name}
+        kept = {prefix + name for name, _ in module.named_parameters(recurse=False)}
+        of_layer = {key for key in tensors if key.rpartition(".")[0] == layer}
+        for key in sorted((own.keys() | of_layer) - kept):
+            found, fresh = fitted.pop(key, None), own.get(key)
+            if fresh is None:
+                continue
+            fitted[key] = fresh.clone()
+            is_fp8 = key.removeprefix(prefix) in ("amax_history", "scale")
+            if found is None or found.ndim != fresh.ndim or (layer in others and not is_fp8):
+                continue
+            part = tuple(map(slice, map(min, found.shape, fresh.shape)))
+            fitted[key][part] = found[part]
+            if layer in others:  # the columns of the input and of its copy, see `Fp8Linear`
+                fitted[key][..., 0::3] = fresh[..., 0::3]
     return fitted
 
 

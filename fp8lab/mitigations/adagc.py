@@ -26,6 +26,7 @@ from fp8lab.mitigations.hooks import (
     check_numbers,
     check_optimizer,
     norms,
+    own_groups,
 )
 
 
@@ -58,19 +59,20 @@ class AdaGC:
         Its state is "adagc" in each parameter group, and in `state_dict()` with it; a group without
         it begins anew. Raises ValueError if it is on already, or a norm cannot be had.
         """
-        check_optimizer("AdaGC", optimizer, "adagc")
+        check_optimizer("AdaGC", optimizer)
         for group in optimizer.param_groups:
-            group["adagc"] = _fresh(group)
+            group.setdefault("adagc", _fresh(group))
         before_update("AdaGC", optimizer, self._clip)
         return optimizer
 
     def _clip(self, optimizer: Optimizer) -> None:
-        for group in optimizer.param_groups:
+        groups = own_groups(optimizer)
+        for group in groups:
             group.setdefault("adagc", _fresh(group))
             group["adagc"]["step"] += 1
         found = [
             (group["adagc"], index, parameter.grad)
-            for group in optimizer.param_groups
+            for group in groups
             for index, parameter in enumerate(group["params"])
             if parameter.grad is not None
         ]
@@ -80,7 +82,7 @@ class AdaGC:
             if not 0.0 < norm < math.inf:
                 continue
             warming_up = state["step"] <= self.warm_up
-            gamma = state["gamma"][index]
+            gamma = state["gamma"][str(index)]
             if warming_up:
                 # Where another tensor's norm is not finite the total is no measure of this one.
                 factor = self.absolute / total if math.isfinite(total) else 1.0
@@ -89,7 +91,7 @@ class AdaGC:
             if factor < 1.0:
                 gradient.mul_(factor)
                 norm *= factor
-            state["gamma"][index] = self._average(gamma, norm, warming_up)
+            state["gamma"][str(index)] = self._average(gamma, norm, warming_up)
 
     def _average(self, gamma: float | None, norm: float, warming_up: bool) -> float:
         if gamma is None:
@@ -100,4 +102,5 @@ class AdaGC:
 
 
 def _fresh(group: Group) -> dict[str, Any]:
-    return {"step": 0, "gamma": [None] * len(group["params"])}
+    # By index, as JSON has it: a mapping of other indices is of another group, which a list hides.
+    return {"step": 0, "gamma": dict.fromkeys(map(str, range(len(group["params"]))))}

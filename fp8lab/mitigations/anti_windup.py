@@ -18,7 +18,14 @@ from typing import ClassVar
 from torch import nn
 
 from fp8lab.conversion import converted_downs
-from fp8lab.recipe import HighPrecision
+from fp8lab.recipe import (
+    DelayedScaling,
+    HighPrecision,
+    MXFP8BlockScaling,
+    NVFP4BlockScaling,
+    Recipe,
+    recipe_in_words,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +44,26 @@ class AntiWindup:
     def apply(self, model: nn.Module) -> nn.Module:
         """Put it on every gated feed-forward of a converted model; returns the same model.
 
-        Raises ValueError if a product is not cast with a scale: nothing could saturate.
+        Raises ValueError where nothing could saturate: a product is not cast with a scale, or with
+        one that is made just in time and large enough for the largest element.
         """
         downs = converted_downs(model, type(self).__name__)
         for name, down in downs:
-            if isinstance(down.recipes["input"], HighPrecision):
-                raise ValueError(f"AntiWindup: the product of {name} is not FP8, nothing saturates")
+            recipe = down.recipe_for("input", "output")
+            why = None
+            if isinstance(recipe, HighPrecision):
+                why = "is not FP8"
+            elif not _may_saturate(recipe):
+                why = f"is scaled just in time ({recipe_in_words(recipe)})"
+            if why is not None:
+                raise ValueError(f"AntiWindup: the product of {name} {why}, nothing saturates")
         for _, down in downs:
             down.gradient_of_saturated = "zero"
         return model
+
+
+def _may_saturate(recipe: Recipe) -> bool:
+    if isinstance(recipe, MXFP8BlockScaling):
+        return recipe.scale_rounding in ("ocp_floor", "even")
+    # NVFP4's scales are E4M3, rounded to nearest.
+    return isinstance(recipe, DelayedScaling | NVFP4BlockScaling)

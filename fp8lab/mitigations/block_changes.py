@@ -15,6 +15,8 @@ for none of these functions is the old one.
   paper's scaling of the feed-forward's inputs is left out.
 - `QKNorm`: RMSNorm of queries and keys alone (2302.05442; with weights, as in most models).
 - `PlainFeedForward`: no gate, at exactly the parameters of the gated one.
+
+Norms that another has changed, and QK-norm, are left to it: the second is refused.
 """
 
 from __future__ import annotations
@@ -52,10 +54,12 @@ class FOG:
             check_numbers(self, softmax_scale=(0.0, math.inf))
 
     def apply(self, config: _Config) -> _Config:
-        """Raises ValueError for what is not the lab's configuration, or an unknown activation."""
+        """Raises ValueError for what is not the lab's configuration, one with other norms already,
+        or an unknown activation."""
         found = _lab_config("FOG", config)
         scale = self.softmax_scale or math.sqrt(2.0 * found.heads / found.dim)
         return _replaced(
+            "FOG",
             config,
             variant=self.activation,
             norm="post",
@@ -84,10 +88,12 @@ class OutlierProtected:
             check_numbers(self, residual_weight=(0.0, 1.0))
 
     def apply(self, config: _Config) -> _Config:
-        """Raises ValueError for what is not the lab's configuration."""
+        """Raises ValueError for what is not the lab's configuration, or has other norms already."""
         layers = _lab_config("OutlierProtected", config).layers
         weight = self.residual_weight or 1.0 / math.sqrt(2 * layers)
-        return _replaced(config, norm="none", qk_norm="learned", residual_weight=weight)
+        return _replaced(
+            "OutlierProtected", config, norm="none", qk_norm="learned", residual_weight=weight
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +109,9 @@ class QKNorm:
     learned: bool = True
 
     def apply(self, config: _Config) -> _Config:
-        """Raises ValueError for what is not the lab's configuration."""
+        """Raises ValueError for what is not the lab's configuration, or has other norms already."""
         _lab_config("QKNorm", config)
-        return _replaced(config, qk_norm="learned" if self.learned else "frozen")
+        return _replaced("QKNorm", config, qk_norm="learned" if self.learned else "frozen")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +140,7 @@ class PlainFeedForward:
             if hidden % 2:
                 raise ValueError(f"PlainFeedForward: hidden={hidden}, expected an even width")
             hidden = 3 * hidden // 2
-        changed = _replaced(config, variant=self.activation, hidden=hidden)
+        changed = _replaced("PlainFeedForward", config, variant=self.activation, hidden=hidden)
         if _lab_config("PlainFeedForward", changed).is_gated:
             raise ValueError(f"PlainFeedForward: activation={self.activation!r} has a gate")
         return changed
@@ -153,6 +159,12 @@ def _is_value(config: Any) -> bool:
     return dataclasses.is_dataclass(config) and not isinstance(config, type)
 
 
-def _replaced(config: _Config, **changes: Any) -> _Config:
+def _replaced(who: str, config: _Config, **changes: Any) -> _Config:
+    born = {one.name: one.default for one in dataclasses.fields(config)}  # type: ignore[arg-type]
+    for name in ("norm", "qk_norm"):
+        found, wanted = getattr(config, name), changes.get(name)
+        if wanted is not None and found not in (born[name], wanted):
+            expected = f"expected {born[name]!r} to make it {wanted!r}"
+            raise ValueError(f"{who}: the configuration has {name}={found!r}, {expected}")
     changed: _Config = dataclasses.replace(config, **changes)  # type: ignore[type-var]
     return changed

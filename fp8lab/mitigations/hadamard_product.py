@@ -67,7 +67,7 @@ class HadamardProduct:
         for name, down in converted_downs(model, who):
             width = down.in_features
             largest = width & -width
-            if isinstance(down.recipes["input"], HighPrecision):
+            if isinstance(down.recipe_for("input", "output"), HighPrecision):
                 raise ValueError(f"{who}: the product of {name} is not FP8")
             if largest < (self.block or 2):
                 expected = f"a multiple of {self.block or 2}"

@@ -36,10 +36,20 @@ class HighPrecisionProduct:
     def apply(self, model: nn.Module) -> nn.Module:
         """Put it on every gated feed-forward of a converted model; returns the same model.
 
-        Raises ValueError if a down projection is not converted.
+        Raises ValueError if a down projection is not converted, is rewritten by another mitigation,
+        or gives no gradient where the product saturates: nothing would be left for either to do.
         """
-        for _, down in converted_downs(model, type(self).__name__):
+        downs = converted_downs(model, type(self).__name__)
+        for name, down in downs:
+            other = None if down.rewrite is None else down.rewrite.words
+            if down.gradient_of_saturated == "zero":
+                other = "no gradient where saturated"
+            if other is not None:
+                raise ValueError(f"HighPrecisionProduct: {name}: {other}, expected neither")
+        for _, down in downs:
             down.recipes["input"] = HighPrecision()
+            for gemm in GEMMS:
+                down.gemm_recipes.pop(("input", gemm), None)
         return model
 
 

@@ -30,16 +30,18 @@ Optimizer = torch.optim.Optimizer
 Group = dict[str, Any]
 
 
-def check_optimizer(who: str, optimizer: Any, mark: str | None = None) -> None:
-    """Raises ValueError, opening with `who`, for what no change of gradients would do right on.
+# Whose hooks an optimizer has; a copy, which has none, is not in it.
+_ON: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()
 
-    `mark` is the key in the first parameter group of a mitigation that is on it already.
-    """
+
+def check_optimizer(who: str, optimizer: Any) -> None:
+    """Raises ValueError, opening with `who`, for what no change of gradients would do right on, and
+    for an optimizer that `who` is on already."""
     if not isinstance(optimizer, Optimizer):
         raise ValueError(f"{who}: {type(optimizer).__name__}, expected a torch optimizer")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(f"{who}: LBFGS computes gradients many times a step, expected once")
-    if mark is not None and mark in optimizer.param_groups[0]:
+    if who in _ON.get(optimizer, ()):
         raise ValueError(f"{who}: on this {type(optimizer).__name__} already")
     for parameter in parameters(optimizer):
         if parameter.is_complex():
@@ -48,9 +50,9 @@ def check_optimizer(who: str, optimizer: Any, mark: str | None = None) -> None:
             raise ValueError(f"{who}: a rank's share of FSDP1, expected whole tensors or DTensors")
 
 
-def check_adam(who: str, optimizer: Any, mark: str | None = None) -> None:
+def check_adam(who: str, optimizer: Any) -> None:
     """`check_optimizer`, and for what has Adam's second moment; raises ValueError."""
-    check_optimizer(who, optimizer, mark)
+    check_optimizer(who, optimizer)
     kind = type(optimizer).__name__
     if not isinstance(optimizer, torch.optim.Adam):
         raise ValueError(f"{who}: {kind} has not Adam's second moment, expected Adam or AdamW")
@@ -113,7 +115,14 @@ def before_update(
             return args, kwargs | {"closure": closing}
         return (args[0], closing, *args[2:]), kwargs
 
+    _ON.setdefault(optimizer, set()).add(who)
     return optimizer.register_step_pre_hook(before)
+
+
+def after_update(who: str, optimizer: Optimizer, change: Callable[[], None]) -> RemovableHandle:
+    """Call `change` after each step."""
+    _ON.setdefault(optimizer, set()).add(who)
+    return optimizer.register_step_post_hook(lambda *_: change())
 
 
 # What an optimizer's groups are but for the step that it is in; several mitigations may set them.
@@ -135,6 +144,12 @@ def set_groups_for_step(optimizer: Optimizer, groups: list[Group]) -> None:
     """Other groups, with the same parameters and other options, for the update at hand."""
     _GROUPS.setdefault(optimizer, optimizer.param_groups)
     optimizer.param_groups = groups
+
+
+def own_groups(optimizer: Optimizer) -> list[Group]:
+    """Those that it has when no step is under way: in them lies what a mitigation keeps of a group
+    as a whole, whatever another has done for the update at hand."""
+    return _GROUPS.get(optimizer, optimizer.param_groups)
 
 
 def _put_back(optimizer: Optimizer, *_: Any) -> None:

@@ -90,7 +90,7 @@ class HotChannelPatch:
         who = type(self).__name__
         free = []
         for name, down in converted_downs(model, who):
-            if isinstance(down.recipes["input"], HighPrecision):
+            if isinstance(down.recipe_for("input", "output"), HighPrecision):
                 raise ValueError(f"{who}: the product of {name} is not FP8")
             if any(isinstance(recipe, BitNetScaling) for recipe in down.recipes.values()):
                 raise ValueError(f"{who}: {name} is cast by BitNetScaling, which has no zero")
@@ -125,7 +125,6 @@ class Patched(Remembering):
         if self.is_persistent:
             self.allocate("patch_average", down.in_features)
             self.allocate("_patch_average_before", down.in_features, persistent=False)
-            self.allocate("_patch_running", down.in_features, persistent=False)
             self.handles.append(down.register_forward_hook(self._down_ran))
             register(self)
 
@@ -202,24 +201,19 @@ class Patched(Remembering):
 
     def _down_ran(self, *_: object) -> None:
         if steps.forward_counts() and self._scores is not None:
-            running = self.layer._patch_running
-            torch.maximum(running, self._scores, out=running)
+            self.collect(self._scores)
             steps.forward_ran(self)
-
-    def running_amaxes(self, *operands: Operand) -> list[Tensor]:
-        """None: which channels are hot each process finds for itself."""
-        return []
 
     @torch.no_grad()
     def move_scales(self, *operands: Operand) -> None:
         """End of a step: its scores enter the average."""
         if "input" not in operands:
             return
-        average, running = self.layer.patch_average, self.layer._patch_running
+        average = self.layer.patch_average
+        running = self.collected(average)
         before, now = self.layer._patch_average_before, torch.nan_to_num(running)
         # Where several processes take part this is asked of layers that did not run, too.
         ran = (running != 0).any()
         before.copy_(torch.where(ran, average, before))
         moved = average.lerp(now, 1.0 - self.mitigation.memory)
         average.copy_(torch.where(ran, moved, average))
-        running.zero_()

@@ -12,7 +12,8 @@ are left as they are.
 Only for the lab's `Attention`: there queries and keys can be seen as they meet, by a hook on the
 module `mixing`, and each head has rows of its own. Elsewhere logits are hidden in a kernel, keys
 are shared by several heads (which head's S is it?), or their turned part is shared by all (MLA).
-Under QK-norm the size of W_q and W_k does not reach the logits: refused.
+Under QK-norm the size of W_q and W_k does not reach the logits: refused. A model that was compiled
+and run before has no place for the hook: the first step says so.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor, distributed, nn
 from fp8lab.mitigations.hooks import (
     OfOneModel,
     Optimizer,
+    after_update,
     check_numbers,
     check_optimizer,
     is_of_training,
@@ -53,8 +55,10 @@ class QKClip:
     def apply(self, optimizer: Optimizer, model: nn.Module) -> Optimizer:
         """Put it on any torch optimizer of `model`'s parameters; returns the same optimizer.
 
-        Raises ValueError, with nothing changed, if the model has no attention like the lab's, or
-        one with QK-norm, or a query or key that is not a parameter of the optimizer.
+        Raises ValueError, with nothing changed, if it is on already, or the model has no attention
+        like the lab's, or one with QK-norm, or a query or key that is not a parameter of the
+        optimizer, or one of another head as well. A step raises RuntimeError whose gradients are
+        from a forward in which no logit was seen.
         """
         check_optimizer("QKClip", optimizer)
         attentions = {name: m for name, m in model.named_modules() if _is_like_the_labs(m)}
@@ -64,21 +68,27 @@ class QKClip:
             expected = "expected one with query, key, heads and mixing, as the lab's has"
             raise ValueError(f"QKClip: {type(model).__name__} has {got}, {expected}")
         known = {id(parameter) for parameter in parameters(optimizer)}
+        seen: set[int] = set()
         for name, attention in attentions.items():
             if attention.query_norm is not None:
                 raise ValueError(
                     f"QKClip: {name} has QK-norm, its logits do not grow with W_q, W_k"
                 )
-            if not {id(attention.query.weight), id(attention.key.weight)} <= known:
+            own = {id(attention.query.weight), id(attention.key.weight)}
+            if not own <= known:
                 kind = type(optimizer).__name__
                 raise ValueError(f"QKClip: {name}: query or key is no parameter of the {kind}")
-        heads = [_Heads(attention, self.tau) for attention in attentions.values()]
+            if len(own) < 2 or own & seen:
+                expected = "expected query and key of each head with weights of their own"
+                raise ValueError(f"QKClip: {name}: query or key is shared, {expected}")
+            seen |= own
+        heads = [_Heads(name, attention, self.tau) for name, attention in attentions.items()]
 
-        def clip(*_: Any) -> None:
+        def clip() -> None:
             for one in heads:
                 one.clip()
 
-        optimizer.register_step_post_hook(clip)
+        after_update("QKClip", optimizer, clip)
         return optimizer
 
 
@@ -95,8 +105,8 @@ def _is_like_the_labs(module: Any) -> bool:
 class _Heads:
     """The largest logit of each head of one attention since the last step."""
 
-    def __init__(self, attention: Any, tau: float) -> None:
-        self._attention, self._tau = attention, tau
+    def __init__(self, name: str, attention: Any, tau: float) -> None:
+        self._name, self._attention, self._tau = name, attention, tau
         self._largest: Tensor | None = None  # float32 [heads]
         attention.mixing.register_forward_pre_hook(OfOneModel(self._see))
 
@@ -107,21 +117,27 @@ class _Heads:
         scale = query.shape[-1] ** -0.5 if mixing.scale is None else mixing.scale
         masked = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device)
         masked = masked.triu(1)
+        if self._largest is None:  # a batch may be empty, and was seen all the same
+            self._largest = query.new_full(query.shape[1:2], torch.finfo(query.dtype).min)
         for queries, keys in zip(query, key, strict=True):
             logits = (queries @ keys.transpose(-2, -1)) * scale
             largest = logits.masked_fill_(masked, -torch.inf).amax(dim=(-2, -1))
-            if self._largest is not None:
-                largest = torch.maximum(largest, self._largest)
-            self._largest = largest
+            self._largest = torch.maximum(largest, self._largest)
 
     @torch.no_grad()
     def clip(self) -> None:
         weight = self._attention.query.weight
         largest, self._largest = self._largest, None
+        is_unseen = largest is None
         if largest is None:
             largest = weight.new_full((self._attention.heads,), -torch.inf, dtype=torch.float32)
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+        if is_unseen and weight.grad is not None and bool((largest == -torch.inf).all()):
+            raise RuntimeError(
+                f"QKClip: {self._name}: gradients of a forward in which no logits were seen, "
+                "expected QKClip on the model before it is compiled and run"
+            )
         # Neither NaN nor infinity says by how much.
         above = (largest > self._tau) & largest.isfinite()
         factor = torch.where(above, (self._tau / largest).sqrt(), 1.0)

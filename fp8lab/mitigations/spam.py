@@ -30,6 +30,7 @@ from fp8lab.mitigations.hooks import (
     check_adam,
     check_count,
     check_numbers,
+    own_groups,
     parameters,
     restore_groups_after_step,
     set_groups_for_step,
@@ -66,17 +67,17 @@ class SPAM:
         state without it begins anew. Raises ValueError if it is on already, for another optimizer,
         for amsgrad, or for moments that are not stored as tensors of their own (`optim.Fp8AdamW`).
         """
-        check_adam("SPAM", optimizer, "spam")
+        check_adam("SPAM", optimizer)
         if hasattr(optimizer, "moments"):
             kind = type(optimizer).__name__
             raise ValueError(f"SPAM: {kind} stores its moments quantised, expected Adam or AdamW")
-        optimizer.param_groups[0]["spam"] = _fresh()
+        optimizer.param_groups[0].setdefault("spam", _fresh())
         restore_groups_after_step(optimizer)
         before_update("SPAM", optimizer, self._change)
         return optimizer
 
     def _change(self, optimizer: Optimizer) -> None:
-        state: dict[str, int] = optimizer.param_groups[0].setdefault("spam", _fresh())
+        state: dict[str, int] = own_groups(optimizer)[0].setdefault("spam", _fresh())
         state["steps"] += 1
         since = state["steps"] % self.interval  # the last reset
         for parameter in parameters(optimizer):

@@ -50,7 +50,7 @@ class StableAdamW:
     def apply(self, optimizer: Optimizer) -> Optimizer:
         """Put it on an Adam or AdamW, `optim.Fp8AdamW` among them; returns the same optimizer.
 
-        Raises ValueError for another optimizer, and for amsgrad.
+        Raises ValueError if it is on already, for another optimizer, and for amsgrad.
         """
         check_adam("StableAdamW", optimizer)
         restore_groups_after_step(optimizer)

@@ -26,6 +26,7 @@ from fp8lab.mitigations.hooks import (
     check_numbers,
     check_optimizer,
     norms,
+    own_groups,
     parameters,
 )
 
@@ -60,13 +61,13 @@ class ZClip:
         Its state is `param_groups[0]["zclip"]`, and in `state_dict()` with it; a state without it
         begins anew. Raises ValueError if it is on already, or a total norm cannot be had.
         """
-        check_optimizer("ZClip", optimizer, "zclip")
-        optimizer.param_groups[0]["zclip"] = _fresh()
+        check_optimizer("ZClip", optimizer)
+        optimizer.param_groups[0].setdefault("zclip", _fresh())
         before_update("ZClip", optimizer, self._clip)
         return optimizer
 
     def _clip(self, optimizer: Optimizer) -> None:
-        state: dict[str, Any] = optimizer.param_groups[0].setdefault("zclip", _fresh())
+        state: dict[str, Any] = own_groups(optimizer)[0].setdefault("zclip", _fresh())
         gradients = [p.grad for p in parameters(optimizer) if p.grad is not None]
         norm = math.hypot(*norms(gradients))
         if not gradients or not math.isfinite(norm):

@@ -296,7 +296,8 @@ def doses(part: Part, site: str) -> Figure:
         for run in arm.runs:
             results.append(pd.DataFrame(run.doses).assign(arm=arm.name, run=run.label))
             rows = run.products[run.products["site"] == site]
-            joined = rows.merge(run.steps[["step", "dose"]], on="step") if len(rows) else rows
+            steps = run.steps.reindex(columns=["step", "dose"])  # a damaged run may lack them
+            joined = rows.merge(steps.dropna(), on="step") if len(rows) else rows
             casts.append(joined.assign(arm=arm.name, run=run.label))
     measured, cast = pd.concat(results), pd.concat(casts)
     for axes, frame, column, title in (

@@ -32,7 +32,7 @@ from fp8lab.runs import hottest
 from fp8lab.store import Run, RunError, find_runs, open_run
 
 # What differs between the arms of one training; everything else in `config` must be the same.
-_ARM_KEYS = ("arm", "recipe", "mitigations", "changes_function")
+_ARM_KEYS = ("arm", "recipe", "mitigations", "changes_function", "options")
 
 
 class Seen:
@@ -323,10 +323,15 @@ def _arm(described: Mapping[str, Any], runs: list[Seen]) -> Arm:
         name=str(described["name"]),
         title=str(described.get("title", described["name"])),
         predicted=str(described.get("predicted", "open")),
-        mitigations=tuple(str(one) for one in described.get("mitigations") or ()),
+        mitigations=tuple(_name_of(one) for one in described.get("mitigations") or ()),
         options=described.get("options"),
         runs=tuple(sorted(runs, key=lambda run: _by_number(run.seed))),
     )
+
+
+def _name_of(mitigation: Any) -> str:
+    """Which it is, of its description; older runs have nothing but the name."""
+    return str(mitigation.get("name") if isinstance(mitigation, Mapping) else mitigation)
 
 
 def _part(name: str, title: str, planned: Iterable[Any], arms: list[Arm]) -> Part:
