@@ -586,6 +586,17 @@ def test_a_run_that_is_not_finished(tmp_path: Path, pid: int, state: str) -> Non
     assert [line.get_color() for line in figure.axes[0].lines] == [drawing.ORANGE]
 
 
+def test_doses_whose_steps_are_lost_are_drawn_all_the_same(
+    experiment: Path, tmp_path: Path
+) -> None:
+    """What the casts did cannot be laid beside a dose then; the losses are in run.json."""
+    shutil.copytree(experiment, tmp_path / "out")
+    for steps in (tmp_path / "out" / "dose").rglob("steps.parquet"):
+        steps.unlink()
+    page = write_report([tmp_path / "out"], tmp_path / "page.html")
+    assert page.stat().st_size > 100_000
+
+
 @pytest.mark.parametrize("file", ["run.json", "tensors.parquet", "channels.parquet"])
 def test_a_damaged_run_is_named_and_left_out(tmp_path: Path, file: str) -> None:
     record(tmp_path / "runs" / "good", steps=4, recipe=DELAYED)
