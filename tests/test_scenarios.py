@@ -178,6 +178,10 @@ def test_the_splits_share_no_seed_and_no_dial(tmp_path: Path) -> None:
     fresh = [draw_of("evaluation", "a", number, tmp_path) for number in range(10)]
     assert [draw.seed for draw in ours] == list(range(10))
     assert [draw.seed for draw in fresh] == list(range(2000, 2010))
+    # Other seeds never take the place of those that are on disk.
+    assert [draw.folder.name for draw in (*ours, *fresh)] == [
+        str(draw.seed) for draw in (*ours, *fresh)
+    ]
     np.testing.assert_array_equal([draw.strength for draw in ours], np.arange(10) / 9)
     dials = [draw.strength for draw in fresh]
     assert all(0 <= dial < 1 for dial in dials)

@@ -9,8 +9,8 @@ Draws come in two splits. The rules were made on `development`: seeds 0 to 9, th
 steps. `evaluation` has seeds from 2000 on and its dials are drawn; it was run to be reported and
 not to be looked at while rules were made.
 
-    OUT/<split>/<scenario>/<number>/run[, twin]      what was recorded
-    OUT/<split>/<scenario>/<number>/label.json       written last: a draw without it is done again
+    OUT/<split>/<scenario>/<seed>/run[, twin]      what was recorded
+    OUT/<split>/<scenario>/<seed>/label.json       written last: a draw without it is done again
 
 A draw is kept as long as the file that holds its scenario is what it was.
 """
@@ -118,7 +118,7 @@ def draw_of(split: Split, name: str, number: int, out: Path) -> Draw:
     if split == "evaluation":
         key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
         strength = float(np.random.default_rng([seed, key]).random())
-    return Draw(seed, strength, out / split / name / str(number))
+    return Draw(seed, strength, out / split / name / str(seed))
 
 
 @dataclass(frozen=True)
