@@ -130,7 +130,7 @@ def scales_of(tensors: Iterable[Tensor], recipe: DelayedScaling, operand: Any) -
     found, column = [], ("input", "weight", "grad_output").index(operand)
     for tensor in tensors:
         found.append(float(layer.scale[column]))
-        layer.quantized(layer._cast(operand, tensor, "grad_weight"), operand, True)
+        layer.quantized(layer.cast_as_given(operand, tensor, "grad_weight"), operand, True)
         layer.move_scales(operand)
     return found
 
