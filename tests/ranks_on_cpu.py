@@ -9,6 +9,7 @@ process 0, whole.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,6 +122,7 @@ def main(parallelism: str, rate: str, run: str, parameters: str) -> None:
         torch.save(left, Path(parameters))
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # everything is closed; on a busy machine gloo's threads may abort what follows
 
 
 if __name__ == "__main__":
