@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from fp8lab.gating import relative_error, without_factor
+from fp8lab.hooking import OfOneModel
 from fp8lab.sites import FeedForwardSite, GateSite, Projection, Role
 from fp8lab.tracing import LinearMap, Source, Trace, features_last, output_of
 
@@ -301,31 +302,9 @@ def _rows_of(projection: Projection) -> int:
     return rows * shape[0] if projection.flat else rows
 
 
-class _OfOneModel:
-    """A hook that a copy of the model does not have, nor a file that the model is saved in: the
-    copy is somebody else's, and would be counted as the model and keep the hook for ever."""
-
-    def __init__(self, hook: Callable[..., None]) -> None:
-        self._hook = hook
-
-    def __call__(self, *args: Any) -> None:
-        self._hook(*args)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return _no_hook, ()
-
-
-def _no_hook() -> Callable[..., None]:
-    return _nothing
-
-
-def _nothing(*_: Any) -> None:
-    pass
-
-
 def eagerly(hook: Callable[..., None]) -> Callable[..., None]:
     """A compiled model breaks its graph here, so that the hook sees tensors."""
-    return _OfOneModel(torch.compiler.disable(hook))  # type: ignore[no-untyped-call]
+    return OfOneModel(torch.compiler.disable(hook))  # type: ignore[no-untyped-call]
 
 
 def _knowing(hook: Callable[..., None]) -> Callable[..., None]:
@@ -340,7 +319,7 @@ def _knowing(hook: Callable[..., None]) -> Callable[..., None]:
         finally:
             set_callback(callback)
 
-    return _OfOneModel(torch.compiler.disable(told, recursive=False))  # type: ignore[no-untyped-call]
+    return OfOneModel(torch.compiler.disable(told, recursive=False))  # type: ignore[no-untyped-call]
 
 
 class Leaving:

@@ -73,29 +73,29 @@ class Steps:
 
     def __init__(self) -> None:
         self.depth = 0
-        self.opened_with_gradients = False
+        self.openedwith_gradients = False
         self.forward_layers: dict[Layer, None] = {}
         self.backward_layers: dict[Layer, None] = {}
         self.end_of_backward: Callable[[], object] = lambda: None
 
     def open(self) -> None:
         if self.depth == 0:
-            self.opened_with_gradients = _with_gradients()
+            self.openedwith_gradients = with_gradients()
         self.depth += 1
 
     def close(self) -> None:
         # torch also closes a forward that raised in another pre-hook, before it was opened.
         self.depth = max(self.depth - 1, 0)
-        if self.depth == 0 and self.opened_with_gradients and not _inside_backward():
+        if self.depth == 0 and self.openedwith_gradients and not inside_backward():
             self._move_forward()
             self._move_backward()
 
     def forward_counts(self) -> bool:
         """Whether the amaxes of the forward that now begins enter the history."""
-        if _inside_backward():
+        if inside_backward():
             self._await_end_of_backward()
             return False
-        return _with_gradients() and (self.depth == 0 or self.opened_with_gradients)
+        return with_gradients() and (self.depth == 0 or self.openedwith_gradients)
 
     def forward_ran(self, layer: Layer) -> None:
         self.forward_layers[layer] = None
@@ -108,7 +108,7 @@ class Steps:
 
     def repeats_forward_of(self, layer: Layer) -> bool:
         """Whether a forward of `layer` now repeats one whose scales have moved since."""
-        return _inside_backward() and layer not in self.forward_layers
+        return inside_backward() and layer not in self.forward_layers
 
     def _await_end_of_backward(self) -> None:
         # One callback, on the outermost pass: use_reentrant=True repeats a forward in one pass and
@@ -135,13 +135,15 @@ class Steps:
 steps = Steps()
 
 
-def _inside_backward() -> bool:
+def inside_backward() -> bool:
+    """Whether a backward pass is under way: what runs forward now is repeated."""
     # Private, and the only way that tells a recomputed forward from a first one in both kinds of
     # activation checkpointing: with use_reentrant=False gradients are enabled both times.
     return torch._C._current_graph_task_id() != -1
 
 
-def _with_gradients() -> bool:
+def with_gradients() -> bool:
+    """Whether a forward that runs now has gradients, or will have once it is repeated."""
     # Or in `autograd.Function.forward`, where use_reentrant=True does its first run, torch's and
     # every library's own: unlike `torch.no_grad` it turns forward-mode gradients off too.
     inside_function = not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())

@@ -109,16 +109,11 @@ class Wanted:
             return _matches(column, self.sites or ())
         steps = self.steps or ()
         if isinstance(steps, range) and abs(steps.step) == 1:
-            first, last = _extent(steps)
+            ends = steps[0], steps[-1]
+            first, last = max(min(ends), -(2**63)), min(max(ends), 2**63 - 1)  # as int64 holds them
             above = pa.compute.greater_equal(column, first)
             return pa.compute.and_(above, pa.compute.less_equal(column, last))
         return _is_in(column, steps)
-
-
-def _extent(steps: Collection[int]) -> tuple[int, int]:
-    """Smallest and largest, as int64 holds them."""
-    ends = (steps[0], steps[-1]) if isinstance(steps, range) else steps
-    return max(min(ends), -(2**63)), min(max(ends), 2**63 - 1)
 
 
 def _is_in(column: pa.ChunkedArray, values: Collection[int]) -> pa.ChunkedArray:

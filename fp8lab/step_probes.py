@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fp8lab.hooking import when_gradients_are_there
 from fp8lab.observe import eagerly
 from fp8lab.probes import counts
 from fp8lab.recorder import Kinds, Recorder, local, merged_kind
@@ -150,32 +151,6 @@ class OptimizerProbe(_Guarded):
         return _rms_t(
             parameter, {"exp_avg_sq": moment, "step": state["step"] + 1 if state else 1}, group
         )
-
-
-def when_gradients_are_there(optimizer: torch.optim.Optimizer, look: Callable[[], None]) -> Any:
-    """Call `look` in each step of `optimizer` before it changes anything: at once, or, where the
-    step is given a closure that computes the gradients, after its first call."""
-
-    def before(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if not callable(closure):
-            look()
-            return None
-        looked = False
-
-        def closing() -> Any:
-            nonlocal looked
-            loss = closure()
-            if not looked:
-                looked = True
-                look()
-            return loss
-
-        if "closure" in kwargs:
-            return args, kwargs | {"closure": closing}
-        return (args[0], closing, *args[2:]), kwargs
-
-    return optimizer.register_step_pre_hook(before)
 
 
 def gradient_scale(optimizer: Any) -> Tensor | None:

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from fp8lab import measure
 from fp8lab.casting import Cast
+from fp8lab.hooking import when_gradients_are_there
 from fp8lab.observe import Leaving, eagerly, take_off
 from fp8lab.probes import counts
 from fp8lab.recipe import OPERANDS
@@ -33,7 +34,7 @@ from fp8lab.recorder import Recorder, local
 from fp8lab.rewriting import OfAnotherForwardError
 from fp8lab.selection import BLOCK_TENSORS, LINEAR_TENSORS, PARAMETER_TENSORS
 from fp8lab.sites import cast_in_force
-from fp8lab.step_probes import gradient_scale, when_gradients_are_there
+from fp8lab.step_probes import gradient_scale
 
 # So many nodes behind a layer's output are searched for the one that reads its input.
 _NODES_SEARCHED = 16

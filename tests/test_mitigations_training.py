@@ -25,10 +25,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fp8lab
 from fp8lab.ffn import FeedForward, GatedFeedForward
+from fp8lab.hooking import OfOneModel
 from fp8lab.lab.model import Attention, LanguageModel, ModelConfig, rotary_table
 from fp8lab.mitigations.adagc import AdaGC
 from fp8lab.mitigations.block_changes import FOG, OutlierProtected, PlainFeedForward, QKNorm
-from fp8lab.mitigations.hooks import OfOneModel
 from fp8lab.mitigations.no_decay_on_gate_up import NoDecayOnGateUp
 from fp8lab.mitigations.qk_clip import QKClip
 from fp8lab.mitigations.spam import SPAM

@@ -189,12 +189,13 @@ def write_page(experiment: Experiment, file: Path, out: Path, folder: Path) -> P
     if experiment.conclude is None:
         raise ValueError(f"experiment {experiment.name}: has no conclusion to write")
     quick = _settings(out).get("quick", False)
+    there = {part.name: runs_of(out, part.name) for part in experiment.parts}
     missing = [
         f"{part.name}/{arm.name}/seed-{seed}"
         for part in experiment.parts
         for arm in part.arms
         for seed in (part.seeds[:1] if quick else part.seeds)
-        if (arm.name, seed) not in runs_of(out, part.name)
+        if (arm.name, seed) not in there[part.name]
     ]
     if missing:
         raise ValueError(f"{out}: {len(missing)} runs are not finished, {missing[0]} first")
@@ -291,10 +292,8 @@ def _provenance(experiment: Experiment, file: Path, out: Path) -> list[str]:
 
 def write_log(folder: Path, file: Path) -> None:
     """The first line of every page of an experiment in `folder`, with a link to it."""
-    lines = ["# Log", "", "Every experiment with its verdict on what was predicted; written by", ""]
-    lines[2] = (
-        "Every experiment with its verdict on what was predicted, as `make experiments` wrote it."
-    )
+    about = "Every experiment with its verdict on what was predicted"
+    lines = ["# Log", "", f"{about}, as `make experiments` wrote it.", ""]
     for page in sorted(folder.glob("*.md")):
         heading, _, rest = page.read_text(encoding="utf-8").partition("\n")
         question = next((line for line in rest.splitlines() if line.startswith("**")), None)

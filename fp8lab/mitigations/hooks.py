@@ -26,6 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fp8lab.hooking import when_gradients_are_there
+from fp8lab.regions import inside_backward, with_gradients
+
 Optimizer = torch.optim.Optimizer
 Group = dict[str, Any]
 
@@ -100,23 +103,8 @@ def before_update(
         with torch.no_grad():
             change(optimizer)
 
-    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            changing()
-            return None
-
-        def closing() -> Any:
-            loss = closure()
-            changing()
-            return loss
-
-        if "closure" in kwargs:
-            return args, kwargs | {"closure": closing}
-        return (args[0], closing, *args[2:]), kwargs
-
     _ON.setdefault(optimizer, set()).add(who)
-    return optimizer.register_step_pre_hook(before)
+    return when_gradients_are_there(optimizer, changing, always=True)
 
 
 def after_update(who: str, optimizer: Optimizer, change: Callable[[], None]) -> RemovableHandle:
@@ -178,32 +166,6 @@ def whole(number: Tensor) -> Tensor:
     return gathered
 
 
-class OfOneModel:
-    """A forward hook that a copy of the model does not have, nor a file that it is saved in: what
-    it collects would be asked for by nobody."""
-
-    def __init__(self, hook: Callable[..., None]) -> None:
-        self._hook = hook
-
-    def __call__(self, *args: Any) -> None:
-        self._hook(*args)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
-        return _no_hook, ()
-
-
-def _no_hook() -> Callable[..., None]:
-    return _nothing
-
-
-def _nothing(*_: Any) -> None:
-    pass
-
-
 def is_of_training() -> bool:
     """Whether a forward that runs now is the first of a step: no evaluation, and not repeated."""
-    # Private, see `regions`: the only way that tells both kinds of activation checkpointing, in one
-    # of which the first forward has no gradients, from an evaluation.
-    repeated = torch._C._current_graph_task_id() != -1
-    in_function = not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
-    return not repeated and (torch.is_grad_enabled() or in_function)
+    return with_gradients() and not inside_backward()

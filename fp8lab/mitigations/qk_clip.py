@@ -25,8 +25,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, distributed, nn
 
+from fp8lab.hooking import OfOneModel
 from fp8lab.mitigations.hooks import (
-    OfOneModel,
     Optimizer,
     after_update,
     check_numbers,

@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fp8lab.mitigations.hooks import OfOneModel, check_numbers, is_of_training
+from fp8lab.hooking import OfOneModel
+from fp8lab.mitigations.hooks import check_numbers, is_of_training
 
 
 @dataclass(frozen=True, kw_only=True)
