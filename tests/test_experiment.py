@@ -26,10 +26,8 @@ import pytest
 from fp8lab.lab.arm import Arm
 from fp8lab.lab.experiment import (
     Experiment,
-    Job,
     Part,
     Report,
-    Settings,
     load_experiment,
     run_experiment,
 )
@@ -215,8 +213,6 @@ def test_a_finished_run_of_another_arm_is_refused(
 def described(*mitigations: Any) -> Any:
     plan = Plan(recipe=HighPrecision())
     arm = Arm(name="a", title="A", plan=plan, mitigations=mitigations)
-    job = Job("e", "p", arm, 0, Path("nowhere"), Settings())
-    assert job.config()["mitigations"] == arm.describe()["mitigations"]
     said = arm.describe()["mitigations"]
     assert json.loads(json.dumps(said, allow_nan=False)) == said
     return said

@@ -20,7 +20,7 @@ from fp8lab.lab import language, rare_tokens
 from fp8lab.lab.arm import Arm
 from fp8lab.lab.experiment import Job, Settings
 from fp8lab.lab.language import Setup, Trained, pretrain, pretrained, train_bytes
-from fp8lab.lab.model import ModelConfig
+from fp8lab.lab.model import LanguageModel, ModelConfig
 from fp8lab.lab.rare_tokens import (
     Punctual,
     RareTokens,
@@ -34,6 +34,9 @@ from fp8lab.lab.rare_tokens import (
     table_of_ends,
 )
 from fp8lab.lab.result import results
+from fp8lab.lab.train import NextByte
+from fp8lab.mitigations.tweo import TWEO
+from fp8lab.mitigations.z_loss import ZLoss
 from fp8lab.runs import Run, open_run
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -51,6 +54,13 @@ def job_of(path: Path, plan: Plan = rare_tokens.BF16, **options: Any) -> Job:
     """Of seed 1, whose first rare token at a random gap of forty comes at step 7."""
     arm = Arm(name="an-arm", title="an arm", plan=plan, options=options)
     return Job("x", "part", arm, 1, path / "part" / "an-arm" / "seed-1", Settings())
+
+
+PENALTIES = (TWEO(weight=0.5), ZLoss(weight=0.01))
+
+
+def punished(arm: Arm) -> Arm:
+    return replace(arm, mitigations=PENALTIES)
 
 
 def quiet(step: int, steps: int, loss: float, alarms: int) -> None:
@@ -190,6 +200,38 @@ def test_what_diverges_ends_without_a_loss(tmp_path: Path) -> None:
     setup = replace(SMALL, diverged_above=0.0, ends=lambda of: {"at": of.diverged_at})
     run = ran(train_bytes, job_of(tmp_path, language.BF16), setup=setup)
     assert run.info["result"] == {"diverged_at": 0, "final_loss": None, "at": 0}
+
+
+def test_penalties_are_in_the_loss_and_not_in_the_held_out_one(tmp_path: Path) -> None:
+    plain = job_of(tmp_path / "plain")
+    job = replace(plain, path=tmp_path / "punished", arm=punished(plain.arm))
+    steps = ran(train_bytes, job, setup=SMALL).steps()
+    without = ran(train_bytes, plain, setup=SMALL).steps()
+    model = LanguageModel(SMALL.config, plain.seed)
+    plain.arm.prepare(model)
+    task = NextByte(None, plain.seed, batch=SMALL.batch, context=SMALL.config.context)
+    penalties = [mitigation.apply(model) for mitigation in PENALTIES]
+    task.loss(model, 0)
+    by_hand = torch.stack([penalty() for penalty in penalties]).sum().detach()
+    assert steps["penalty"][0] == float(by_hand) > 0.0
+    assert steps["loss"][0] == pytest.approx(without["loss"][0] + float(by_hand), rel=1e-6)
+    said = open_run(job.path).info["config"]["mitigations"]
+    assert said == job.arm.describe()["mitigations"]
+    at_rest = replace(SMALL, learning_rate=0.0, weight_decay=0.0)
+    ends = [
+        ran(train_bytes, replace(one, path=one.path / "rest"), setup=at_rest).info["result"]
+        for one in (plain, job)
+    ]
+    assert ends[0]["final_loss"] == ends[1]["final_loss"]
+
+
+def test_a_mitigation_that_a_training_does_not_ask_for_is_refused(tmp_path: Path) -> None:
+    plain = job_of(tmp_path)
+    with pytest.raises(ValueError) as raised:
+        regress(replace(plain, arm=punished(plain.arm)), quiet)
+    expected = "expected a training that asks its arm for kind loss"
+    assert str(raised.value) == f"Arm 'an-arm': TWEO has not been applied, {expected}"
+    assert not plain.path.exists()
 
 
 def test_the_learning_rate_fades_to_zero(tmp_path: Path) -> None:

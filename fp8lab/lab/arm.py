@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
@@ -50,6 +50,7 @@ class Arm:
     mitigations: tuple[Mitigation, ...] = ()
     predicted: Prediction = "open"
     options: Mapping[str, Any] | None = None  # what else the part's training changes for this arm
+    _asked: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         where = f"Arm {shown(self.name)}"
@@ -94,7 +95,16 @@ class Arm:
         """What each mitigation of kind loss adds to the loss, asked after a forward."""
         return [mitigation.apply(model) for mitigation in self._of("loss")]
 
+    def require_all_asked(self) -> None:
+        """Raises ValueError if the training has not asked for a kind of mitigation that is here."""
+        for mitigation in self.mitigations:
+            if mitigation.kind not in self._asked:
+                got = f"{type(mitigation).__name__} has not been applied"
+                expected = f"expected a training that asks its arm for kind {mitigation.kind}"
+                raise ValueError(f"Arm {shown(self.name)}: {got}, {expected}")
+
     def _of(self, *kinds: str) -> list[Mitigation]:
+        self._asked.update(kinds)
         return [mitigation for mitigation in self.mitigations if mitigation.kind in kinds]
 
     def describe(self) -> dict[str, Any]:

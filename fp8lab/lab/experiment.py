@@ -73,7 +73,12 @@ class Job:
         return self.settings.steps or (quick if self.settings.quick else steps)
 
     def config(self, **more: Any) -> dict[str, Any]:
-        """What identifies the run, for run.json."""
+        """What identifies the run, for run.json; to be asked for once the arm has been applied.
+
+        Raises ValueError if a mitigation of the arm has not been: the row would name what was not
+        there.
+        """
+        self.arm.require_all_asked()
         arm = self.arm.describe()
         return {
             "experiment": self.experiment,

@@ -76,14 +76,17 @@ class Setup:
 
 
 class _Looking:
-    """A task whose model is looked at every so many steps."""
+    """A task whose model is looked at every so many steps, and whose loss may be added to."""
 
-    def __init__(self, task: NextByte, setup: Setup) -> None:
-        self.task, self.setup = task, setup
+    def __init__(self, task: NextByte, setup: Setup, penalties: list[Callable[[], Tensor]]) -> None:
+        self.task, self.setup, self.penalties = task, setup, penalties
 
     def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
         assert isinstance(model, LanguageModel)
         loss, metrics = self.task.loss(model, step)
+        if self.penalties:
+            penalty = torch.stack([penalty() for penalty in self.penalties]).sum()
+            loss, metrics = loss + penalty, metrics | {"penalty": float(penalty.detach())}
         if self.setup.looks is not None and step % self.setup.every == 0:
             with torch.no_grad():
                 metrics = metrics | self.setup.looks(model, self.task, step)
@@ -112,7 +115,11 @@ def setup_of(job: Job, setup: Setup) -> Setup:
 
 
 def train_bytes(job: Job, progress: Progress, *, setup: Setup, **about: Any) -> None:
-    """One run of a byte-level language model; `about` is what else its config says."""
+    """One run of a byte-level language model; `about` is what else its config says.
+
+    What the arm's mitigations add to the loss is in the recorded `loss`, and by itself in
+    `penalty`; the held-out loss is without.
+    """
     setup = setup_of(job, setup)
     steps, quick = setup.steps, job.settings.quick
     model = LanguageModel(setup.config, job.seed)
@@ -120,6 +127,7 @@ def train_bytes(job: Job, progress: Progress, *, setup: Setup, **about: Any) -> 
     make = setup.optimizer
     optimizer = adamw(model, setup) if make is None else make(model, setup, job.arm)
     job.arm.prepare_optimizer(optimizer, model)
+    penalties = job.arm.penalties(model)
     if setup.fades:
         fading = LambdaLR(optimizer, lambda step: 1.0 - step / steps)
         optimizer.register_step_post_hook(lambda *_: fading.step())
@@ -141,7 +149,7 @@ def train_bytes(job: Job, progress: Progress, *, setup: Setup, **about: Any) -> 
         schedule = Schedule(
             steps=steps, clip_norm=setup.clip_norm, diverged_above=setup.diverged_above
         )
-        looking = _Looking(task, setup)
+        looking = _Looking(task, setup, penalties)
         end = train(model, optimizer, looking, schedule, watch=watching, progress=report)
         batches = setup.held_out_quick if quick else setup.held_out
         loss = task.held_out_loss(model, batches) if end is None else None
