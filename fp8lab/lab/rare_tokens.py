@@ -216,11 +216,11 @@ def learn(
     task: Regression,
     *,
     steps: int,
-    config: dict[str, Any],
     every: int,
+    **about: Any,
 ) -> None:
     """One run on the task. The arm's options: `activation` of a student without a gate, `clip_norm`
-    and those of `optimizer_of`."""
+    and those of `optimizer_of`. `about` is what else its config says."""
     options = job.arm.options or {}
     model = job.arm.prepare(Student(job.seed, options.get("activation")))
     optimizer = optimizer_of(job.arm, model)
@@ -230,6 +230,7 @@ def learn(
         judged_by="common_loss",
         diverged_above=COMMON_LOSS_LIMIT,
     )
+    config = job.config(steps=steps, **about)
     first = 0
     if job.start is not None:
         first = load_checkpoint(job.start, model, optimizer, other_precision=True)
@@ -254,8 +255,8 @@ def regress(job: Job, progress: Progress) -> None:
     steps = job.steps(STEPS, quick=40)
     clip = (job.arm.options or {}).get("clip_norm")
     rate = learning_rate_of(job.arm)
-    config = job.config(steps=steps, learning_rate=rate, clip_norm=clip)
-    learn(job, progress, Regression(job.seed), steps=steps, config=config, every=10)
+    task = Regression(job.seed)
+    learn(job, progress, task, steps=steps, every=10, learning_rate=rate, clip_norm=clip)
 
 
 def regress_spaced(
@@ -270,10 +271,9 @@ def regress_spaced(
     options = dict(job.arm.options or {})
     punctual = options.get("punctual", False)
     # In a hurry one rare token at least where its step is known.
-    steps = job.steps(options.get("steps", steps), quick=45 if punctual else 4)
-    config = job.config(**options | {"steps": steps})
+    steps = job.steps(options.pop("steps", steps), quick=45 if punctual else 4)
     on = task(job.seed, options.get("gap", 40), punctual=punctual)
-    learn(job, progress, on, steps=steps, config=config, every=100)
+    learn(job, progress, on, steps=steps, every=100, **options)
 
 
 def table_of_ends(rows: pd.DataFrame) -> pd.DataFrame:
