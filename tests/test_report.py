@@ -245,7 +245,7 @@ def test_a_single_path_is_a_mistake(experiment: Path, tmp_path: Path) -> None:
 
 def test_pictures_for_a_readme(experiment: Path, tmp_path: Path) -> None:
     written = write_pictures([experiment], tmp_path / "pictures")
-    assert [path.name for path in written] == ["loss.png", "timeline.png"]
+    assert [path.name for path in written] == ["losses.png", "timeline.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 

@@ -9,7 +9,8 @@ in the run.
     verdict   the sentences
     tables    the tables
     pictures  the pictures; drawing is how they look
-    page      sections in order, laid out by page.html.j2
+    sections  all of it in order, as a document of blocks
+    page      a document as HTML, laid out by page.html.j2
 
 Importing this is cheap: pandas, matplotlib and seaborn load when a report is written. Rejected: a
 page that draws in the browser. It would need a megabyte of script, and could not be printed, diffed
@@ -33,11 +34,14 @@ def write_report(runs: Iterable[str | Path], path: str | Path) -> Path:
     single path, OSError if `path` cannot be written. A run that is damaged, killed or still being
     written is no error: the page says so.
     """
+    from fp8lab.report.drawing import style
     from fp8lab.report.page import render
+    from fp8lab.report.sections import document_of
     from fp8lab.report.story import load
 
     path = Path(path)
-    text = render(load(runs))
+    with style():
+        text = render(document_of(load(runs)))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -49,11 +53,18 @@ def write_report(runs: Iterable[str | Path], path: str | Path) -> Path:
 
 
 def write_pictures(runs: Iterable[str | Path], folder: str | Path) -> list[Path]:
-    """Write the two main pictures as PNG into `folder`: `loss.png`, `timeline.png`.
+    """Write the two main pictures as PNG into `folder`: `losses.png`, `timeline.png`.
 
     Returns the files written; one that cannot be drawn is left out. Raises as `write_report` does.
     """
-    from fp8lab.report.page import pictures_for_readme
+    from fp8lab.report.drawing import style, to_png
+    from fp8lab.report.sections import document_of
     from fp8lab.report.story import load
 
-    return pictures_for_readme(load(runs), Path(folder))
+    folder = Path(folder)
+    with style():
+        document = document_of(load(runs))
+        drawn = document.pictures()
+        folder.mkdir(parents=True, exist_ok=True)
+        main = [name for name in ("losses", "timeline") if name in drawn]
+        return [to_png(drawn[name].figure, folder / f"{name}.png") for name in main]
