@@ -92,7 +92,10 @@ class Cast(NamedTuple):
         return _into(out, rounded * spread(self.scale_inv, self.tile, tensor.shape))
 
     def fake_quantized_and_amax(self) -> tuple[Tensor, Tensor]:
-        """`fake_quantized()` and `absolute_maximum` of the tensor, in one pass where possible."""
+        """`fake_quantized()` and `absolute_maximum` of the tensor, in one pass where possible.
+
+        A DTensor's amax is that of the whole tensor, on every process that has a share of it.
+        """
         tensor = self.tensor.detach()
         if self.tile is None and self._has_kernel(tensor):
             out = torch.empty_like(tensor, dtype=torch.float32)
@@ -100,7 +103,8 @@ class Cast(NamedTuple):
             how = self.format, self.scale, self.scale_inv
             amax, _, _ = kernels.fake_quantize_and_count(tensor, *how, out)
             return out, amax
-        return self.fake_quantized(), absolute_maximum(tensor)
+        amax = absolute_maximum(tensor)
+        return self.fake_quantized(), amax.full_tensor() if hasattr(amax, "full_tensor") else amax
 
     def _has_kernel(self, tensor: Tensor) -> bool:
         nearest = self.rounding == "nearest" and self.format is not formats.SIGN

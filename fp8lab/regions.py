@@ -73,20 +73,20 @@ class Steps:
 
     def __init__(self) -> None:
         self.depth = 0
-        self.openedwith_gradients = False
+        self.opened_with_gradients = False
         self.forward_layers: dict[Layer, None] = {}
         self.backward_layers: dict[Layer, None] = {}
         self.end_of_backward: Callable[[], object] = lambda: None
 
     def open(self) -> None:
         if self.depth == 0:
-            self.openedwith_gradients = with_gradients()
+            self.opened_with_gradients = with_gradients()
         self.depth += 1
 
     def close(self) -> None:
         # torch also closes a forward that raised in another pre-hook, before it was opened.
         self.depth = max(self.depth - 1, 0)
-        if self.depth == 0 and self.openedwith_gradients and not inside_backward():
+        if self.depth == 0 and self.opened_with_gradients and not inside_backward():
             self._move_forward()
             self._move_backward()
 
@@ -95,7 +95,7 @@ class Steps:
         if inside_backward():
             self._await_end_of_backward()
             return False
-        return with_gradients() and (self.depth == 0 or self.openedwith_gradients)
+        return with_gradients() and (self.depth == 0 or self.opened_with_gradients)
 
     def forward_ran(self, layer: Layer) -> None:
         self.forward_layers[layer] = None

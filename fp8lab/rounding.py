@@ -84,7 +84,9 @@ def _round_by_quantum(
     exponent = (torch.frexp(values).exponent - 1).clamp(min=fmt.min_exponent)
     # In float64 every quantum of every format is normal and the quotient is exact. A power of two
     # is made from its bits: what ldexp and pow return is not promised to be one.
-    quantum = ((exponent.long() + (1023 - fmt.mantissa_bits)) << 52).view(torch.float64)
+    biased = exponent.long() + (1023 - fmt.mantissa_bits)
+    # Not `<<`, which gives back a DTensor as it is (torch 2.13).
+    quantum = torch.bitwise_left_shift(biased, 52).view(torch.float64)
     quotient = values.double() / quantum
     if rounding == "nearest":
         steps = quotient.round()

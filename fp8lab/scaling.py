@@ -147,22 +147,26 @@ def exponent_scales(
 
 
 def _exponents(amax: Tensor, fmt: FloatFormat, rounding: ScaleRounding) -> Tensor:
-    """E8M0 codes of scale_inv, int32."""
+    """E8M0 codes of scale_inv, int32.
+
+    Shifts are written out: `>>` of a DTensor gives back its operand, unshifted (torch 2.13).
+    """
     if rounding == "up":
         bits = (amax * (1.0 / fmt.max)).view(torch.int32)
         # Any mantissa carries into the exponent; up to 2^-127 the code is 0, infinity's is 254.
-        return ((bits + 0x7FFFFF) >> 23).masked_fill_(bits <= 0x400000, 0).clamp_(max=254)
+        code = torch.bitwise_right_shift(bits + 0x7FFFFF, 23)
+        return code.masked_fill_(bits <= 0x400000, 0).clamp_(max=254)
     bits = amax.view(torch.int32)
     if rounding == "even":
         bits = bits + (1 << (22 - fmt.mantissa_bits))
     if rounding == "ceil":
         bits = bits + 0x7FFFFF
-    return ((bits >> 23) - fmt.max_exponent).clamp_(0, 254)
+    return (torch.bitwise_right_shift(bits, 23) - fmt.max_exponent).clamp_(0, 254)
 
 
 def _power_of_two(code: Tensor) -> Tensor:
     """2^(code - 127) of an E8M0 code, float32; code 0 is subnormal there."""
-    return (code << 23).clamp_(min=0x400000).view(torch.float32)
+    return torch.bitwise_left_shift(code, 23).clamp_(min=0x400000).view(torch.float32)
 
 
 def rowwise_scale(
