@@ -13,19 +13,21 @@ import json
 import math
 import sys
 from collections.abc import Iterable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from typer.core import TyperGroup
 
-from fp8lab.comparison import config_of, number_of, side_by_side, told_of
+from fp8lab.comparison import side_by_side, told_of
+from fp8lab.listing import print_grids, summary_of
 from fp8lab.progress import Bars
 from fp8lab.recipe import GEMMS, gemm_in_words
-from fp8lab.store import Run, RunError, find_runs, open_run
+from fp8lab.store import RunError, find_runs, open_run
+from fp8lab.terminal import printable
 
 
 class _OneLineErrors(TyperGroup):
@@ -45,17 +47,11 @@ class _OneLineErrors(TyperGroup):
             if isinstance(error, OSError) and error.filename is not None:
                 message = f"{error.filename}: {error.strerror}"
             for line in message.strip().splitlines()[:1]:  # none after the help, for no arguments
-                typer.echo(f"error: {_printable(line)}", err=True)
+                typer.echo(f"error: {printable(line)}", err=True)
             sys.exit(2)
         if code == 130:
             typer.echo("interrupted: what was recorded is kept", err=True)
         sys.exit(code)
-
-
-def _printable(line: str) -> str:
-    """Without what moves a terminal's cursor, and without the middle of what fills a screen."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    return line if len(line) <= LONGEST_LINE else f"{line[:500]} … {line[-500:]}"
 
 
 app = typer.Typer(
@@ -66,9 +62,21 @@ app = typer.Typer(
     help="Why an FP8 training run diverges: which tensor, layer and channel, since when.",
 )
 
-LONGEST_LINE = 1200
+PAGES = ((b"<!doctype html", b"<html"), (b"fp8lab report",))  # how they begin: HTML, Markdown
+
+
+class Alignment(StrEnum):
+    """What losses are laid beside each other by."""
+
+    step = "step"
+    tokens = "tokens"
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print data instead of a table.")]
+Page = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="PAGE", help="The page, .html, or .md with PNGs beside."),
+]
 # Without a metavar the name of an argument in an error depends on the version of typer.
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 RunPaths = Annotated[
@@ -126,9 +134,9 @@ def run(
             on_end=progress.ended,
         )
     if as_json:
-        _print_json([_summary(open_run(path)) for path in find_runs(out)])
+        _print_json([summary_of(open_run(path)) for path in find_runs(out)])
     else:
-        _print_grids(console, value.parts, out)
+        print_grids(console, value.parts, out)
     for failure in failures:
         typer.echo(f"failed: {failure}", err=True)
     if failures:
@@ -149,7 +157,7 @@ def list_runs(
     summaries, damaged = [], []
     for path in find_runs(folder):
         try:
-            summaries.append(_summary(open_run(path)))
+            summaries.append(summary_of(open_run(path)))
         except (RunError, OSError, ValueError) as error:
             damaged.append({"run": str(path), "state": "damaged", "error": str(error)})
     if as_json:
@@ -169,7 +177,7 @@ def show(run: RunPath, as_json: Json = False) -> None:
     opened = open_run(run)
     info = {key: value for key, value in opened.info.items() if key != "pid"}
     info["state"] = opened.state
-    info |= {key: value for key, value in _summary(opened).items() if key not in info}
+    info |= {key: value for key, value in summary_of(opened).items() if key not in info}
     events = opened.events()[["step", "kind", "site", "detail"]].to_dict("records")
     if as_json:
         _print_json(info | {"events": events})
@@ -317,10 +325,10 @@ def audit_checkpoint(
         rows = found.rows()
         table = _table(rows[0] if rows else ())
         for row in rows:
-            table.add_row(*(_printable(_cell(cell)) for cell in row.values()))
+            table.add_row(*(printable(_cell(cell)) for cell in row.values()))
         Console(markup=False).print(table)
         for line in str(found).splitlines():  # with names out of a stranger's file
-            typer.echo(_printable(line))
+            typer.echo(printable(line))
     if found.severe:
         raise typer.Exit(1)
 
@@ -328,15 +336,48 @@ def audit_checkpoint(
 @app.command()
 def report(
     runs: RunPaths,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("report.html"),
+    out: Page = None,
+    live: Annotated[bool, typer.Option("--live", help="Serve it here, anew as runs grow.")] = False,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Of --live.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Write one offline HTML page about the runs."""
-    from fp8lab.report import write_report
+    """Write a page about the runs: one offline HTML file, or Markdown with its pictures."""
+    from fp8lab.report import report_data, write_report
 
     _expand(runs)
-    if out.exists() and not out.is_dir() and not _is_page(out):
-        raise ValueError(f"{out}: exists and is no HTML page, expected a new file")
-    typer.echo(f"report: {write_report(runs, out)}")
+    if live is False and port is not None:
+        raise ValueError(f"--port {port}: expected --live with it")
+    if live and as_json:
+        raise ValueError("--live: serves a page, expected no --json")
+    if as_json:
+        _only_printed(out)
+        _print_json(report_data(runs))
+    else:
+        out = out or Path("report.html")
+        _demand_replaceable(out)
+        if live:
+            from fp8lab.live.serving import serve
+
+            serve(runs, out, port=port or 0, say=typer.echo)
+        typer.echo(f"report: {write_report(runs, out)}")
+
+
+@app.command()
+def tail(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a folder of them.")],
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="One frame, and no more.")] = False,
+) -> None:
+    """Follow a run in the terminal while it is recorded; exit code 1 if it broke off.
+
+    Of a folder it is the newest run that is being recorded. Where no terminal is, an update is a
+    line, and a frame follows at the end.
+    """
+    from fp8lab.live import follow
+
+    state = follow(run, Console(markup=False, highlight=False), interval=interval, once=once)
+    if state not in ("finished", "running", "unknown"):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -345,6 +386,10 @@ def compare(
     against: Annotated[
         str, typer.Option(metavar="ARM", help="What losses and speeds are compared with.")
     ] = "bf16",
+    by: Annotated[
+        Alignment | None, typer.Option(help="Losses at the same step, or after the same tokens.")
+    ] = None,
+    out: Page = None,
     as_json: Json = False,
 ) -> None:
     """One table of arms: diverged, final loss, what the casts did to the product, speed.
@@ -352,9 +397,21 @@ def compare(
     Losses and speeds are medians over runs; staleness, saturated, flushed and bulk error are the
     largest that were recorded. The loss gap is the median, over the seeds that both have, of the
     final loss less that of the arm named by --against in the same part; the step time ratio is
-    that of the median step times.
+    that of the median step times. With --by, the aligned loss is that at the furthest step, or
+    number of tokens, that every arm of the part reached with a run that did not diverge.
+
+    With --out a page: losses of every arm, a band over its seeds, and the table.
     """
-    rows = side_by_side([open_run(path) for path in _expand(runs)], against)
+    from fp8lab.report import write_comparison
+
+    paths = _expand(runs)
+    if out is not None and not as_json:
+        _demand_replaceable(out)
+        written = write_comparison(runs, out, by=(by or Alignment.step).value, against=against)
+        typer.echo(f"report: {written}")
+        return
+    _only_printed(out)
+    rows = side_by_side([open_run(path) for path in paths], against, by.value if by else None)
     if as_json:
         _print_json(rows)
         return
@@ -364,13 +421,23 @@ def compare(
     Console(markup=False).print(table)
 
 
-def _is_page(file: Path) -> bool:
-    """Whether a file is what may be written again: not a run's, not /dev/null."""
-    if not file.is_file():
-        return False
-    with file.open("rb") as opened:
-        beginning = opened.read(64).lstrip().lower()
-    return not beginning or beginning.startswith((b"<!doctype html", b"<html"))
+def _only_printed(out: Path | None) -> None:
+    if out is not None:
+        raise ValueError(f"--json prints and --out writes {out}, expected one of them")
+
+
+def _demand_replaceable(page: Path) -> None:
+    """A page, not a run's file, not /dev/null."""
+    if not page.exists() or page.is_dir():
+        return
+    is_page = False
+    if page.is_file():
+        with page.open("rb") as opened:
+            beginning = opened.read(64).lstrip().lower()
+        is_page = not beginning or beginning.startswith(PAGES[page.suffix.lower() == ".md"])
+    if not is_page:
+        what = "Markdown report" if page.suffix.lower() == ".md" else "HTML page"
+        raise ValueError(f"{page}: exists and is no {what}, expected a new file")
 
 
 def _expand(paths: Iterable[Path]) -> list[Path]:
@@ -382,56 +449,6 @@ def _expand(paths: Iterable[Path]) -> list[Path]:
             open_run(path)  # raises with the reason
         found += below
     return found
-
-
-def _summary(run: Run) -> dict[str, Any]:
-    steps = run.steps("loss")
-    result = told_of(run, "result")
-    losses = steps.dropna(subset="loss").drop_duplicates("step")["loss"]  # of the first process
-    return {
-        "run": str(run.path),
-        "state": run.state,
-        "part": config_of(run).get("part"),
-        "arm": config_of(run).get("arm"),
-        "seed": config_of(run).get("seed"),
-        "steps": steps["step"].nunique(),
-        "loss": float(losses.iloc[-1]) if len(losses) else None,
-        "diverged_at": result.get("diverged_at"),
-        "final_loss": result.get("final_loss"),
-    }
-
-
-def _print_grids(console: Console, parts: Iterable[Any], out: Path) -> None:
-    runs = [open_run(path) for path in find_runs(out)]
-    for part in parts:
-        if any(config_of(one).get("part") == part.name for one in runs):
-            titles = {one.name: one.title for one in part.arms}
-            console.print(_grid(part.title, titles, part.name, runs))
-    console.print(f"runs: {out}", highlight=False, soft_wrap=True)
-
-
-def _grid(title: str, arms: dict[str, str], part: str, runs: list[Run]) -> Table:
-    """Arms x seeds: the step at which a run diverged, or its final loss."""
-    cells: dict[tuple[str, int], str | Text] = {}
-    for one in runs:
-        config, summary = config_of(one), _summary(one)
-        where = (config.get("arm"), config.get("seed"))
-        if config.get("part") == part and isinstance(where[0], str) and isinstance(where[1], int):
-            diverged, final = summary["diverged_at"], number_of(summary["final_loss"])
-            cell: str | Text = summary["state"] if final is None else f"{final:.3f}"
-            if diverged is not None:
-                cell = Text(f"✗ {diverged}", style="bold red")
-            cells[where[0], where[1]] = cell
-    seeds = sorted({seed for _, seed in cells})
-    table = Table(box=None, title=title, title_justify="left", caption_justify="left")
-    if any(isinstance(cell, Text) for cell in cells.values()):
-        table.caption = "a number: the final loss; ✗ n: diverged at step n"
-    for name in ("arm", *(f"seed {seed}" for seed in seeds)):
-        table.add_column(name)
-    for arm, arm_title in arms.items():
-        if any((arm, seed) in cells for seed in seeds):
-            table.add_row(arm_title, *(cells.get((arm, seed), "") for seed in seeds))
-    return table
 
 
 def _table(names: Iterable[str]) -> Table:

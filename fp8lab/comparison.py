@@ -2,21 +2,32 @@
 
 Numbers are read from rows and from run.json; the arithmetic is medians, maxima and differences of
 runs of the same seed. What a run does not say is None, never zero.
+
+Losses are laid beside each other by step, or by tokens seen where a step has not the same number of
+them in every run. From where a run diverged its loss counts as infinite: were it left out, an arm
+would look the better the more of its runs are lost. A run that merely ends tells nothing beyond.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 
 from fp8lab.runs import Run
+
+By = Literal["step", "tokens"]
 
 _OF_WEIGHT = ("weight_flushed", "weight_bulk_error")
 _PRODUCT, _DOWN = r":product$", r"(?:^|\.)down(?:_proj)?:weight$"
 
 
-def side_by_side(runs: Iterable[Run], against: str) -> list[dict[str, Any]]:
+def side_by_side(runs: Iterable[Run], against: str, by: By | None = None) -> list[dict[str, Any]]:
     """A row an arm, named part/arm; runs that belong to no experiment are each an arm.
 
     Losses and times are medians over runs; staleness, saturated, flushed and bulk error are the
@@ -25,6 +36,10 @@ def side_by_side(runs: Iterable[Run], against: str) -> list[dict[str, Any]]:
     `weight_bulk_error`; where it was in no arm these are left out. `loss_gap` is the median, over
     the seeds that both have, of the final loss less that of the arm `against` in the same part;
     `step_time_ratio` that of the median times of a step.
+
+    With `by`, `aligned_loss` is the median of the losses that the arm's runs recorded last at or
+    before `aligned_at`: the furthest step, or number of tokens seen, that every arm of the part
+    reached with a run that did not diverge. Raises ValueError as `curve_of` does.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -36,8 +51,131 @@ def side_by_side(runs: Iterable[Run], against: str) -> list[dict[str, Any]]:
     for arm, members in groups.items():
         part = config_of(members[0]).get("part")
         rows.append(_row(arm, members, groups.get(f"{part}/{against}", [])))
+    if by is not None:
+        rows = _aligned(rows, groups, by)
     unseen = {name for name in _OF_WEIGHT if all(row[name] is None for row in rows)}
     return [{name: row[name] for name in row if name not in unseen} for row in rows]
+
+
+class Curve(NamedTuple):
+    """The finite losses of a run, float64 [points], at rising positions, and how it ended."""
+
+    positions: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    lost: bool
+
+    def at(self, positions: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The loss recorded last; NaN before the first and after the end, infinite if lost."""
+        if not len(self.positions):
+            return np.full(len(positions), np.nan)
+        last = np.searchsorted(self.positions, positions, side="right") - 1
+        found = np.where(last >= 0, self.losses[last], np.nan)
+        beyond = math.inf if self.lost else math.nan
+        return np.where(positions > self.positions[-1], beyond, found)
+
+
+class Band(NamedTuple):
+    """Of several curves at every position, float64 [points]: their median, and what most of them
+    lie between."""
+
+    positions: NDArray[np.float64]
+    middle: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+
+QUARTILES_FROM = 5  # runs; a band of fewer reaches from the lowest to the highest
+
+
+def curve_of(run: Run, by: By, loss: str = "loss") -> Curve:
+    """The loss of a run's first process, or another number of its step rows, by step or by tokens.
+
+    It is lost if its result says so; a run without a verdict of its own, if its loss ended not
+    finite.
+
+    The tokens of a step are the number `tokens` given to `watch.step`; without it `batch` times
+    `context` of the run's config. Raises ValueError if a run with steps says neither.
+    """
+    rows = run.steps()
+    rows = rows[rows["rank"] == rows["rank"].min()].drop_duplicates("step")
+    if rows.empty or loss not in rows:
+        return Curve(np.array([]), np.array([]), False)
+    positions = (rows["step"] if by == "step" else _tokens_seen(run, rows)).to_numpy(float)
+    losses = rows[loss].to_numpy(float)
+    told = np.isfinite(losses)
+    result = told_of(run, "result")
+    lost = result["diverged_at"] is not None if "diverged_at" in result else not told[-1]
+    return Curve(positions[told], losses[told], bool(lost))
+
+
+def _tokens_seen(run: Run, rows: pd.DataFrame) -> pd.Series:
+    expected = "expected a number `tokens` at every step, or `batch` and `context` in its config"
+    if "tokens" in rows:
+        if not (np.isfinite(rows["tokens"]) & (rows["tokens"] > 0)).all():
+            raise ValueError(f"{run.path}: tokens missing at some of its steps, {expected}")
+        return rows["tokens"].cumsum()
+    sizes = [number_of(config_of(run).get(name)) for name in ("batch", "context")]
+    if not all(size is not None and 0 < size < math.inf for size in sizes):
+        raise ValueError(f"{run.path}: says no tokens of a step, {expected}")
+    return (rows["step"] + 1) * math.prod(size for size in sizes if size is not None)
+
+
+def band_of(curves: Sequence[Curve]) -> Band | None:
+    """The curves' median at every position of any of them, and the range between the lowest and
+    the highest, or from QUARTILES_FROM curves on between the quartiles; None without a point."""
+    curves = [curve for curve in curves if len(curve.positions)]
+    if not curves:
+        return None
+    positions = np.unique(np.concatenate([curve.positions for curve in curves]))
+    losses = np.stack([curve.at(positions) for curve in curves])
+    outside = 0.25 if len(curves) >= QUARTILES_FROM else 0.0
+    # Nothing is interpolated: between a number and infinity there is none.
+    low = np.nanquantile(losses, outside, axis=0, method="lower")
+    high = np.nanquantile(losses, 1.0 - outside, axis=0, method="higher")
+    return Band(positions, np.nanmedian(losses, axis=0), low, high)
+
+
+def loss_name(runs: Iterable[Run]) -> str:
+    """`common_loss`, which a rare token does not disturb, where every run with steps has it."""
+    told = [set(rows.columns) for run in runs if len(rows := run.steps())]
+    return "common_loss" if told and all("common_loss" in names for names in told) else "loss"
+
+
+def furthest_common(arms: Iterable[Sequence[Curve]]) -> float | None:
+    """The furthest position that every arm reached with a run that was not lost; of arms that
+    have none, if there is no other, the nearest of their ends. None without a point."""
+    ends: dict[bool, list[float]] = {False: [], True: []}
+    for curves in arms:
+        lost = all(curve.lost for curve in curves if len(curve.positions))
+        told = [curve for curve in curves if len(curve.positions) and curve.lost == lost]
+        if told:
+            ends[lost].append(max(float(curve.positions[-1]) for curve in told))
+    return min(ends[False] or ends[True], default=None)
+
+
+def _aligned(
+    rows: list[dict[str, Any]], groups: dict[str, list[Run]], by: By
+) -> list[dict[str, Any]]:
+    """The rows, in their order, with the two columns after the final loss."""
+    parts: dict[str, list[str]] = {}
+    for arm, runs in groups.items():
+        parts.setdefault(str(config_of(runs[0]).get("part")), []).append(arm)
+    found: dict[str, dict[str, float | None]] = {}
+    for arms in parts.values():
+        name = loss_name(run for arm in arms for run in groups[arm])
+        curves = {arm: [curve_of(run, by, name) for run in groups[arm]] for arm in arms}
+        common = furthest_common(curves.values())
+        for arm in arms:
+            place = np.array([math.nan if common is None else common])
+            losses = [float(curve.at(place)[0]) for curve in curves[arm]]
+            told = [loss for loss in losses if not math.isnan(loss)]
+            median = statistics.median(told) if told else None
+            found[arm] = {"aligned_at": common, "aligned_loss": median}
+    aligned = []
+    for row in rows:
+        head = {name: row[name] for name in ("arm", "runs", "diverged", "final_loss")}
+        aligned.append(head | found[row["arm"]] | row)
+    return aligned
 
 
 def config_of(run: Run) -> dict[str, Any]:

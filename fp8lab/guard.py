@@ -44,6 +44,7 @@ from fp8lab.ranks import world_size
 from fp8lab.record import SEVERITIES, TABLES, Finding, Severity, Table
 from fp8lab.recorder import StepRows
 from fp8lab.runs import Names, Numbers, Run, wanted_of
+from fp8lab.segments import schema_of
 
 # Of the first steps the rows stay: a loss is held against them.
 FIRST_STEPS = 50
@@ -248,10 +249,13 @@ class _Recent(Run):
         sites: Names = None,
         steps: Numbers = None,
         ranks: Numbers = None,
+        coded: bool = False,
     ) -> pa.Table:
         wanted = wanted_of(columns, sites, steps, ranks)
         first = self._first if table == "steps" else []
         rows = pa.concat_tables([TABLES[table].empty_table(), *first, *self._tables[table]])
         for key in wanted.keys():
             rows = rows.filter(wanted.mask(key, rows[key]))
-        return rows.select(wanted.names(TABLES[table]))
+        schema = schema_of(table, coded)
+        names = wanted.names(schema)
+        return rows.select(names).cast(pa.schema([schema.field(name) for name in names]))

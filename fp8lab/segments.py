@@ -24,11 +24,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute
@@ -42,6 +43,7 @@ LARGEST_MERGED_BYTES = 64 << 20
 ROWS_AT_ONCE = 1 << 15  # about 30 MB of tensor rows: what merging and compacting hold in memory
 KEYS = ("step", "rank", "site")
 
+_Kept = TypeVar("_Kept")
 _NAME = re.compile("([0-9]{1,18})(?:-([0-9]{1,18}))?")
 # What Arrow raises where the bytes of a file are not what they should be.
 _DAMAGE = (
@@ -76,13 +78,15 @@ class Wanted:
     """Which rows and columns to read; None is all of them.
 
     `sites` are names or patterns (`*:product`), `steps` a range or numbers. The columns that tell
-    rows apart (step, rank, site, channel) are always read.
+    rows apart (step, rank, site, channel) are always read. With `coded` a text column comes as
+    codes (int32) and the few different texts, not as a text a row.
     """
 
     columns: Collection[str] | None = None
     sites: Collection[str] | None = None
     steps: Collection[int] | None = None
     ranks: Collection[int] | None = None
+    coded: bool = False
 
     def names(self, schema: pa.Schema) -> list[str]:
         """The columns to read, in the schema's order. Raises ValueError for one that is none."""
@@ -183,11 +187,21 @@ def files_of(folder: Path, table: Table) -> list[Path]:
 
 def read(folder: Path, table: Table, wanted: Wanted = EVERYTHING) -> list[pa.Table]:
     """The rows as recorded, in pieces. Raises RunError if a file is damaged."""
+    return reduced(folder, table, lambda piece: piece, wanted)
+
+
+def reduced(
+    folder: Path, table: Table, reduce: Callable[[pa.Table], _Kept], wanted: Wanted = EVERYTHING
+) -> list[_Kept]:
+    """What `reduce` makes of each piece; the piece itself is gone before the next one is read.
+
+    Raises RunError if a file is damaged. Where a run is merged meanwhile all begins anew.
+    """
     while True:
         segments = [folder / "segments" / one.name for one in listed(folder)]
         files = files_of(folder, table)
         try:
-            pieces = [piece for file in files for piece in _pieces(file, table, wanted)]
+            kept = [reduce(piece) for file in files for piece in _pieces(file, table, wanted)]
         except RunError:
             if all(file.exists() for file in files):
                 raise
@@ -196,7 +210,7 @@ def read(folder: Path, table: Table, wanted: Wanted = EVERYTHING) -> list[pa.Tab
             is_compacted = any(file.suffix == ".parquet" for file in files)
             places = files if is_compacted else segments
             if all(place.exists() for place in places):
-                return pieces
+                return kept
             for place in places:
                 if place.is_symlink() and not place.exists():
                     raise RunError(f"{place}: a link to nothing")
@@ -215,31 +229,46 @@ def _pieces(file: Path, table: Table, wanted: Wanted) -> Iterator[pa.Table]:
             for chunk in range(opened.chunks):
                 mask = None
                 for key in keys:  # one by one: of most chunks the steps say that nothing is wanted
-                    column = _conformed(opened.read(chunk, [key]), schema, [key])[key]
+                    column = _conformed(opened.read(chunk, [key]), table, [key], True)[key]
                     holds = wanted.mask(key, column)
                     mask = holds if mask is None else pa.compute.and_(mask, holds)
                     if not pa.compute.any(mask).as_py():
                         break
                 else:
-                    rows = _conformed(opened.read(chunk, names), schema, names)
+                    rows = _conformed(opened.read(chunk, names), table, names, wanted.coded)
                     yield rows if mask is None else rows.filter(mask)
     except _DAMAGE as error:
         reason = str(error).strip() or type(error).__name__
         raise RunError(f"{file}: damaged: {reason.splitlines()[0]}") from None
 
 
-def _conformed(rows: pa.Table, schema: pa.Schema, names: list[str]) -> pa.Table:
+def _conformed(rows: pa.Table, table: Table, names: list[str], coded: bool) -> pa.Table:
     """The columns `names` as the schema has them; one newer than the file was not measured."""
     rows.validate(full=True)  # offsets of a damaged file point anywhere
+    schema = schema_of(table, coded)
     for name in names:
         if name not in rows.column_names:
             rows = rows.append_column(name, pa.nulls(rows.num_rows, schema.field(name).type))
+        elif pa.types.is_dictionary(schema.field(name).type):
+            if not pa.types.is_dictionary((column := rows[name]).type):
+                codes = column.cast(pa.string()).dictionary_encode()
+                rows = rows.set_column(rows.column_names.index(name), name, codes)
     fields = [schema.field(name) for name in names]
     rows = rows.select(names).cast(pa.schema(fields, metadata=schema.metadata))
     for name in ("step", "rank"):
         if name in names and rows[name].null_count:
             raise ValueError(f"{name}: missing in {rows[name].null_count} rows")
     return rows
+
+
+@cache
+def schema_of(table: Table, coded: bool) -> pa.Schema:
+    """A table's schema, as `Wanted.coded` asks for it."""
+    schema = TABLES[table]
+    for place, field in enumerate(schema if coded else ()):
+        if field.type == pa.string():
+            schema = schema.set(place, field.with_type(pa.dictionary(pa.int32(), pa.string())))
+    return schema
 
 
 class _ArrowFile:
@@ -280,7 +309,10 @@ class _ParquetFile:
     def __init__(self, file: Path, table: Table) -> None:
         self._source = _opened(file, "rb")
         self._file = pa.parquet.ParquetFile(self._source)
-        self._stored = _stored_names(self._file.schema_arrow.names, table)
+        names = self._file.schema_arrow.names
+        self._stored = _stored_names(names, table)
+        texts = [name for name in names if self._file.schema_arrow.field(name).type == pa.string()]
+        self._file = pa.parquet.ParquetFile(self._source, read_dictionary=texts)
         self.chunks = self._file.num_row_groups
 
     def __enter__(self) -> _ParquetFile:

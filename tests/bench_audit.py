@@ -1,15 +1,17 @@
 """What an audit costs beside reading the same file, and how much of it is in memory at once.
 
-The file is a gigabyte of random BF16 in a Llama's layout, in the page cache. Reading is what
-safetensors itself does: `safe_open`, `get_tensor` of every tensor. That call maps and reads
-nothing, so the bytes are touched, in three ways: cloned into memory of one's own (what loading a
-model does), summed in float32, and, the harshest, summed in torch's BF16 kernel, which is a read at
-the speed of memory. Sides take turns in one process; ratios are medians of paired turns.
+The file is a gigabyte of random BF16 in a Llama's layout, in the page cache. What reading is has
+several readings, and the audit stands beside each, the strictest first: safetensors' `safe_open`
+with `get_tensor` of every tensor, which maps and reads nothing, so that each is cloned into memory
+of one's own (what loading a model does); safetensors' `load` of the file's bytes; `torch.load`
+without mapping of the same weights; and, to know the machine, sums of what was mapped, in float32
+and in torch's BF16 kernel. Sides take turns in one process; ratios are medians of paired turns, of
+wall seconds and of the process's CPU seconds, which other processes disturb less.
 
 Memory is that of a process of its own: the peak of its resident set while it audits (VmHWM, reset
 before; Linux) less what was resident after it audited a small file, so that imports and kernels do
 not count. Resident pages of the mapped file count like any others, until they are given back. Run
-as a program; a minute, and a gigabyte of disk.
+as a program; a minute or two, and two gigabytes of disk.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from fp8lab.checkpoint import audit
@@ -92,10 +95,27 @@ def reading(path: Path, touch: Callable[[Tensor], object]) -> Callable[[], None]
     return read
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+class Seconds(NamedTuple):
+    wall: float
+    cpu: float
+
+
+def seconds(work: Callable[[], object]) -> Seconds:
+    wall, cpu = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def paired(name: str, read: Callable[[], object], path: Path, turns: int) -> str:
+    """A row of the table."""
+    read()
+    pairs = [(seconds(read), seconds(lambda: audit(path))) for _ in range(turns)]
+    cells = [
+        f"{statistics.median(one.wall for one in side):.3f}" for side in zip(*pairs, strict=True)
+    ]
+    cells.append(f"{statistics.median(one.wall / other.wall for one, other in pairs):.0%}")
+    cells.append(f"{statistics.median(one.cpu / other.cpu for one, other in pairs):.0%}")
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def peak(path: Path, small: Path) -> int:
@@ -105,12 +125,7 @@ def peak(path: Path, small: Path) -> int:
 
 
 def audit_lines(layers: int = 10, turns: int = TURNS) -> list[str]:
-    """Markdown: the audit beside three ways of reading, and its memory."""
-    readers: dict[str, Callable[[Tensor], object]] = {
-        "get_tensor and clone": lambda tensor: tensor.clone(),
-        "get_tensor and a float32 sum": lambda tensor: tensor.sum(dtype=torch.float32),
-        "get_tensor and a BF16 sum": lambda tensor: tensor.sum(),
-    }
+    """Markdown: the audit beside each way of reading, and its memory."""
     with tempfile.TemporaryDirectory() as folder:
         path, small = Path(folder) / "large.safetensors", Path(folder) / "small.safetensors"
         largest = llama(path, layers)
@@ -121,21 +136,27 @@ def audit_lines(layers: int = 10, turns: int = TURNS) -> list[str]:
             f"A file of {size / 1e9:.2f} GB in the page cache, {torch.get_num_threads()} torch "
             f"threads; medians of {turns} paired turns.",
             "",
-            "| reading | reading, s | audit, s | audit's share of reading's speed |",
-            "|---|---|---|---|",
+            "| reading | reading, s | audit, s | audit's share of its speed | by CPU seconds |",
+            "|---|---|---|---|---|",
         ]
-        for name, touch in readers.items():
-            read = reading(path, touch)
-            read()
-            pairs = [(seconds(read), seconds(lambda: audit(path))) for _ in range(turns)]
-            one, other = (statistics.median(side) for side in zip(*pairs, strict=True))
-            share = statistics.median(first / second for first, second in pairs)
-            lines.append(f"| {name} | {one:.3f} | {other:.3f} | {share:.0%} |")
-        lines.append("")
+        copy = Path(folder) / "large.pt"
+        torch.save(load_file(path), copy)
         stacks = Path(folder) / "experts.safetensors"
+        largest_stack = experts(stacks)
+        readers = {
+            "get_tensor and clone": reading(path, torch.clone),
+            "safetensors.torch.load of the file's bytes": lambda: load(path.read_bytes()),
+            "torch.load(mmap=False) of the same": lambda: torch.load(copy, mmap=False),
+            "get_tensor and a float32 sum": reading(path, lambda one: one.sum(dtype=torch.float32)),
+            "get_tensor and a BF16 sum": reading(path, torch.sum),
+        }
+        lines += [paired(name, read, path, turns) for name, read in readers.items()]
+        cloned = reading(stacks, torch.clone)
+        lines.append(paired("stacks of experts: get_tensor and clone", cloned, stacks, turns))
+        lines.append("")
         for name, file, of in (
             ("this file", path, largest),
-            ("stacks of experts, transposed, as GPT-OSS has them", stacks, experts(stacks)),
+            ("stacks of experts, transposed, as GPT-OSS has them", stacks, largest_stack),
         ):
             most = peak(file, small)
             lines.append(

@@ -39,6 +39,7 @@ LAB = (
     | {"diagnosis", "guard", "checkpoint"}
 )
 ALL = LAB | {"comparison", "lab", "bisection", "progress", "report", "integrations"}
+ALL |= {"listing", "live", "terminal"}
 
 # A room may always import itself.
 TABLE: dict[str, set[str]] = {
@@ -85,13 +86,16 @@ TABLE: dict[str, set[str]] = {
     "store": {"record", "runs", "segments"},
     "forecast": {"formats", "recipe", "plan", "record", "runs", "segments", "sketch"},
     "diagnosis": NECK | {"plan"},
-    "guard": {"monitor", "ranks", "recorder", "diagnosis", "record", "runs"},
+    "guard": {"monitor", "ranks", "recorder", "diagnosis", "record", "runs", "segments"},
     "progress": set(),
     "bisection": {"recipe", "plan", "store", "diagnosis"},
     "checkpoint": {"formats", "recipe", "rounding", "scaling", "casting", "kernels", "record"}
     | {"sites", "monitor", "store"},
     "comparison": {"runs"},
-    "report": NECK | {"forecast", "diagnosis"},
+    "report": NECK | {"comparison", "forecast", "diagnosis"},
+    "listing": {"comparison", "store"},
+    "live": {"diagnosis", "record", "report", "runs", "segments", "terminal"},
+    "terminal": set(),
     "integrations": {"monitor", "guard", "sites", "store", "recipe", "record", "statistics"}
     | {"casting", "plan"},
     "lab": LAB,
@@ -99,6 +103,7 @@ TABLE: dict[str, set[str]] = {
     DOOR: ALL,
 }
 TORCH_FREE = NECK | {"comparison", "forecast", "diagnosis", "report"}
+TORCH_FREE |= {"listing", "live", "terminal"}
 
 
 # module -> source, where a package is named by its file: `fp8lab.report.__init__`

@@ -91,7 +91,9 @@ def test_every_command_has_help(command: str) -> None:
 
 
 def test_the_commands_are_these() -> None:
-    assert COMMANDS == sorted("audit bisect compare diagnose ls replay report run show".split())
+    assert COMMANDS == sorted(
+        "audit bisect compare diagnose ls replay report run show tail".split()
+    )
     result = invoke()
     assert result.exit_code == 2 and result.stderr == ""
     assert all(command in result.stdout for command in COMMANDS)

@@ -20,23 +20,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 import fp8lab
 from fp8lab.report import drawing, pictures, write_pictures, write_report
-from fp8lab.report.story import Place, Seen, Story, clipped_row, load, place_of, weight_rows
+from fp8lab.report.story import Story, load
 from fp8lab.report.tables import dose_numbers, number, outcomes, precision
 from fp8lab.report.verdict import contradictions, sightings, unfinished, verdicts
-from fp8lab.sketch import bin_edge
 from fp8lab.store import RunError, RunWriter, open_run
 
-SECTIONS = (
-    "verdict outcomes loss timeline weights layers dose range findings limits provenance".split()
-)
+PICTURED = "loss timeline heat channels weights layers range twin dose".split()
+SECTIONS = ["verdict", "outcomes", *PICTURED, *"whatif findings limits provenance".split()]
 DOSES = (0, 16)
 
 
@@ -98,10 +94,8 @@ def describe(name: str, recipe: Any, predicted: str) -> dict[str, Any]:
     return arm | {"mitigations": mitigations}
 
 
-@pytest.fixture(scope="module")
-def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def record_experiment(folder: Path) -> Path:
     """Two arms in two seeds and one planned seed that never ran; a dose response in two arms."""
-    folder = tmp_path_factory.mktemp("experiment")
     arms = {"high": (HIGH, "diverges", None), "delayed": (DELAYED, "survives", 47)}
     for arm, (recipe, _, diverged) in arms.items():
         for seed in (0, 1):
@@ -150,6 +144,11 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return record_experiment(tmp_path_factory.mktemp("experiment"))
+
+
+@pytest.fixture(scope="module")
 def page(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("page") / "deep" / "report.html"
     assert write_report([experiment], path) == path
@@ -163,9 +162,13 @@ def story(experiment: Path) -> Story:
 
 def text_of(page: str) -> str:
     """The words of a page, its mark-up and white space reduced to single spaces."""
-    return " ".join(
-        html.unescape(re.sub(r"<style.*?</style>|<[^>]*>", " ", page, flags=re.S)).split()
-    )
+    words = re.sub(r"<style.*?</style>|<[^>]*>", " ", without_scripts(page), flags=re.S)
+    return " ".join(html.unescape(words).split())
+
+
+def without_scripts(page: str) -> str:
+    """What is read and printed; the scripts have tests in a browser."""
+    return re.sub(r"<script.*?</script>", " ", page, flags=re.S)
 
 
 def images(page: str) -> list[tuple[str, bytes]]:
@@ -185,7 +188,7 @@ def test_sections_in_order(page: str) -> None:
 
 
 def test_every_picture_is_there_and_well_formed(page: str) -> None:
-    for one in SECTIONS[2:8]:
+    for one in PICTURED:
         section = page.split(f'<section id="{one}"')[1].split("</section>")[0]
         assert len(images(section)) == 1, one
     for alt, svg in images(page):
@@ -194,6 +197,7 @@ def test_every_picture_is_there_and_well_formed(page: str) -> None:
 
 
 def test_nothing_is_loaded_from_anywhere(page: str) -> None:
+    page = without_scripts(page)
     assert "://" not in page
     assert all(
         link.startswith(("#", "data:")) for link in re.findall(r'(?:src|href)="(.{5})', page)
@@ -256,6 +260,7 @@ def test_the_experiment_is_told_first(page: str) -> None:
     text = text_of(page)
     head = text.split("How every run ended")[0]
     for words in (
+        "Is it FP8? Yes confidence high Delayed saturation at mlp:product",
         "Does the product break?",
         "4 training runs, 2 diverged; 2 dose-response runs.",
         "High precision diverges & FP8 does not.",
@@ -266,7 +271,7 @@ def test_the_experiment_is_told_first(page: str) -> None:
         "2 planned and not here",
     ):
         assert words in head, words
-    assert head.index("Against the prediction") < head.index("Delayed saturation")
+    assert head.index("Against the prediction") < head.index("Delayed saturation at mlp:product ,")
     assert LIMIT in text
 
 
@@ -276,7 +281,8 @@ def test_cells_are_the_results(page: str) -> None:
     cells = [text_of("<i>" + row) for row in rows]
     assert cells[0] == "the high arm 0.25 1.25 –"
     assert cells[1] == "the delayed arm diverged at 47 diverged at 47 –"
-    assert cells[2] == "the high arm ClampedSwiGLU, QKClip 0 of 2 0.75 Corrupt batch, low: 2 of 2"
+    high = "the high arm ClampedSwiGLU, QKClip – 0 of 2 0.75 – – Corrupt batch, low: 2 of 2"
+    assert cells[2] == high
 
 
 def test_doses_are_the_results(page: str) -> None:
@@ -381,128 +387,6 @@ def test_an_open_prediction_cannot_be_contradicted(story: Story) -> None:
     assert [len(contradictions(part)) for part in story.parts] == [2, 0]
 
 
-# --- what the pictures show -----------------------------------------------------------------------
-
-
-def test_the_timeline_shows_the_rows(story: Story) -> None:
-    run = story.worst_first()[0]
-    assert run.label.startswith("train/delayed/")
-    place = place_of(run)
-    assert place is not None
-    with drawing.style():
-        figure = pictures.timeline(run, place)
-        assert not isinstance(figure, str)
-        _, alignment, product, staleness, norm, loss = figure.axes
-    channels, rows = run.run.channels(), run.run.tensors()
-    channels = channels[channels["channel"] == place.channel].dropna(subset="alignment")
-    rows = rows[rows["site"] == "mlp:product"].dropna(subset="cur_amax")
-    steps = run.run.steps()
-
-    def drawn(axes: Any, index: int) -> list[list[float]]:
-        return [list(values) for values in axes.lines[index].get_data()]
-
-    assert drawn(alignment, 0) == [list(channels["step"]), list(channels["alignment"].abs())]
-    assert drawn(alignment, 1)[1] == list(channels["permuted_alignment"].abs())
-    assert drawn(product, 0) == [list(rows["step"]), list(rows["cur_amax"])]
-    scaled = rows[rows["staleness"] > 0]
-    assert drawn(product, 1)[1] == list(scaled["cur_amax"] / scaled["staleness"])
-    clipped = rows[rows["staleness"] > 2.0]
-    assert len(clipped) > 0
-    assert drawn(product, 2) == [list(clipped["step"]), list(clipped["cur_amax"])]
-    assert drawn(staleness, 1) == [list(clipped["step"]), list(clipped["staleness"])]
-    for axes, column in ((norm, "grad_norm"), (loss, "loss")):
-        finite = steps[np.isfinite(steps[column])]
-        assert drawn(axes, 0) == [list(finite["step"]), list(finite[column])]
-    alarms = [run.diagnosis.first_alarm, run.diagnosis.loss_alarm]
-    assert [line.get_xdata()[0] for line in loss.lines[-2:]] == alarms
-
-
-@pytest.mark.parametrize("which", [0, -1])
-def test_the_weights_are_the_channels(story: Story, which: int) -> None:
-    run = story.worst_first()[which]
-    place = place_of(run)
-    assert place is not None
-    rows = weight_rows(run, place)
-    assert {int(row["channel"]) for row in rows} == {place.channel}
-    with drawing.style():
-        figure = pictures.weights(run, rows)
-        for axes, row in zip(figure.axes, rows, strict=True):
-            points = np.stack([row["gate_weights"], row["up_weights"]], axis=1)
-            assert np.array_equal(axes.collections[0].get_offsets(), points)
-            assert f"{row['alignment']:.2f}" in axes.get_title(loc="left")
-
-
-def test_the_range_lies_where_the_cast_saturated(story: Story) -> None:
-    """The bound is drawn at max / scale: beyond it lie the elements that the cast counted."""
-    run = story.worst_first()[0]
-    place = place_of(run)
-    assert place is not None
-    row = clipped_row(run, place)
-    assert row is not None and row["saturated"] > 0
-    with drawing.style():
-        axes = pictures.ranges([("title", row)]).axes[0]
-        bound = 2.0 ** axes.lines[-1].get_xdata()[0]
-        floor, normal = (2.0 ** line.get_xdata()[0] for line in axes.lines[:2])
-    edges = np.array([bin_edge(int(row["histogram_start"]) + i) for i in range(1025)])
-    counts = np.asarray(row["histogram"])
-    lower, upper = edges[: len(counts)], edges[1 : len(counts) + 1]
-    for at, share, beyond in (
-        (bound, row["saturated"] * row["count"], lambda edge: edge > bound),
-        (floor, row["flushed"] * (row["count"] - row["zeros"]), lambda edge: edge < floor),
-    ):
-        inner, outer = (lower, upper) if at == bound else (upper, lower)
-        assert counts[beyond(inner)].sum() <= round(share) <= counts[beyond(outer)].sum()
-    assert normal == pytest.approx(floor * 16.0)  # E4M3: three octaves of subnormals, and the half
-
-
-def test_losses_are_drawn_by_how_they_ended(story: Story) -> None:
-    part = story.parts[0]
-    with drawing.style():
-        figure = pictures.losses(part)
-        assert not isinstance(figure, str)
-        high, delayed = figure.axes
-    assert [line.get_color() for line in high.lines] == [drawing.BLUE] * 2
-    reference, runs = delayed.lines[:2], delayed.lines[2:]
-    assert [line.get_color() for line in reference] == [drawing.FAINT] * 2
-    assert [line.get_color() for line in runs] == [drawing.RED] * 4  # two lines, two ends
-    assert [line.get_marker() for line in runs] == ["None", "X"] * 2
-
-
-def test_the_weights_shown_are_the_first_and_the_last_kept(story: Story) -> None:
-    run = Seen("run", story.runs[0].run)
-    kept = run.channels.dropna(subset="gate_weights").iloc[:1]
-    steps = (3, 5, 9)
-    run.channels = pd.concat([kept.assign(step=step) for step in steps])
-    place = Place(f"{kept['site'].iloc[0]}:product", int(kept["channel"].iloc[0]))
-    assert [row["step"] for row in weight_rows(run, place)] == [3, 9]
-
-
-def test_layers_show_the_amax_of_two_steps(page: str, story: Story) -> None:
-    run = story.worst_first()[0]
-    rows = run.run.tensors().query("site == 'mlp:product'").set_index("step")["cur_amax"]
-    assert f"at step 0 and at step {rows.idxmax()}, where the delayed arm, seed" in text_of(page)
-    with drawing.style():
-        figure = pictures.layers([("title", run)], 0, 16)
-        assert not isinstance(figure, str)
-    line = figure.axes[0].lines[0]
-    assert list(line.get_xdata()) == [rows[0], rows[16]]
-
-
-def test_a_long_name_is_cut_in_its_middle() -> None:
-    name = "model.layers." + "x" * 60 + ".mlp:product"
-    assert len(drawing.plain(name)) == 44
-    assert drawing.plain(name).endswith(".mlp:product")
-    assert drawing.plain("a\nb\x00") == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}"
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [(0.001, "0.001"), (500.0, "500"), (1e4, "10⁴"), (2e4, "2·10⁴"), (1e-7, "10⁻⁷"), (0.0, "")],
-)
-def test_powers_are_plain_text(value: float, shown: str) -> None:
-    assert drawing.power_of_ten(value) == shown
-
-
 # --- whatever was recorded ------------------------------------------------------------------------
 
 
@@ -510,9 +394,9 @@ def test_names_are_text(tmp_path: Path) -> None:
     name = "<script>alert(1)</script>$x_2^$\N{CJK UNIFIED IDEOGRAPH-4E2D}"
     run = record(tmp_path / "<b>run$</b>".replace("/", "-"), steps=20, recipe=DELAYED, name=name)
     page = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in page and "<b>run" not in page
+    assert "<script>alert" not in page and "<b>run" not in page
     assert html.escape(f"{name}:product") in page
-    assert "Not shown: no dose-response run is here" in text_of(page)
+    assert "the dose response: no dose-response run is here" in text_of(page)
     layers = next(svg for alt, svg in images(page) if "every layer" in alt)
     assert "$x_2^$" in layers.decode()  # matplotlib names the text that it draws, in a comment
 
@@ -558,14 +442,15 @@ def test_almost_no_run(tmp_path: Path, steps: int) -> None:
     else:
         assert images(page) == []
         assert "finished, no step recorded" in text_of(page)
-        assert text_of(page).count("Not shown:") == 6
+        missing = page.split('<section id="missing"')[1].split("</section>")[0]
+        assert missing.count('class="missing"') == 11
 
 
 def test_a_run_without_a_finite_loss(tmp_path: Path) -> None:
     run = record(tmp_path / "nan", steps=12, recipe=DELAYED, loss_is=math.nan)
     page = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
     assert "1 training run, 1 diverged." in text_of(page)
-    assert "Not shown: no finite loss was recorded" in text_of(page)
+    assert "Loss and gradient norm: Runs: no finite loss was recorded." in text_of(page)
 
 
 @pytest.mark.parametrize(

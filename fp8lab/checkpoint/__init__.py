@@ -26,10 +26,10 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,28 +37,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fp8lab.checkpoint.audited import (
-    Audit,
-    Channel,
-    LayerAudit,
-    NormAudit,
-    Survival,
-    WeightAudit,
-    findings_of,
-    judged,
-    survival_of,
-)
+from fp8lab.checkpoint.audited import Audit, Channel, NormAudit, WeightAudit, findings_of, judged
 from fp8lab.checkpoint.layouts import Layout, find_layouts
-from fp8lab.checkpoint.weighing import (
-    RECIPES,
-    Array,
-    Bands,
-    Matrix,
-    chance,
-    chance_level,
-    scales_fit,
-    weigh,
+from fp8lab.checkpoint.summing import (
+    Expert,
+    FeedForward,
+    LayerFound,
+    channels_of,
+    layer_found,
+    norm_audit,
+    weight_audit,
 )
+from fp8lab.checkpoint.weighing import Bands, scales_fit, weigh
 from fp8lab.checkpoint.weighing import pair as pair_rows
 from fp8lab.checkpoint.weights import (
     FLOATS,
@@ -100,9 +90,11 @@ def audit(
     with ThreadPoolExecutor(max(1, min(cores or 1, 8))) as pool:
         # The largest first, so that no thread is left with one at the end.
         order = sorted(range(len(jobs.jobs)), key=lambda place: -jobs.jobs[place].work)
-        done = list(pool.map(lambda place: jobs.jobs[place].run(top), order))
-    found = [one for _, one in sorted(zip(order, done, strict=True), key=itemgetter(0))]
-    layers = [one for one in found if isinstance(one, _Layer)]
+        under_way = {place: _UnderWay(jobs.jobs[place], top) for place in order}
+        parts = [(place, part) for place in order for part in range(jobs.jobs[place].parts)]
+        list(pool.map(lambda which: under_way[which[0]].run(which[1]), parts))
+    found = [under_way[place].result for place in range(len(jobs.jobs))]
+    layers = [one for one in found if isinstance(one, LayerFound)]
     channels = judged([c for one in layers for c in one.candidates], sum(n.pairs for n in layers))
     if isinstance(source, nn.Module) and tokens is not None:
         channels = _with_products(channels, source, tokens, run)
@@ -123,6 +115,25 @@ def audit(
 # --- what there is to do --------------------------------------------------------------------------
 
 
+class _UnderWay:
+    """A job whose parts are done by any thread; whichever does the last makes the result."""
+
+    def __init__(self, job: _Job, top: int) -> None:
+        self.job, self.top = job, top
+        self.done: dict[int, Any] = {}
+        self.result: Any = None
+        self._counting = threading.Lock()
+
+    def run(self, part: int) -> None:
+        found = self.job.run(part)
+        with self._counting:
+            self.done[part] = found
+            last = len(self.done) == self.job.parts
+        if last:
+            self.result = self.job.result([self.done[n] for n in range(self.job.parts)], self.top)
+            self.done.clear()
+
+
 class _FeedForwardJob(NamedTuple):
     """Bands of gate, up and down of each expert; no gates in one without a gate."""
 
@@ -135,8 +146,15 @@ class _FeedForwardJob(NamedTuple):
     note: str
     work: float = math.inf
 
-    def run(self, top: int) -> _Layer:
-        return _layer(self, top)
+    @property
+    def parts(self) -> int:
+        return len(self.down)
+
+    def run(self, part: int) -> Expert:
+        return _expert(self, part)
+
+    def result(self, found: list[Expert], top: int) -> LayerFound:
+        return _layer(self, found, top)
 
 
 class _MatrixJob(NamedTuple):
@@ -144,26 +162,37 @@ class _MatrixJob(NamedTuple):
     shape: tuple[int, ...]
     bands: Callable[[], Bands]
     casts: bool
+    parts: int = 1
 
     @property
     def work(self) -> float:
         return math.prod(self.shape)
 
-    def run(self, top: int) -> WeightAudit:
-        return _weight_audit(self.name, self.shape, [weigh(self.bands(), self.casts)])
+    def run(self, _: int) -> WeightAudit:
+        return weight_audit(self.name, self.shape, [weigh(self.bands(), self.casts)])
+
+    def result(self, found: list[WeightAudit], _: int) -> WeightAudit:
+        return found[0]
 
 
 class _NormJob(NamedTuple):
     name: str
     bands: Callable[[], Bands]
     work: float = 0.0
+    parts: int = 1
 
-    def run(self, top: int) -> NormAudit:
-        return _norm_audit(self.name, self.bands())
+    def run(self, _: int) -> NormAudit:
+        return norm_audit(self.name, self.bands())
+
+    def result(self, found: list[NormAudit], _: int) -> NormAudit:
+        return found[0]
+
+
+_Job = _FeedForwardJob | _MatrixJob | _NormJob
 
 
 class _Jobs(NamedTuple):
-    jobs: list[_FeedForwardJob | _MatrixJob | _NormJob]
+    jobs: list[_Job]
     not_audited: dict[str, str]
 
 
@@ -203,7 +232,7 @@ def _of_file(weights: Weights) -> _Jobs:
 
     layouts = find_layouts({name: stored.shape for name, stored in others.items()}, weights.config)
     activation = _activation(weights.config)
-    jobs: list[_FeedForwardJob | _MatrixJob | _NormJob] = []
+    jobs: list[_Job] = []
     for layout in layouts:
         gate, up, down = ([bands(p.tensor, p.of) for p in role] for role in _roles(layout))
         more = layout.experts, activation, layout.note
@@ -228,7 +257,7 @@ def _activation(config: Any) -> str:
 
 def _of_model(model: nn.Module) -> _Jobs:
     found = survey(model)
-    jobs: list[_FeedForwardJob | _MatrixJob | _NormJob] = []
+    jobs: list[_Job] = []
     taken = set()
     sites: list[GateSite | FeedForwardSite] = [*found.gates, *found.feed_forwards]
     for site in sites:
@@ -260,9 +289,9 @@ def _words(site: GateSite | FeedForwardSite) -> str:
     return site.activation if limit is None else f"{site.activation}, clamped at {limit:g}"
 
 
-def _rest(shapes: dict[str, tuple[int, ...]], bands: Any) -> list[_MatrixJob | _NormJob]:
+def _rest(shapes: dict[str, tuple[int, ...]], bands: Any) -> list[_Job]:
     """What is no feed-forward: matrices, and the weights of norms."""
-    jobs: list[_MatrixJob | _NormJob] = []
+    jobs: list[_Job] = []
     for name, shape in shapes.items():
         if math.prod(shape) == 0:
             continue
@@ -309,172 +338,32 @@ def _with_products(
     ]
 
 
-# --- one feed-forward, one matrix, one norm -------------------------------------------------------
+# --- one feed-forward -----------------------------------------------------------------------------
 
 
-class _Layer(NamedTuple):
-    audit: LayerAudit
-    pairs: int
-    candidates: list[Channel]
+def _expert(job: _FeedForwardJob, expert: int) -> Expert:
+    """Of one expert, or of a dense layer."""
+    roles = [("gate", job.gate), ("up", job.up), ("down", job.down)]
+    made = {role: parts[expert]() for role, parts in roles if parts}
+    weighed = {role: weigh(bands) for role, bands in made.items()}
+    pairs = None
+    if job.gate:
+        pairs = pair_rows(made["gate"], made["up"], weighed["gate"], weighed["up"])
+    for bands in made.values():
+        bands.give_back(0, bands.shape[0])
+    return Expert(weighed, channels_of(weighed, pairs))
 
 
-def _layer(job: _FeedForwardJob, top: int) -> _Layer:
-    """Expert by expert; of the channels only those that may be worth watching are kept."""
-    names = [("gate", job.gate), ("up", job.up), ("down", job.down)]
-    matrices: dict[str, list[Matrix]] = {role: [] for role, parts in names if parts}
-    experts = []
-    for expert in range(len(job.down)):
-        made = {role: parts[expert]() for role, parts in names if parts}
-        for role, bands in made.items():
-            matrices[role].append(weigh(bands))
-        weighed = {role: matrices[role][-1] for role in made}
-        pairs = None
-        if job.gate:
-            pairs = pair_rows(made["gate"], made["up"], weighed["gate"], weighed["up"])
-        for bands in made.values():
-            bands.give_back(0, bands.shape[0])
-        experts.append(_channels(weighed, pairs))
-    stacked = {key: np.stack([one[key] for one in experts]) for key in experts[0]}
+def _layer(job: _FeedForwardJob, experts: list[Expert], top: int) -> LayerFound:
+    """Of channels only those that may be worth watching are kept."""
+    stacked = {key: np.stack([one.channels[key] for one in experts]) for key in experts[0].channels}
+    matrices = {role: [one.matrices[role] for one in experts] for role in experts[0].matrices}
     shape = matrices["up"][0].shape
     audits = tuple(
-        _weight_audit(
+        weight_audit(
             f"{job.site}:{role}", (*((job.experts,) if job.experts else ()), *found[0].shape), found
         )
         for role, found in matrices.items()
     )
-    return _summarised(job, stacked, shape, audits, top)
-
-
-def _channels(weighed: dict[str, Matrix], pairs: Any) -> dict[str, Array]:
-    up, down = np.sqrt(weighed["up"].row_power), np.sqrt(weighed["down"].column_power)
-    if pairs is None:
-        return {"up": up, "down": down, "gain": up * down}
-    gate = np.sqrt(weighed["gate"].row_power)
-    aligned = np.nan_to_num(pairs.alignment)
-    gain = gate * up * (1.0 + np.abs(aligned)) / 2 * down
-    control = np.nan_to_num(pairs.permuted)
-    return {
-        "gate": gate, "up": up, "down": down, "gain": gain, "cos": aligned, "control": control
-    }  # fmt: skip
-
-
-def _summarised(
-    job: _FeedForwardJob,
-    found: dict[str, Array],
-    shape: tuple[int, int],
-    weights: tuple[WeightAudit, ...],
-    top: int,
-) -> _Layer:
-    median = float(np.median(found["gain"]))
-    with np.errstate(invalid="ignore"):  # infinite weights are a finding of their own
-        ratio = found["gain"] / median if median > 0 else np.ones_like(found["gain"])
-    width, dim = shape
-    size = np.abs(found["cos"]) if job.gate else ratio
-    best = int(size.argmax())
-    chosen = {*_largest(size, top), *_largest(ratio, top)} if job.gate else {*_largest(ratio, top)}
-    effective = None
-    if job.gate:
-        effective = min(float(dim), 1.0 / max(float((found["control"] ** 2).mean()), 1e-30))
-    candidates = [
-        Channel(
-            site=job.site,
-            expert=place // width if job.experts else None,
-            channel=place % width,
-            alignment=float(found["cos"].flat[place]) if job.gate else math.nan,
-            p_value=math.nan if effective is None else chance(float(size.flat[place]), effective),
-            gate_norm=float(found["gate"].flat[place]) if job.gate else math.nan,
-            up_norm=float(found["up"].flat[place]),
-            down_norm=float(found["down"].flat[place]),
-            gain_ratio=float(ratio.flat[place]),
-        )
-        for place in sorted(chosen)
-    ]
-    audit = LayerAudit(
-        site=job.site,
-        channels=width,
-        dim=dim,
-        experts=job.experts,
-        activation=job.activation,
-        note=job.note,
-        alignment=float(found["cos"].flat[best]) if job.gate else None,
-        channel=best % width if job.gate else None,
-        expert=best // width if job.gate and job.experts else None,
-        control=float(np.abs(found["control"]).max()) if job.gate else None,
-        chance_level=None if effective is None else chance_level(size.size, effective),
-        effective_dim=effective,
-        gate_norm=float(np.median(found["gate"])) if job.gate else None,
-        up_norm=float(np.median(found["up"])),
-        down_norm=float(np.median(found["down"])),
-        gain_ratio=float(ratio.max()),
-        weights=weights,
-    )
-    return _Layer(audit, size.size if job.gate else 0, candidates)
-
-
-def _largest(values: Array, top: int) -> list[int]:
-    return [int(place) for place in np.argsort(values, axis=None, kind="stable")[::-1][:top]]
-
-
-def _weight_audit(name: str, shape: tuple[int, ...], found: list[Matrix]) -> WeightAudit:
-    count, power = sum(m.count for m in found), sum(m.power for m in found)
-    fourth, amax = sum(m.fourth for m in found), float(np.max([m.amax for m in found]))
-    rms = math.sqrt(power / count)
-    rows = max(_outlier(m.row_amax, m.row_power, m.shape[1]) for m in found)
-    columns = max(_outlier(m.column_amax, m.column_power, m.shape[0]) for m in found)
-    survival = []
-    if all(m.losses for m in found):
-        survival = [_survival(recipe, found) for recipe in RECIPES]
-    return WeightAudit(
-        name=name,
-        shape=shape,
-        amax=amax,
-        rms=rms,
-        crest=amax / rms if rms > 0 else math.nan,
-        kurtosis=fourth * count / power**2 if power > 0 else math.nan,
-        row_ratio=rows[0],
-        row=rows[1],
-        row_crest=max(_crest(m.row_amax, m.row_power, m.shape[1]) for m in found),
-        column_ratio=columns[0],
-        column=columns[1],
-        column_crest=max(_crest(m.column_amax, m.column_power, m.shape[0]) for m in found),
-        survival=tuple(survival),
-    )
-
-
-def _outlier(amax: Array, power: Array, length: int) -> tuple[float, int]:
-    """rms of the row with the largest over that of the median row, and which it is."""
-    rms = np.sqrt(power / length)
-    median = float(np.median(rms))
-    hottest = int(rms.argmax())
-    return (float(rms[hottest]) / median if median > 0 else 1.0), hottest
-
-
-def _crest(amax: Array, power: Array, length: int) -> float:
-    rms = np.sqrt(power / length)
-    with np.errstate(invalid="ignore"):
-        crest = np.divide(amax, rms, out=np.zeros_like(amax), where=rms > 0)
-    return float(np.max(crest, initial=0.0))
-
-
-def _survival(recipe: str, found: list[Matrix]) -> Survival:
-    """Of the worst of the matrices, each cast as a tensor of its own."""
-    shares = []
-    for matrix in found:
-        loss, nonzero = matrix.losses[recipe], matrix.count - matrix.zeros
-        error = math.sqrt(loss.error / matrix.power) if matrix.power > 0 else 0.0
-        shares.append((error, loss.flushed / max(nonzero, 1), loss.saturated / matrix.count))
-    return survival_of(recipe, *(max(values) for values in zip(*shares, strict=True)))
-
-
-def _norm_audit(name: str, bands: Bands) -> NormAudit:
-    matrix, values = weigh(bands), bands.rows(0, 1).double().abs().numpy()[0]
-    blocks = np.pad(values, (0, -len(values) % 32)).reshape(-1, 32).max(axis=1)
-    mantissa = 2 * np.frexp(blocks[np.isfinite(blocks) & (blocks > 0)])[0]
-    loss = matrix.losses.get("MXFP8 OCP floor")
-    return NormAudit(
-        name=name,
-        count=len(values),
-        blocks=float((mantissa > 1.75).mean()) if len(mantissa) else 0.0,
-        clipped=loss.saturated / len(values) if loss else math.nan,
-        relative_error=math.sqrt(loss.error / matrix.power) if loss and matrix.power else math.nan,
-    )
+    about = FeedForward(job.site, job.experts, job.activation, job.note, bool(job.gate))
+    return layer_found(about, stacked, shape, audits, top)

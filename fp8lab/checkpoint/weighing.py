@@ -52,7 +52,7 @@ _CASTS: tuple[Recipe, ...] = (
     NVFP4BlockScaling(),
 )
 RECIPES: dict[str, Recipe] = dict(zip(RECIPE_NAMES, _CASTS, strict=True))
-BAND = 1 << 20  # elements of a band, about
+BAND = 1 << 21  # elements of a band, about
 # Beyond, float32 has no room to round; no weight is there.
 LARGEST = 2.0**100
 # Fourth powers and squares of amaxes within these, and sums of thousands, are float32's to 2^-16.
@@ -60,6 +60,8 @@ _FOURTH = 2.0**-25, 2.0**27
 _SMALLEST_SQUARE = 2.0**-51
 # Tiles in one operation: of more, torch starts threads, and so do the other matrices' threads.
 _AT_ONCE = 1 << 15
+
+_WEIGHED = torch.float32, torch.bfloat16
 
 Array = NDArray[np.float64]
 Release = Callable[[Tensor], None]
@@ -135,15 +137,26 @@ class Bands:
         if scale_inv is not None and not scales_fit(tuple(scale_inv.shape), self.shape):
             raise ValueError(f"scale_inv {list(scale_inv.shape)} of a matrix {list(self.shape)}")
         self.scale_inv = None if scale_inv is None else scale_inv.detach().float()
+        plain = scale_inv is None and matrix.is_cpu and matrix.dtype in _WEIGHED
+        self._plain = plain and matrix.is_contiguous()
+        self._kept: Tensor | None = None  # what had to be made, where it is small
 
     def rows(self, first: int, last: int) -> Tensor:
         """float32 or bfloat16 [last - first, columns], contiguous."""
+        if self._plain:
+            return self.matrix[first:last]
+        if self._kept is None and self.matrix.numel() <= BAND:
+            self._kept = self._made(0, self.shape[0])
+        return self._made(first, last) if self._kept is None else self._kept[first:last]
+
+    def _made(self, first: int, last: int) -> Tensor:
         rows = self.matrix[first:last].cpu()
-        if rows.dtype not in (torch.float32, torch.bfloat16):
-            rows = rows.float()
         if self.scale_inv is not None:
             rows = rows.float() * self._spread(first, last)
-        return rows.contiguous()
+        elif rows.dtype not in _WEIGHED:
+            rows = rows.float()
+        turned = None if rows.is_contiguous() else compiled.turned(rows)
+        return rows.contiguous() if turned is None else turned
 
     def _spread(self, first: int, last: int) -> Tensor:
         assert self.scale_inv is not None
@@ -156,8 +169,10 @@ class Bands:
         tall = tall[skipped : skipped + last - first]
         return tall.repeat_interleave(128, 1)[:, : self.shape[1]]
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        for first in range(0, self.shape[0], self.height):
+    def each(self, backwards: bool = False) -> Iterator[tuple[int, Tensor]]:
+        """The first row of each band, and the band."""
+        firsts = range(0, self.shape[0], self.height)
+        for first in reversed(firsts) if backwards else firsts:
             last = min(first + self.height, self.shape[0])
             yield first, self.rows(first, last)
             self.give_back(first, last)
@@ -171,16 +186,18 @@ class Bands:
 def weigh(bands: Bands, casts: bool = True) -> Matrix:
     """What is kept of a matrix; without its casts, in one pass, if these are not asked for."""
     moments, losses = _nothing(bands.shape), _losses()
-    _pass(bands, compiled.scan, _scan, moments)
+    _pass(bands.each(), compiled.scan, _scan, moments)
     wide = not _in_float32(moments.row_amax.numpy(), moments.column_amax.numpy())
     if wide:
         moments = _nothing(bands.shape)
-        _pass(bands, _scan, _scan, moments)
+        _pass(bands.each(), _scan, _scan, moments)
     amax = moments.row_amax.max() if bands.shape[0] else torch.zeros(())
     casts = casts and bool(amax < LARGEST)
     if casts:
         scales = _scales(moments, amax, bands.matrix.dtype)
-        _pass(bands, _cast if wide else compiled.cast, _cast, scales, losses)
+        # Backwards: the last bands are still in the processor's cache.
+        fast = _cast if wide else compiled.cast
+        _pass(bands.each(backwards=True), fast, _cast, scales, losses)
     lost = zip(losses.errors.tolist(), losses.counts.tolist(), strict=True)
     named = zip(RECIPES, (Loss(max(error, 0.0), *counts) for error, counts in lost), strict=True)
     return Matrix(
@@ -207,7 +224,12 @@ def _losses() -> Losses:
     return Losses(torch.zeros(len(RECIPES), dtype=torch.float64), counts, counts.new_zeros(1))
 
 
-def _pass(bands: Bands, fast: Callable[..., None], plain: Callable[..., None], *to: object) -> None:
+def _pass(
+    bands: Iterator[tuple[int, Tensor]],
+    fast: Callable[..., None],
+    plain: Callable[..., None],
+    *to: object,
+) -> None:
     """Over all bands; in parts where they are not compiled, of which float64 needs the memory."""
     for first, band in bands:
         if fast is not plain and kernels.usable(band):
@@ -241,6 +263,10 @@ def _scales(moments: Moments, amax: Tensor, dtype: torch.dtype) -> Scales:
     encode = torch.div(top, amax).clamp(max=torch.finfo(torch.float32).max)
     encode = torch.where((amax == 0) | (encode == 0), 1.0, encode)
     sixth = torch.full_like(amax, E2M1.max).reciprocal()
+    if kernels.usable(moments.tile_amax):
+        factors = float(encode * sixth), float(encode.reciprocal())
+        tiles, tiles_inv = compiled.tile_scales(moments.tile_amax, *factors)
+        return Scales(float(scale), float(scale_inv), rows, squares, tiles, tiles_inv)
     tiles, tiles_inv = torch.empty(2, *moments.tile_amax.shape)
     flat = (part.view(-1).split(_AT_ONCE) for part in (moments.tile_amax, tiles, tiles_inv))
     for found, to, to_inv in zip(*flat, strict=True):

@@ -33,7 +33,7 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     """One finding, for the layer whose logits were too large first."""
     rows = run.tensors("cur_amax", sites="*:attention_logits").dropna(subset=["cur_amax"])
     found = {}
-    for site, of in rows.groupby("site", sort=False):
+    for site, of in rows.groupby("site", sort=False, observed=True):
         logits = of.groupby("step")["cur_amax"].max()
         onset = _onset(logits.to_numpy(float))
         if onset is not None:

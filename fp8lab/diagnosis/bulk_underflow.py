@@ -72,11 +72,11 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     """One finding for every scaled product, input or weight of down whose bulk error rose above
     `DAMAGED`, and every product whose bulk is gone with a weight's."""
     rows = forward_casts(run)
-    rows = rows[rows["scale"].notna() & ~rows["cold"] & ~(rows["staleness"] < FRESH)]
+    own = rows["scale"].notna() & ~rows["cold"] & ~(rows["staleness"] < FRESH)
     is_weight = rows["site"].str.endswith(":weight")
-    is_down = rows["site"].str.contains(DOWN)
-    fresh = rows[~is_weight | is_down].dropna(subset=["bulk_error", "hot_channel"])
-    rows, weights = rows[~is_weight], rows[is_weight & (rows["flushed"] >= LOST)]
+    known = rows["bulk_error"].notna() & rows["hot_channel"].notna()
+    fresh = rows[own & known & (~is_weight | rows["site"].str.contains(DOWN))]
+    rows, weights = rows[own & ~is_weight], rows[own & is_weight & (rows["flushed"] >= LOST)]
     below_normal = fresh["flushed"] + fresh["subnormal"]
     is_hot = ~(fresh["channel_ratio"] < HOT)  # which is recorded of products
     damaged = fresh[(fresh["bulk_error"] > DAMAGED) & (below_normal > UNDERFLOWN) & is_hot]
@@ -92,7 +92,7 @@ def _lasting(
     alarm: int | None,
 ) -> list[Finding]:
     found = []
-    for site, of in damaged.groupby("site"):
+    for site, of in damaged.groupby("site", observed=True):
         first = of["step"].iloc[0]
         since = every[(every["site"] == site) & (every["step"] >= first)]
         if len(of) > PERSISTENT * len(since):

@@ -37,15 +37,17 @@ ONE_TOKEN = 3.0
 def forward_casts(run: Rows) -> pd.DataFrame:
     """The rows, sorted by step; those that say nothing of a cast are left out."""
     rows = hottest(run.tensors(_COLUMNS, sites=_SITES))
-    rows = rows[rows["staleness"].notna() | rows["flushed"].notna()].copy()
+    rows = rows[rows["staleness"].notna() | rows["flushed"].notna()]
     order = {str(site): index for index, site in enumerate(rows["site"].unique())}
     for product, copy in _copies(rows).items():
         order[product] = order.pop(copy)
-    rows = rows[rows["site"].isin(list(order))].copy()
-    rows["depth"] = rows["site"].map(order).astype("int64")
-    rows["cold"] = _cold(rows)
-    rows["by_token"] = rows["step"].isin(_steps_of_one_token(rows))
-    return rows
+    if len(order) < rows["site"].nunique():
+        rows = rows[rows["site"].isin(list(order))]
+    return rows.assign(
+        depth=rows["site"].map(order).astype("int64"),
+        cold=_cold(rows),
+        by_token=rows["step"].isin(_steps_of_one_token(rows)),
+    )
 
 
 def clipped(rows: pd.DataFrame) -> pd.DataFrame:
@@ -69,7 +71,9 @@ def follows_product(inputs: pd.DataFrame, rows: pd.DataFrame) -> pd.Series:
 
 
 def _accounted_for(jumps: pd.DataFrame, rows: pd.DataFrame) -> pd.Series:
-    before = rows[rows["staleness"].notna() & ~rows["cold"]]
+    before = rows.loc[rows["staleness"].notna() & ~rows["cold"], ["step", "staleness", "depth"]]
+    before = before[before["step"].isin(jumps["step"])]
+    jumps = jumps[["step", "staleness", "depth"]]
     pairs = jumps.reset_index().merge(before, on="step", suffixes=("", "_before"))
     accounts = (pairs["depth_before"] < pairs["depth"]) & (
         pairs["staleness_before"] >= pairs["staleness"] ** 0.5
@@ -79,7 +83,7 @@ def _accounted_for(jumps: pd.DataFrame, rows: pd.DataFrame) -> pd.Series:
 
 def _copies(rows: pd.DataFrame) -> dict[str, str]:
     """Product -> the input that is the same tensor, the last if several are like it."""
-    by_site = rows.groupby("site", sort=False)
+    by_site = rows.groupby("site", sort=False, observed=True)
     amaxes = {str(site): of.set_index("step")["cur_amax"] for site, of in by_site}
     found: dict[str, str] = {}
     for site in amaxes:
@@ -94,9 +98,10 @@ def _copies(rows: pd.DataFrame) -> dict[str, str]:
 
 
 def _cold(rows: pd.DataFrame) -> pd.Series:
-    ordered = rows.sort_values(["site", "step"], kind="stable")
+    ordered = rows[["site", "step", "scale", "staleness"]]
+    ordered = ordered.sort_values(["site", "step"], kind="stable")
     is_one = ordered["scale"].eq(1.0) & ordered["staleness"].notna()
-    before = ordered.groupby("site")["scale"].shift()
+    before = ordered.groupby("site", observed=True)["scale"].shift()
     starts = is_one & ~(before.notna() & np.frexp(before.fillna(1.0))[0].eq(0.5))
     # A run of ones is cold as a whole, if its first is.
     runs = (~is_one | starts).cumsum()
@@ -106,7 +111,7 @@ def _cold(rows: pd.DataFrame) -> pd.Series:
 
 def _steps_of_one_token(rows: pd.DataFrame) -> list[int]:
     products = rows[rows["site"].str.endswith(":product") & rows["flushed"].notna()]
-    usual = products.groupby("site")["token_ratio"].transform("median")
+    usual = products.groupby("site", observed=True)["token_ratio"].transform("median")
     # Where it is missing as an exception, the median token is zero: the others are gone already.
     stands_out = (products["token_ratio"] >= ONE_TOKEN * usual) | (
         products["token_ratio"].isna() & usual.notna()

@@ -43,8 +43,9 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     """One finding for every time that scales began anew and an operand was lost by it."""
     rows = forward_casts(run)
     cold = rows[rows["cold"]]
-    warm = rows[~rows["cold"]].groupby("site")
     damaged = cold[cold["sqnr_db"] < DAMAGED_DB]
+    is_warm = ~rows["cold"] & rows["site"].isin(damaged["site"].unique())
+    warm = rows[is_warm].groupby("site", observed=True)
     keep = [
         not _as_bad(warm.get_group(site), int(step)) if site in warm.groups else True
         for site, step in zip(damaged["site"], damaged["step"], strict=True)

@@ -89,7 +89,9 @@ def _other_weights(run: Rows, step: int) -> bool:
     """Whether some weight's norm changed before this step by more than it does else."""
     rows = run.tensors("l2_norm", sites="*:weight")
     rows = rows[(rows["rank"] >= 0) & rows["step"].between(step - BEFORE, step)]
-    norms = rows.pivot_table(index="step", columns="site", values="l2_norm", aggfunc="max")
+    norms = rows.pivot_table(
+        index="step", columns="site", values="l2_norm", aggfunc="max", observed=True
+    )
     changes = (norms / norms.shift() - 1.0).abs()
     if len(changes) < WINDOW or norms.index[-1] != step:
         return False

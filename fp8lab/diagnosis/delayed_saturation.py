@@ -65,7 +65,8 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
         return []
     alarm = loss_alarm(run)
     return [
-        _judge(run, of, rows[rows["site"] == site], alarm) for site, of in products.groupby("site")
+        _judge(run, of, rows[rows["site"] == site], alarm)
+        for site, of in products.groupby("site", observed=True)
     ]
 
 

@@ -47,7 +47,7 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     rows = rows.assign(collapse=collapse_of(rows))
     clustered = rows.loc[rows["collapse"] >= COLLAPSED, "site"].unique()
     clipped = rows[(rows["saturated"] > SATURATED) & ~rows["site"].isin(clustered)]
-    counts = clipped.groupby("site")["step"].transform("size")
+    counts = clipped.groupby("site", observed=True)["step"].transform("size")
     clipped = clipped[counts >= STEPS]
     is_note = len(clustered) > 0 or _says_even(run.info)
     return [_judge(clipped, rows, is_note)] if len(clipped) else []
@@ -68,7 +68,7 @@ def _set_in(clipped: pd.DataFrame, rows: pd.DataFrame) -> pd.Series:
 
 
 def _judge(clipped: pd.DataFrame, rows: pd.DataFrame, is_note: bool) -> Finding:
-    mean = clipped.groupby("site")["saturated"].mean()
+    mean = clipped.groupby("site", observed=True)["saturated"].mean()
     site = str(mean.idxmax())
     of_site = clipped[clipped["site"] == site]
     first = _set_in(of_site, rows[rows["site"] == site])

@@ -65,7 +65,7 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     """One finding for every gradient that was clipped in `STEPS` steps or more of its own."""
     columns = ("cur_amax", "saturated", "sqnr_db", "staleness", "format")
     rows = hottest(run.tensors(columns, sites="*:grad_output"))
-    later = rows[rows["step"] > rows.groupby("site")["step"].transform("min")]
+    later = rows[rows["step"] > rows.groupby("site", observed=True)["step"].transform("min")]
     clipped = _with_error(later[later["saturated"] > SATURATED])
     no_room = (clipped["staleness"] <= 1.0) & (clipped["error"] >= NO_ROOM)
     clipped = clipped[(clipped["error"] >= DAMAGED) | no_room]
@@ -78,7 +78,7 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     before = clipped_forward(forward_casts(run))["step"].unique()
     alarm = loss_alarm(run)
     found = []
-    for site, of in own.groupby("site"):
+    for site, of in own.groupby("site", observed=True):
         every = later[later["site"] == site]
         if len(of) >= STEPS and _lasts(of, every):
             is_clipped = every["step"].isin(clipped.loc[clipped["site"] == site, "step"])

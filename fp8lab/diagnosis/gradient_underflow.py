@@ -47,14 +47,14 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     rows = hottest(run.tensors(columns, sites="*:grad_output"))
     fits = rows["staleness"].isna() | (rows["staleness"] >= STALE)
     # A scale that never moves is no history's.
-    fits |= rows.groupby("site")["scale"].transform("nunique") == 1
+    fits |= rows.groupby("site", observed=True)["scale"].transform("nunique") == 1
     flushed = rows[(rows["flushed"] >= MAJORITY) & fits]
     if flushed.empty:
         return []
     weights = hottest(run.tensors(("cur_amax", "zeros", "count"), sites="*:grad_weight"))
     return [
         _judge(str(site), found, weights)
-        for site, found in flushed.groupby("site")
+        for site, found in flushed.groupby("site", observed=True)
         if len(found) >= STEPS and _lasts(found, rows[rows["site"] == site])
     ]
 

@@ -49,7 +49,7 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     medians = np.array([_median(row) for _, row in massive.iterrows()])
     massive = massive.assign(ratio=massive["cur_amax"].to_numpy(float) / medians)
     massive = massive[massive["ratio"] >= TIMES_MEDIAN]
-    lasting = [str(name) for name, of in massive.groupby("site") if _lasts(of, rows)]
+    lasting = [str(name) for name, of in massive.groupby("site", observed=True) if _lasts(of, rows)]
     if not lasting:
         return []
     site = min(lasting, key=in_order)

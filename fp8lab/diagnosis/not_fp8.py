@@ -28,8 +28,9 @@ def uses_fp8(run: Rows) -> bool | None:
     layers = run.info.get("precision")
     operands = layers.values() if isinstance(layers, dict) else ()
     said = [str(cast) for casts in operands if isinstance(casts, dict) for cast in casts.values()]
-    formats = run.tensors("format")["format"].dropna().unique()
-    said += [str(name) for name in formats]
+    if any(not cast.startswith(WIDE) for cast in said):
+        return True
+    said += [str(name) for name in run.tensors("format")["format"].dropna().unique()]
     return any(not cast.startswith(WIDE) for cast in said) if said else None
 
 

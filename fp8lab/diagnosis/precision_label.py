@@ -137,7 +137,7 @@ def _later(run: Rows, layers: list[str]) -> list[Finding]:
     lasts = rows.groupby("rank")["step"].max()  # one process may be ahead of another
     rows = rows[rows["site"].isin(sites)]
     found = []
-    for site, of_site in rows.groupby("site"):
+    for site, of_site in rows.groupby("site", observed=True):
         last = int(lasts[of_site["rank"].unique()].min())
         layer = str(site).rpartition(":")[0]
         if layer not in failed:

@@ -54,10 +54,11 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     rows = rows[~_of_other_layers(rows)]
     if rows.empty:
         return []
-    smallest = rows.groupby(["step", "site"])["scale"].transform("min")
-    largest = rows.groupby(["step", "site"])["scale"].transform("max")
+    smallest = rows.groupby(["step", "site"], observed=True)["scale"].transform("min")
+    largest = rows.groupby(["step", "site"], observed=True)["scale"].transform("max")
     rows = rows.assign(ratio=largest / smallest, held=rows["scale"] / smallest)
-    rows = pd.concat([_with_missed(of) for _, of in rows.groupby("site")]).sort_index()
+    by_site = rows.groupby("site", observed=True)
+    rows = pd.concat([_with_missed(of) for _, of in by_site]).sort_index()
     rows["apart"] = rows[["ratio", "missed"]].max(axis=1)
     is_gradient = rows["site"].str.endswith(":grad_output")
     for part in (rows[~is_gradient], rows[is_gradient]):
@@ -69,7 +70,7 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
 def _of_other_layers(rows: pd.DataFrame) -> pd.Series:
     """Of each row, whether the processes have different weights in its layer."""
     weights = rows[rows["site"].str.endswith(":weight")]
-    amaxes = weights.groupby(["site", "step"])["cur_amax"].nunique()
+    amaxes = weights.groupby(["site", "step"], observed=True)["cur_amax"].nunique()
     other = {site.removesuffix(":weight") for site, _ in amaxes.index[amaxes > 1]}
     layers = rows["site"].str.rpartition(":")[0]
     found = {

@@ -14,7 +14,11 @@ from typing import Any, Protocol, TypeVar
 
 import pandas as pd
 
+from fp8lab.record import Table
 from fp8lab.runs import Run
+
+# Reading more rows once more takes a tenth of a second a million; keeping them, 50 MB a million.
+KEPT_ROWS = 1 << 18
 
 Names = str | Collection[str] | None
 _Derived = TypeVar("_Derived")
@@ -36,7 +40,11 @@ class Rows(Protocol):
 
 
 class Loaded:
-    """A run of which each part is loaded once. Frames are shared: rules leave them as they are."""
+    """A run of which each part is loaded once, unless it is large: what the rules ask for together
+    would be most of a run. Frames are shared: rules leave them as they are.
+
+    Text columns are categories, as of `Run.coded`.
+    """
 
     def __init__(self, run: Run) -> None:
         self.path, self.info = run.path, run.info
@@ -56,12 +64,14 @@ class Loaded:
     def events(self) -> pd.DataFrame:
         return self._once("events", None)
 
-    def _once(self, table: str, columns: Names, sites: Names = None) -> pd.DataFrame:
+    def _once(self, table: Table, columns: Names, sites: Names = None) -> pd.DataFrame:
         key = table, _as_tuple(columns), _as_tuple(sites)
-        if key not in self._frames:
-            chosen = {} if sites is None else {"sites": sites}
-            self._frames[key] = getattr(self._run, table)(columns, **chosen)
-        return self._frames[key]
+        found = self._frames.get(key)
+        if found is None:
+            found = self._run.coded(table, columns, sites=sites)
+            if len(found) <= KEPT_ROWS:
+                self._frames[key] = found
+        return found
 
 
 def once(derive: Callable[[Rows], _Derived]) -> Callable[[Rows], _Derived]:

@@ -73,7 +73,7 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     lost = rows[(rows["collapse"] >= COLLAPSED) & (error >= ROUNDING)]
     return [
         _judge(str(site), found, rows[rows["site"] == site])
-        for site, found in lost.groupby("site")
+        for site, found in lost.groupby("site", observed=True)
         if len(found) >= STEPS
     ]
 

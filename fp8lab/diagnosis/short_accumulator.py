@@ -43,7 +43,7 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     rows = hottest(rows[rows["gemm_error"] >= NOTABLE])
     if rows.empty:
         return []
-    mean = rows.groupby("site")["gemm_error"].mean()
+    mean = rows.groupby("site", observed=True)["gemm_error"].mean()
     site = str(mean.idxmax())
     return [_judge(site, len(mean), rows[rows["site"] == site], run.info)]
 

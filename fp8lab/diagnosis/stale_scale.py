@@ -50,12 +50,12 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     """At most one finding of either kind."""
     rows = forward_casts(run)
     delayed = rows[rows["staleness"].notna() & ~rows["cold"]]
-    long = [_remembered(of) for _, of in delayed.groupby("site")]
+    long = [_remembered(of) for _, of in delayed.groupby("site", observed=True)]
     over = clipped(rows)
     products = over[over["site"].str.endswith(":product")]
     own = products.index[~comes_from_input(products, rows)]
     over = over[~over["by_token"]].drop(own, errors="ignore")
-    short = [_forgotten(of, delayed) for _, of in over.groupby("site")]
+    short = [_forgotten(of, delayed) for _, of in over.groupby("site", observed=True)]
     return _first(long, _judge_long) + _first(short, _judge_short)
 
 

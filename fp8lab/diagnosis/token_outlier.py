@@ -52,8 +52,9 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     flushed = rows[fresh & (rows["flushed"] >= FLUSHED) & ~(rows["token_ratio"] < TOKEN_RATIO)]
     flushed = flushed[flushed["by_token"]]
     cut_off = clipped(rows[~is_product & rows["by_token"]])
-    found = [_of_single_steps(of, rows) for _, of in flushed.groupby("site")]
-    found += [of for _, of in cut_off[~follows_product(cut_off, rows)].groupby("site")]
+    found = [_of_single_steps(of, rows) for _, of in flushed.groupby("site", observed=True)]
+    cut_off = cut_off[~follows_product(cut_off, rows)]
+    found += [of for _, of in cut_off.groupby("site", observed=True)]
     found = [of for of in found if len(of)]
     if not found:
         return []

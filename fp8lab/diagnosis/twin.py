@@ -56,7 +56,7 @@ def first_divergence(run: Rows, twin: Rows) -> Divergence | None:
     here, there = _norms(run), _norms(twin)
     both = pd.concat([here, there], axis=1, keys=["here", "there"], join="inner").dropna()
     parted: list[Divergence] = []
-    for site, rows in both.groupby(level="site", sort=False):
+    for site, rows in both.groupby(level="site", sort=False, observed=True):
         pair = rows.to_numpy(float)
         place = _first(_differences(pair))
         if place is not None:
@@ -70,7 +70,7 @@ def first_divergence(run: Rows, twin: Rows) -> Divergence | None:
 def _norms(run: Rows) -> pd.Series:
     rows = run.tensors("l2_norm")
     rows = rows[rows["rank"] >= 0]
-    norms: pd.Series = rows.groupby(["site", "step"])["l2_norm"].max()
+    norms: pd.Series = rows.groupby(["site", "step"], observed=True)["l2_norm"].max()
     return norms
 
 

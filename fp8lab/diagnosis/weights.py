@@ -19,7 +19,8 @@ def moved(run: Rows, since: int) -> tuple[list[str], int]:
     on, and of how many it is known."""
     rows = run.tensors("l2_norm", sites="*:weight")
     rows = rows[(rows["rank"] >= 0) & rows["step"].between(since, since + WITHIN)]
-    norms = rows.dropna(subset=["l2_norm"]).groupby("site")["l2_norm"].agg(["first", "min", "max"])
+    by_site = rows.dropna(subset=["l2_norm"]).groupby("site", observed=True)
+    norms = by_site["l2_norm"].agg(["first", "min", "max"])
     norms = norms[norms["first"] > 0]
     changed = pd.concat([norms["max"] / norms["first"], norms["first"] / norms["min"]], axis=1)
     far = norms.index[(changed > 1.0 + MOVED).any(axis=1)]

@@ -71,6 +71,8 @@ _SIGNATURES = {
         *[_POINTER, _INT, *[_INT64] * 2, *[_POINTER] * 2],
         *[*[_REAL] * 2, *[_POINTER] * 7],
     ],
+    "fp8lab_turn": [_POINTER, *[_INT64] * 4, _POINTER],
+    "fp8lab_tile_scales": [_POINTER, _INT64, _POINTER, *[_REAL] * 2, *[_POINTER] * 2],
     "fp8lab_pairs": [*[_POINTER] * 3, _INT, *[_INT64] * 2, *[_POINTER] * 2],
     "fp8lab_operand": [_POINTER, _INT, *[_INT64] * 4, *[_POINTER] * 4, _INT64, *[_POINTER] * 3],
 }

@@ -15,7 +15,14 @@ where loading it alone has to spread a vector. What is only compared stays 16 bi
 
 #include "floats.h"
 
-enum { SEGMENT = 2048, BAND = 16, TILE = 16, MX = 32, SQUARE = 128, SMALLEST = 27 << 23 };
+#ifdef __AVX512BW__
+#define WIDE 1
+#include "wide.h"
+#else
+#define WIDE 0
+#endif
+
+enum { SEGMENT = 2048, BAND = 16, TILE = 16, MX = 32, TURNED = 32, SQUARE = 128, SMALLEST = 27 << 23 };
 
 #ifdef __FMA__
 #define FMA(x, y, sum) __builtin_fmaf(x, y, sum)
@@ -46,6 +53,23 @@ typedef struct {
     double *fourth;                  /* [1]: sum of x^4 */
 } Scan;
 
+/* Amaxes of columns and tiles from those of the columns of at most 16 rows. */
+INLINE void settle(const void *peaks, int half, int64_t count, int32_t *restrict column_amax,
+                   int32_t *restrict tile_amax) {
+    for (int64_t i = 0; i < count; i++) {
+        int32_t peak = bits(load(peaks, i, half));
+        column_amax[i] = peak > column_amax[i] ? peak : column_amax[i];
+    }
+    for (int64_t left = 0; left < count; left += TILE) {
+        int32_t most = 0;
+        for (int64_t i = left; i < left + TILE; i++) {
+            int32_t peak = bits(load(peaks, i, half));
+            most = peak > most ? peak : most;
+        }
+        tile_amax[left / TILE] = most;
+    }
+}
+
 /* Amaxes of at most 16 rows, of elements whose code is the upper part of a float32's. */
 #define PEAKS(name, integer, largest, shift)                                                       \
     static void name(const integer *x, int64_t columns, int64_t rows, int64_t count,               \
@@ -62,15 +86,7 @@ typedef struct {
             int32_t peak = (int32_t)((uint32_t)most << shift);                                     \
             row_amax[row] = peak > row_amax[row] ? peak : row_amax[row];                           \
         }                                                                                          \
-        for (int64_t i = 0; i < count; i++) {                                                      \
-            int32_t peak = (int32_t)((uint32_t)peaks[i] << shift);                                 \
-            column_amax[i] = peak > column_amax[i] ? peak : column_amax[i];                        \
-        }                                                                                          \
-        for (int64_t left = 0; left < count; left += TILE) {                                       \
-            integer most = 0;                                                                      \
-            for (int i = 0; i < TILE; i++) most = peaks[left + i] > most ? peaks[left + i] : most; \
-            tile_amax[left / TILE] = (int32_t)((uint32_t)most << shift);                           \
-        }                                                                                          \
+        settle(peaks, sizeof(integer) == 2, count, column_amax, tile_amax);                        \
     }
 
 PEAKS(peaks_of_half, uint16_t, INT16_MAX, 16)
@@ -131,12 +147,47 @@ INLINE void scan(const void *x, int how, int64_t rows, int64_t columns, const Sc
     }
 }
 
+#if WIDE
+static void scan_wide(const uint16_t *x, int64_t rows, int64_t columns, const Scan to) {
+    static const uint16_t none[SEGMENT];
+    const int64_t across = units_of(columns, TILE);
+    for (int64_t left = 0; left < columns; left += SEGMENT) {
+        const int64_t count = smaller(SEGMENT, columns - left);
+        for (int64_t top = 0; top < rows; top += SQUARE) {
+            float powers[SEGMENT] = {0};
+            uint16_t peaks[SEGMENT];
+            for (int64_t row = top; row < smaller(top + SQUARE, rows); row += 4) {
+                const int64_t height = smaller(4, rows - row);
+                Four four;
+                for (int i = 0; i < 4; i++)
+                    four.at[i] = i < height ? x + (row + i) * columns + left : none;
+                if (row % BAND == 0) memset(peaks, 0, sizeof peaks);
+                scan_four(&four, count, peaks, powers, to.row_amax + row, to.row_power + row,
+                          height, to.fourth);
+                if (row % BAND == BAND - 4 || row + 4 >= rows)
+                    settle(peaks, 1, count, to.column_amax + left,
+                           to.tile_amax + row / BAND * across + left / TILE);
+            }
+            double *restrict power = to.column_power + left;
+            for (int64_t i = 0; i < units_of(count, 32) * 32; i++)
+                if (column_of(i) < count) power[column_of(i)] += powers[i];
+        }
+    }
+}
+#endif
+
 /* x [rows, columns]; rows a multiple of 128 unless they are the last of the matrix. Adds to what
    the arrays hold, of which those of rows and tiles begin where x does. */
 void fp8lab_scan(const void *x, int half, int64_t rows, int64_t columns, int32_t *row_amax,
                  int32_t *column_amax, int32_t *tile_amax, double *row_power, double *column_power,
                  double *fourth) {
     const Scan to = {row_amax, column_amax, tile_amax, row_power, column_power, fourth};
+#if WIDE
+    if (half) {
+        scan_wide(x, rows, columns, to);
+        return;
+    }
+#endif
     if (!half) scan(x, FULL, rows, columns, to);
     else if (columns % 2) scan(x, HALF, rows, columns, to);
     else scan(x, PAIRED, rows, columns, to);
@@ -166,6 +217,9 @@ typedef struct {
     Loss *loss;                     /* [RECIPES]; errors of current under its scale */
     Lanes *lanes;                   /* [RECIPES] */
     int64_t *zeros;                 /* [1] */
+#if WIDE
+    const Tables *tables;
+#endif
 } Casts;
 
 /* Magnitudes of a part of a row, zeros behind them up to whole blocks of 128. */
@@ -223,13 +277,15 @@ INLINE void take_tiles(const float *scales, const float *scales_inv, int half, i
                        const Format g, Strip *strip) {
     const float flushed = from_bits(g.smallest_exponent + g.shift) * 0x1p-24f;
     const int words = half ? TILE / 2 : TILE;
-    for (int64_t tile = 0; tile < units_of(count, TILE); tile++) {
+    const int64_t tiles = units_of(count, TILE);
+    for (int64_t tile = 0; tile < SQUARE / TILE * units_of(count, SQUARE); tile++) {
+        float scale = scales[smaller(tile, tiles - 1)];
         for (int i = 0; i < words; i++) {
-            strip->scale[words * tile + i] = scales[tile];
-            strip->scale_inv[words * tile + i] = scales_inv[tile];
+            strip->scale[words * tile + i] = half && WIDE ? 4.0f * scale : scale; /* quarters */
+            strip->scale_inv[words * tile + i] = scales_inv[smaller(tile, tiles - 1)];
         }
         if (!half) continue;
-        uint16_t lost = last_code(flushed, scales[tile]), held = last_code(g.limit, scales[tile]);
+        uint16_t lost = last_code(flushed, scale), held = last_code(g.limit, scale);
         for (int i = 0; i < TILE; i++)
             strip->flushed[TILE * tile + i] = lost, strip->held[TILE * tile + i] = held;
     }
@@ -376,45 +432,82 @@ INLINE float normal_of(float scale, const Format f) {
     return from_bits(f.smallest_exponent) / scale * 2.0f;
 }
 
-/* Puts right the blocks of 32 of a part of a row that need it: first which they are, for a branch
-   per block is as dear as the block. `bounds` are upper halves, of each block. */
-INLINE void look_at_blocks(const Row *row, int half, int64_t count, float row_scale,
-                           const float *squares, const uint16_t *bounds, const Casts *how) {
-    enum { CLIPPED = 1, SUBNORMAL = 2 };
-    const Format f = *how->e4m3;
-    const uint16_t of_row = (uint16_t)(bits(normal_of(row_scale, f)) >> 16);
-    const int32_t fraction = ((bits(f.largest) & 0x7fffff) >> 16) - !half;
-    const int32_t top = (bits(f.largest) >> 23) - 127;
-    uint16_t most[SEGMENT / MX], least[SEGMENT / MX], needs[SEGMENT / MX], memory[SEGMENT];
-    int32_t where[SEGMENT / MX], found = 0;
-    const int64_t whole = units_of(count, SQUARE) * SQUARE;
-    ranges_of(upper(row, half, whole, memory), whole, most, least);
+enum { CLIPPED = 1, SUBNORMAL = 2 };
+
+/* What is to be put right of a block of 32, of whose codes the largest is `most`. */
+INLINE uint16_t needs_of(uint16_t most, int below, int32_t fraction) {
+    below |= most < SMALLEST >> 16;
+    return (uint16_t)(((most & 0x7f) > fraction) | below * SUBNORMAL);
+}
+
+/* Which blocks of 32 of a part of a row need to be put right: first all of it, for a branch per
+   block is as dear as the block. `bounds` are upper halves, of each block. */
+INLINE void look_at_row(const Row *row, int half, int64_t count, const uint16_t *bounds,
+                        int32_t fraction, uint16_t *most, uint16_t *needs) {
+    uint16_t least[SEGMENT / MX], memory[SEGMENT];
+    ranges_of(upper(row, half, count, memory), count, most, least);
 #pragma omp simd
-    for (int64_t block = 0; block < whole / MX; block++) {
-        uint16_t bound = bounds[block] > of_row ? bounds[block] : of_row;
-        uint16_t below = (least[block] <= bound) | (most[block] < SMALLEST >> 16);
-        needs[block] = (uint16_t)(((most[block] & 0x7f) > fraction) | below << 1);
-    }
+    for (int64_t block = 0; block < count / MX; block++)
+        needs[block] = needs_of(most[block], least[block] <= bounds[block], fraction);
+}
+
+INLINE void put_blocks_right(const Row *row, int half, int64_t count, float row_scale,
+                             const float *squares, const uint16_t *most, const uint16_t *needs,
+                             const Casts *how) {
+    const Format f = *how->e4m3;
+    const int32_t top = (bits(f.largest) >> 23) - 127;
+    int32_t where[SEGMENT / MX], found = 0;
     for (int32_t block = 0; block < units_of(count, MX); block++)
         where[found] = block, found += needs[block] != 0;
     for (int32_t i = 0; i < found; i++) {
         int64_t from = MX * (int64_t)where[i], width = smaller(MX, count - from);
+        Lanes *lanes = how->lanes + MXFP8_FLOOR;
         if (needs[where[i]] & CLIPPED) {
             float floor = exponent_scale(most[where[i]] << 16, 0.0f, top, 0);
-            if (width == MX) clip(row, half, from, MX, floor, f, how->lanes + MXFP8_FLOOR);
-            else clip(row, half, from, width, floor, f, how->lanes + MXFP8_FLOOR);
+#if WIDE
+            if (half && most[where[i]] >= FROM_CODE)
+                lanes->saturated[0] += clip_block(row->halves + from, most[where[i]], how->tables,
+                                                  lanes->errors);
+            else
+#endif
+            if (width == MX) clip(row, half, from, MX, floor, f, lanes);
+            else clip(row, half, from, width, floor, f, lanes);
         }
         if (needs[where[i]] & SUBNORMAL)
             look_at_block(row, half, from, width, row_scale, squares[from / SQUARE], how);
     }
 }
 
+#if WIDE
+/* `take_row`, `round_row`, `count_nvfp4` and `look_at_row` in one. */
+INLINE void round_row_wide(const uint16_t *from, int64_t count, const Casts *how,
+                           const Strip *strip, const uint16_t *bounds, int32_t fraction, Row *row,
+                           uint16_t *most, uint16_t *needs, double *shared) {
+    Rounded sums = {0};
+    uint32_t below[SEGMENT / MX];
+    for (int64_t i = 0; i < count; i += SQUARE)
+        round_four(from + i, count - i, how->tables, strip->scale + i / 2, strip->scale_inv + i / 2,
+                   strip->flushed + i, strip->held + i, bounds[i / MX], row->halves + i,
+                   most + i / MX, below + i / MX, &sums);
+#pragma omp simd
+    for (int64_t block = 0; block < SQUARE / MX * units_of(count, SQUARE); block++)
+        needs[block] = needs_of(most[block], below[block] != 0, fraction);
+    *shared += _mm512_reduce_add_ps(sums.same);
+    how->loss[CURRENT].error += _mm512_reduce_add_ps(sums.current);
+    how->loss[NVFP4].error += _mm512_reduce_add_ps(sums.nvfp4);
+    how->loss[NVFP4].flushed += sums.flushed, how->loss[NVFP4].saturated += sums.saturated;
+}
+#endif
+
 INLINE void cast(const void *x, int half, int64_t rows, int64_t columns, const Casts *how) {
     const int64_t tiles = units_of(columns, TILE), squares = units_of(columns, SQUARE);
+    const int32_t fraction = ((bits(how->e4m3->largest) & 0x7fffff) >> 16) - !half;
     double shared = 0;
     for (int64_t left = 0; left < columns; left += SEGMENT) {
-        int64_t count = smaller(SEGMENT, columns - left), whole = units_of(count, TILE) * TILE;
-        uint16_t bounds[SEGMENT / MX];
+        const int64_t count = smaller(SEGMENT, columns - left);
+        const int64_t whole = units_of(count, SQUARE) * SQUARE;
+        uint16_t bounds[SEGMENT / MX], limits[SEGMENT / MX], most[SEGMENT / MX];
+        uint16_t needs[SEGMENT / MX];
         Strip strip;
         Row taken;
         for (int64_t row = 0; row < rows; row++) {
@@ -423,16 +516,28 @@ INLINE void cast(const void *x, int half, int64_t rows, int64_t columns, const C
             if (row % BAND == 0)
                 take_tiles(how->tiles + tile, how->tiles_inv + tile, half, count, *how->e2m1,
                            &strip);
-            for (int64_t i = 0; row % SQUARE == 0 && i < units_of(count, MX); i++) {
+            for (int64_t i = 0; row % SQUARE == 0 && i < whole / MX; i++) {
                 float scale = square[MX * i / SQUARE];
                 scale = scale < how->scale ? scale : how->scale;
                 bounds[i] = (uint16_t)(bits(normal_of(scale, *how->e4m3)) >> 16);
             }
-            take_row(x, half, row * columns + left, count, &taken);
-            round_row(&taken, half, half ? whole / 2 : whole, how, &strip, &shared);
-            if (half) count_nvfp4(&taken, whole, &strip, how->loss + NVFP4);
+            uint16_t of_row = (uint16_t)(bits(normal_of(how->rows[row], *how->e4m3)) >> 16);
+            for (int64_t i = 0; i < whole / MX; i++)
+                limits[i] = bounds[i] > of_row ? bounds[i] : of_row;
+#if WIDE
+            if (half)
+                round_row_wide((const uint16_t *)x + row * columns + left, count, how, &strip,
+                               limits, fraction, &taken, most, needs, &shared);
+            else
+#endif
+            {
+                take_row(x, half, row * columns + left, count, &taken);
+                round_row(&taken, half, half ? whole / 2 : whole, how, &strip, &shared);
+                if (half) count_nvfp4(&taken, whole, &strip, how->loss + NVFP4);
+                look_at_row(&taken, half, whole, limits, fraction, most, needs);
+            }
             how->loss[NVFP4].flushed -= whole - count;
-            look_at_blocks(&taken, half, count, how->rows[row], square, bounds, how);
+            put_blocks_right(&taken, half, count, how->rows[row], square, most, needs, how);
             for (int recipe = CURRENT; (row + 1) % BAND == 0 && recipe <= MXFP8_FLOOR; recipe++)
                 fold(how->lanes + recipe, how->loss + recipe);
         }
@@ -453,8 +558,15 @@ void fp8lab_cast_weights(const void *x, int half, int64_t rows, int64_t columns,
     Loss loss[RECIPES] = {0};
     Lanes lanes[RECIPES] = {0};
     int64_t none = 0;
+#if WIDE
+    const Tables tables = tables_of(scale, *e4m3, *e2m1);
+#endif
     const Casts how = {e4m3, e2m1, scale, scale_inv, row_scales, squares, tiles, tiles_inv,
-                       loss, lanes, &none};
+                       loss, lanes, &none,
+#if WIDE
+                       &tables,
+#endif
+    };
     if (half) cast(x, 1, rows, columns, &how);
     else cast(x, 0, rows, columns, &how);
     *zeros += none;
@@ -486,10 +598,76 @@ INLINE void pairs(const void *a, const void *b, const void *c, int how, int64_t 
     }
 }
 
+#if WIDE
+static void pairs_wide(const uint16_t *a, const uint16_t *b, const uint16_t *c, int64_t rows,
+                       int64_t n, double *dots, double *others) {
+    for (int64_t row = 0; row < rows; row++, a += n, b += n, c += n) {
+        dots[row] = others[row] = 0;
+        for (int64_t left = 0; left < n; left += SEGMENT)
+            dot_rows(a + left, b + left, c + left, smaller(SEGMENT, n - left), dots + row,
+                     others + row);
+    }
+}
+#endif
+
 /* Scalar products of each row of a [rows, n] with those of b and of c. */
 void fp8lab_pairs(const void *a, const void *b, const void *c, int half, int64_t rows, int64_t n,
                   double *dots, double *others) {
+#if WIDE
+    if (half) {
+        pairs_wide(a, b, c, rows, n, dots, others);
+        return;
+    }
+#endif
     if (!half) pairs(a, b, c, FULL, rows, n, dots, others);
     else if (n % 2) pairs(a, b, c, HALF, rows, n, dots, others);
     else pairs(a, b, c, PAIRED, rows, n, dots, others);
+}
+
+/* --- what lies otherwise --- */
+
+/* One step of a transposition: the index of an element of 32 × 32 is turned left by a bit. */
+INLINE void riffle(const uint16_t *restrict from, uint16_t *restrict to) {
+    enum { HALF_OF_IT = TURNED * TURNED / 2 };
+    for (int i = 0; i < HALF_OF_IT; i++) to[2 * i] = from[i], to[2 * i + 1] = from[HALF_OF_IT + i];
+}
+
+INLINE void turn_whole(const uint16_t *from, int64_t step, int64_t stride, int64_t columns,
+                       uint16_t *to) {
+    uint16_t a[TURNED * TURNED], b[TURNED * TURNED];
+    for (int64_t i = 0; i < TURNED; i++)
+        for (int64_t row = 0; row < TURNED; row++)
+            a[TURNED * i + row] = from[row * step + i * stride];
+    riffle(a, b), riffle(b, a), riffle(a, b), riffle(b, a), riffle(a, b);
+    for (int64_t row = 0; row < TURNED; row++)
+        memcpy(to + row * columns, b + TURNED * row, sizeof(uint16_t) * TURNED);
+}
+
+/* to [rows, columns] of elements of 16 bits that lie `step` apart in a column, `stride` in a row. */
+void fp8lab_turn(const uint16_t *from, int64_t rows, int64_t columns, int64_t step, int64_t stride,
+                 uint16_t *to) {
+    for (int64_t top = 0; top < rows; top += TURNED)
+        for (int64_t left = 0; left < columns; left += TURNED) {
+            const uint16_t *corner = from + top * step + left * stride;
+            uint16_t *there = to + top * columns + left;
+            int64_t height = smaller(TURNED, rows - top), width = smaller(TURNED, columns - left);
+            if (height == TURNED && width == TURNED && step == 1)
+                turn_whole(corner, 1, stride, columns, there);
+            else if (height == TURNED && width == TURNED && step == 2)
+                turn_whole(corner, 2, stride, columns, there);
+            else
+                for (int64_t row = 0; row < height; row++)
+                    for (int64_t i = 0; i < width; i++)
+                        there[row * columns + i] = corner[row * step + i * stride];
+        }
+}
+
+/* NVFP4's scale of each tile and its inverse, from the tiles' amaxes. */
+void fp8lab_tile_scales(const float *amax, int64_t count, const Format *e4m3, float factor,
+                        float tensor_inv, float *scales, float *scales_inv) {
+    const Format f = *e4m3;
+    for (int64_t i = 0; i < count; i++) {
+        float inverse = on_grid(amax[i] * factor, f) * tensor_inv, scale = 1.0f / inverse;
+        scales_inv[i] = inverse, scales[i] = scale < FLT_MAX ? scale : FLT_MAX;
+    }
 }

@@ -102,3 +102,33 @@ def pairs(gate: Tensor, up: Tensor, other: Tensor) -> Tensor:
         *(dots.data_ptr() for dots in found),
     )
     return found
+
+
+def turned(rows: Tensor) -> Tensor | None:
+    """A contiguous copy of a plain bfloat16 matrix on a CPU whose columns lie together, as those of
+    a transposed one, or of every other row of it; None of any other."""
+    plain = type(rows) is Tensor and rows.is_cpu and rows.dtype is torch.bfloat16
+    if not plain or rows.is_neg() or not rows.numel() or kernels.why_unavailable() is not None:
+        return None
+    step, stride = rows.stride()
+    if step not in (1, 2) or stride <= step:
+        return None
+    copy = torch.empty(rows.shape, dtype=rows.dtype)
+    kernels.library().fp8lab_turn(rows.data_ptr(), *rows.shape, step, stride, copy.data_ptr())
+    return copy
+
+
+def tile_scales(amax: Tensor, factor: float, tensor_inv: float) -> tuple[Tensor, Tensor]:
+    """NVFP4's scales of tiles with a usable float32 amax, and their inverses: the amax times
+    `factor` on E4M3's grid, times `tensor_inv`."""
+    scales, inverses = torch.empty_like(amax), torch.empty_like(amax)
+    kernels.library().fp8lab_tile_scales(
+        amax.data_ptr(),
+        amax.numel(),
+        ctypes.addressof(kernels.format_of(E4M3)),
+        factor,
+        tensor_inv,
+        scales.data_ptr(),
+        inverses.data_ptr(),
+    )
+    return scales, inverses

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fp8lab.report.answer import Answer
 from fp8lab.report.story import Unread
 from fp8lab.report.tables import Table
 from fp8lab.report.verdict import Sighting, Verdict
@@ -81,9 +82,15 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """All that is told of some runs, in the order of a reader's questions."""
+    """All that is told of some runs, in the order of a reader's questions.
+
+    `answer` says whether it is FP8, `counts` how many runs there are and how they ended; `headline`
+    is both in one paragraph. A document that answers another question has no `answer`.
+    """
 
     title: str
+    answer: Answer | None = None
+    counts: str = ""
     headline: str
     unfinished: str
     unread: tuple[Unread, ...]

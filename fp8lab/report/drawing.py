@@ -15,6 +15,7 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,9 +122,26 @@ def wrapped(title: str) -> str:
 def new_figure(height: float, width: float = WIDTH) -> Figure:
     """An empty figure, in inches, whose parts make room for each other."""
     from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout=_layout()(w_pad=0.08, h_pad=0.1))
+
+
+@cache
+def _layout() -> Any:
+    """Constrained layout without its last digits, which differ from one process to the next: its
+    solver takes the constraints in the order of their addresses."""
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.1))
+    class Rounded(ConstrainedLayoutEngine):
+        def execute(self, fig: Figure) -> Any:
+            grids = super().execute(fig)
+            for axes in fig.axes:
+                left, bottom, width, height = axes.get_position(original=True).bounds
+                axes.set_position(tuple(round(one, 6) for one in (left, bottom, width, height)))
+                axes.set_in_layout(True)  # which setting a position ends
+            return grids
+
+    return Rounded
 
 
 def points(rows: pd.DataFrame, column: str) -> tuple[Any, Any]:
@@ -140,6 +158,21 @@ def line(axes: Axes, x: Any, values: Any, **look: Any) -> None:
     axes.plot(x, values, rasterized=len(x) > LONG, **look)
 
 
+def mark(axes: Axes, x: Any, y: Any, marker: str) -> None:
+    """Hollow markers over all else: where something was found."""
+    axes.plot(
+        x,
+        y,
+        marker=marker,
+        linestyle="",
+        markerfacecolor="white",
+        markeredgecolor=INK,
+        markersize=5.5,
+        clip_on=False,
+        zorder=6,
+    )
+
+
 def log_axis(axis: Any, values: Any) -> None:
     """A log axis with labels in plain text, if there is anything positive to show on it."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -151,10 +184,23 @@ def log_axis(axis: Any, values: Any) -> None:
     set_scale = axis.axes.set_yscale if axis.axis_name == "y" else axis.axes.set_xscale
     set_scale("log", nonpositive="mask")
     decades = np.log10(values.max() / values.min())
-    subs = (1.0,) if decades > 1.5 else (1.0, 2.0, 5.0) if decades > 0.6 else tuple(range(1, 10))
+    wide = decades > 0.6 or decades == 0
+    subs = (1.0,) if decades > 1.5 else (1.0, 2.0, 5.0) if wide else tuple(range(1, 10))
     axis.set_major_locator(LogLocator(subs=subs, numticks=6))
     axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
     axis.set_minor_locator(NullLocator())
+    if decades == 0:
+        set_limits = axis.axes.set_ylim if axis.axis_name == "y" else axis.axes.set_xlim
+        set_limits(values[0] / 4, values[0] * 4)
+
+
+def step_axis(axes: Axes) -> None:
+    """Steps are whole numbers, of one step too."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(
+        MaxNLocator(nbins="auto", integer=True, min_n_ticks=1, steps=[1, 2, 2.5, 5, 10])
+    )
 
 
 def power_of_ten(value: float) -> str:
@@ -169,11 +215,20 @@ def power_of_ten(value: float) -> str:
 
 
 def handles(keys: Keys) -> list[Any]:
-    """What a legend shows beside each name."""
+    """What a legend shows beside each name; a marker in ink and without a line is a `mark`."""
     from matplotlib.lines import Line2D
 
     return [
-        Line2D([], [], color=colour, linestyle=dash, marker=marker, markersize=6, linewidth=1.6)
+        Line2D(
+            [],
+            [],
+            color=colour,
+            linestyle=dash,
+            marker=marker,
+            markersize=6,
+            linewidth=1.6,
+            markerfacecolor="white" if (colour, dash) == (INK, "") else colour,
+        )
         for colour, dash, marker in keys.values()
     ]
 
@@ -184,7 +239,7 @@ def legend(axes: Axes, keys: Keys) -> None:
         handles(keys),
         list(keys),
         loc="lower right",
-        bbox_to_anchor=(1.0, 0.97),
+        bbox_to_anchor=(1.0, 1.0),
         ncols=len(keys),
         borderaxespad=0.0,
         columnspacing=1.2,

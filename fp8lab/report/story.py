@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
@@ -27,7 +27,9 @@ import pandas as pd
 
 from fp8lab.diagnosis import Diagnosis, diagnose
 from fp8lab.diagnosis.not_fp8 import uses_fp8
-from fp8lab.record import SEVERITIES, TABLES
+from fp8lab.diagnosis.rows import Loaded
+from fp8lab.record import SEVERITIES
+from fp8lab.report import longest
 from fp8lab.runs import hottest
 from fp8lab.store import Run, RunError, find_runs, open_run
 
@@ -57,15 +59,32 @@ class Seen:
         return self.run.state
 
     @cached_property
+    def uses_fp8(self) -> bool:
+        return bool(uses_fp8(Loaded(self.run)))
+
+    @cached_property
     def products(self) -> pd.DataFrame:
-        """Tensor rows of the gate products."""
-        rows = hottest(self.run.tensors())
-        return rows[rows["site"].str.endswith(":product", na=False)]
+        """Tensor rows of the gate products, without `bins` and `statistics`; of a long run only
+        what `longest.extremes` picks has its `histogram`, other rows have None."""
+        return longest.products(self.run)
 
     @cached_property
     def channels(self) -> pd.DataFrame:
+        """Channel rows; of a long run those of the rows of `products` that have a histogram, and
+        the first and last in which the channel that the run is looked at was the hottest."""
+        told = next(_told_places(self), None)
+        looked_at = None if told is None else (told.site, told.channel)
+        rows = longest.channels(self.run, self.products, looked_at)
         # Tensor parallelism gives each process channels of its own; else all have the same ones.
-        return self.run.channels().drop_duplicates(["step", "site", "channel"])
+        return rows.drop_duplicates(["step", "site", "channel"])
+
+    def tensor_columns(
+        self, columns: Collection[str], sites: str | Collection[str] | None = None
+    ) -> pd.DataFrame:
+        """A row a step and site, of the process where its amax is largest, and nothing but these
+        columns; text as categories. 10 MB and a twentieth of a second a million rows and column."""
+        asked = {*columns, "cur_amax"}
+        return hottest(self.run.coded("tensors", asked, sites=sites))
 
     @property
     def diverged_at(self) -> int | None:
@@ -112,7 +131,7 @@ class Arm:
 
     @property
     def uses_fp8(self) -> bool:
-        return any(uses_fp8(run.run) for run in self.runs)
+        return any(run.uses_fp8 for run in self.runs)
 
     @property
     def decided(self) -> tuple[Seen, ...]:
@@ -281,8 +300,7 @@ def _read(paths: list[Path], unread: list[Unread]) -> Iterator[Seen]:
         label = path.relative_to(shared).as_posix()
         try:
             opened = open_run(path)
-            for table in TABLES:
-                opened.arrow(table)
+            opened.check()
             run = Seen(label, opened)
         except (RunError, ValueError) as error:
             reason = str(error).replace(f"{path}{os.sep}", "").replace(f"{path}: ", "")
@@ -367,14 +385,19 @@ class Place(NamedTuple):
 
 def place_of(run: Seen) -> Place | None:
     """Where the worst finding points; without one, the largest product whose weights were kept."""
-    for finding in run.diagnosis.findings:
-        if finding.site is not None and finding.channel is not None:
-            return Place(finding.site, finding.channel)
+    for place in _told_places(run):
+        return place
     kept = run.channels[run.channels["gate_weights"].notna()].dropna(subset="product_amax")
     if kept.empty:
         return None
     row = kept.nlargest(1, "product_amax").iloc[0]
     return Place(f"{row['site']}:product", int(row["channel"]))
+
+
+def _told_places(run: Seen) -> Iterator[Place]:
+    for finding in run.diagnosis.findings:
+        if finding.site is not None and finding.channel is not None:
+            yield Place(finding.site, finding.channel)
 
 
 def weight_rows(run: Seen, place: Place) -> list[pd.Series]:
@@ -392,7 +415,7 @@ def weight_rows(run: Seen, place: Place) -> list[pd.Series]:
 
 def clipped_row(run: Seen, place: Place) -> pd.Series | None:
     """The histogram recorded where the scale in force was most stale."""
-    rows = _with_range(run.products[run.products["site"] == place.site])
+    rows = ranged_rows(run.products[run.products["site"] == place.site])
     return None if rows.empty else rows.nlargest(1, "staleness").iloc[0]
 
 
@@ -400,7 +423,7 @@ def starved_row(runs: Iterable[Seen]) -> tuple[Seen, pd.Series] | None:
     """The histogram with the largest bulk error under a scale that was made just in time."""
     best: tuple[Seen, pd.Series] | None = None
     for run in runs:
-        rows = _with_range(run.products).dropna(subset="bulk_error")
+        rows = ranged_rows(run.products).dropna(subset="bulk_error")
         rows = rows[rows["recipe"] == "Float8CurrentScaling"]
         if len(rows):
             row = rows.nlargest(1, "bulk_error").iloc[0]
@@ -409,7 +432,7 @@ def starved_row(runs: Iterable[Seen]) -> tuple[Seen, pd.Series] | None:
     return best
 
 
-def _with_range(rows: pd.DataFrame) -> pd.DataFrame:
+def ranged_rows(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows that hold a histogram, and a scale that is the product's own: amax / staleness is then
     the magnitude that the scale maps to the format's largest. With a scale a channel it is not."""
     from fp8lab import formats
@@ -418,3 +441,6 @@ def _with_range(rows: pd.DataFrame) -> pd.DataFrame:
     largest = rows["format"].map(lambda name: getattr(formats, name).max).astype(float)
     off = rows["cur_amax"] / rows["staleness"] * rows["scale"] / largest - 1.0
     return rows[off.abs() < 1e-3]
+
+
+_with_range = ranged_rows

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from fp8lab.comparison import side_by_side
 from fp8lab.recipe import GEMMS, gemm_in_words
-from fp8lab.record import Severity
+from fp8lab.record import TENSORS, Severity
 from fp8lab.report.story import Arm, Part, Seen, Story, superscript
 from fp8lab.report.verdict import in_words, judged
 
@@ -48,6 +49,11 @@ def number(value: Any) -> str:
     if value is None:
         return NOTHING.text
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def meaning_of(statistic: str) -> str:
+    """What a column of the tensors says, in the schema's own words."""
+    return next((one.meaning for one in TENSORS if one.name == statistic), statistic)
 
 
 def predictions(part: Part) -> Table:
@@ -109,23 +115,68 @@ def _outcome(run: Seen) -> Cell:
 
 
 def mitigations(part: Part) -> Table:
-    """What each arm came to, and what it cost in loss."""
+    """What each arm came to, and its price: in loss, in time, and whether the model's function is
+    another one. Gaps and ratios are to the arm that trains the same with no FP8."""
     has_rare = any(run.result.get("final_rare_error") is not None for run in part.runs)
+    prices, references = _prices(part)
     rows = []
     for arm in part.arms:
         row = [
             Cell(arm.title),
             Cell(", ".join(arm.mitigations)) if arm.mitigations else NOTHING,
+            _changes_function(prices.get(arm.name, {})),
             _diverged(arm),
             _median(arm, "final_loss"),
             *([_median(arm, "final_rare_error")] if has_rare else []),
+            *(_price(prices.get(arm.name, {})) if references else ()),
             _findings(arm),
         ]
         rows.append(tuple(row))
     rare = ["rare error, median"] if has_rare else []
-    head = ("arm", "mitigation", "diverged", "final loss, median", *rare, "findings")
+    gaps = ["loss gap", "time of a step"] if references else []
+    head = ("arm", "mitigation", "function", "diverged", "final loss, median", *rare, *gaps)
     note = "medians over the runs that did not diverge"
-    return Table(head=head, rows=rows, note=note)
+    if references:
+        note += (
+            f"; gap and time are to {' or '.join(references)}, over the seeds that both have and "
+            "over medians of steps. Times are of these runs on their machine: casts that are "
+            "emulated say nothing of what they cost in hardware"
+        )
+    title = "Arms, and the price of each"
+    return Table(title=title, head=(*head, "findings"), rows=rows, note=note)
+
+
+def _prices(part: Part) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What `comparison` says of each arm, by name; and the titles of the arms compared with. An arm
+    that has none is compared with nothing."""
+    runs = [run.run for run in part.runs]
+    references = {arm.name: part.reference_of(arm) for arm in part.arms}
+    titles = {one.name: one.title for one in references.values() if one is not None}
+    told: dict[str, dict[str, Any]] = {}
+    for against in titles or ("",):
+        found = {row["arm"]: row for row in side_by_side(runs, against)}
+        for arm in part.arms:
+            row, reference = found.get(f"{part.name}/{arm.name}", {}), references[arm.name]
+            if reference is None:
+                told[arm.name] = row | {"loss_gap": None, "step_time_ratio": None}
+            elif reference.name == against:
+                told[arm.name] = row
+    return told, list(titles.values())
+
+
+def _changes_function(price: dict[str, Any]) -> Cell:
+    changes = price.get("changes_function")
+    if changes is None:
+        return NOTHING
+    return Cell("changed", "warn") if changes else Cell("kept")
+
+
+def _price(price: dict[str, Any]) -> tuple[Cell, Cell]:
+    gap, ratio = price.get("loss_gap"), price.get("step_time_ratio")
+    return (
+        NOTHING if gap is None else Cell(f"{gap:+.3g}"),
+        NOTHING if ratio is None else Cell(f"× {ratio:.3g}"),
+    )
 
 
 def _median(arm: Arm, name: str) -> Cell:

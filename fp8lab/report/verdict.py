@@ -34,16 +34,22 @@ class Sighting:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A cause in words. `arms` and `milder` are pairs: in which runs, and of which arm."""
+    """A cause in words. `arms` and `milder` are pairs: in which runs, and of which arm.
+
+    `confidence` is the lowest of the findings that it sums up, `cannot_exclude` what would look the
+    same in their rows: clauses, of each the first.
+    """
 
     cause: str
     severity: Severity
+    confidence: Severity
     sites: tuple[str, ...]
     channels: str
     arms: tuple[tuple[str, str], ...]
     since: str
     lead: str
     remedy: str
+    cannot_exclude: str
     milder: tuple[tuple[str, str], ...]
 
 
@@ -76,12 +82,14 @@ def _verdict(found: list[Sighting], story: Story) -> Verdict:
     return Verdict(
         cause=in_words(worst[0].finding.cause),
         severity=severity,
+        confidence=max((one.finding.confidence for one in worst), key=SEVERITIES.index),
         sites=tuple(sorted({one.finding.site for one in worst if one.finding.site is not None})),
         channels=_channels({s.finding.channel for s in worst if s.finding.channel is not None}),
         arms=_by_arm(worst, story),
         since=_since(worst),
         lead=_lead(worst),
         remedy=worst[0].finding.remedy,
+        cannot_exclude=worst[0].finding.cannot_exclude,
         milder=_by_arm(milder, story),
     )
 
@@ -167,7 +175,7 @@ def judged(arm: Arm) -> str:
     return "contradicted" if _against(arm) else "as predicted"
 
 
-def headline(story: Story) -> str:
+def counts(story: Story) -> str:
     """How many runs, and how they ended."""
     trained = [run for run in story.runs if not run.doses]
     lost = sum(run.diverged_at is not None for run in trained)

@@ -1,0 +1,69 @@
+"""Runs as rows: what `ls` and `show` say of one, and the grid of an experiment's arms and seeds.
+
+Numbers are those that the run recorded; what it does not say is None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fp8lab.comparison import config_of, number_of, told_of
+from fp8lab.store import Run, find_runs, open_run
+
+
+def summary_of(run: Run) -> dict[str, Any]:
+    """A run in a row, JSON-able but for NaN."""
+    steps = run.steps("loss")
+    result = told_of(run, "result")
+    losses = steps.dropna(subset="loss").drop_duplicates("step")["loss"]  # of the first process
+    return {
+        "run": str(run.path),
+        "state": run.state,
+        "part": config_of(run).get("part"),
+        "arm": config_of(run).get("arm"),
+        "seed": config_of(run).get("seed"),
+        "steps": steps["step"].nunique(),
+        "loss": float(losses.iloc[-1]) if len(losses) else None,
+        "diverged_at": result.get("diverged_at"),
+        "final_loss": result.get("final_loss"),
+    }
+
+
+def print_grids(console: Console, parts: Iterable[Any], out: Path) -> None:
+    """The runs below `out`, a grid a part."""
+    runs = [open_run(path) for path in find_runs(out)]
+    for part in parts:
+        if any(config_of(one).get("part") == part.name for one in runs):
+            titles = {one.name: one.title for one in part.arms}
+            console.print(_grid(part.title, titles, part.name, runs))
+    console.print(f"runs: {out}", highlight=False, soft_wrap=True)
+
+
+def _grid(title: str, arms: dict[str, str], part: str, runs: list[Run]) -> Table:
+    """Arms x seeds: the step at which a run diverged, or its final loss."""
+    cells: dict[tuple[str, int], str | Text] = {}
+    for one in runs:
+        config, summary = config_of(one), summary_of(one)
+        where = (config.get("arm"), config.get("seed"))
+        if config.get("part") == part and isinstance(where[0], str) and isinstance(where[1], int):
+            diverged, final = summary["diverged_at"], number_of(summary["final_loss"])
+            cell: str | Text = summary["state"] if final is None else f"{final:.3f}"
+            if diverged is not None:
+                cell = Text(f"✗ {diverged}", style="bold red")
+            cells[where[0], where[1]] = cell
+    seeds = sorted({seed for _, seed in cells})
+    table = Table(box=None, title=title, title_justify="left", caption_justify="left")
+    if any(isinstance(cell, Text) for cell in cells.values()):
+        table.caption = "a number: the final loss; ✗ n: diverged at step n"
+    for name in ("arm", *(f"seed {seed}" for seed in seeds)):
+        table.add_column(name)
+    for arm, arm_title in arms.items():
+        if any((arm, seed) in cells for seed in seeds):
+            table.add_row(arm_title, *(cells.get((arm, seed), "") for seed in seeds))
+    return table

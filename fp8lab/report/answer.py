@@ -1,0 +1,133 @@
+"""The question that a report is opened with, answered in its first line: is it FP8?
+
+Yes, no, or cannot say, of the run in the most trouble: its worst finding above "low" decides. Its
+cause is one that low precision brings, or one that it has no part in; where a run went wrong and no
+rule says why, or nothing was recorded, the answer is that this page cannot say. How sure is the
+finding's own confidence, and what would look the same in these rows is said beside it.
+
+Rejected: an answer over all runs. Of an experiment half are made to fail, and it would be neither.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fp8lab.diagnosis import OF_PRECISION
+from fp8lab.record import Finding, Severity
+from fp8lab.report.story import Seen, Story
+from fp8lab.report.verdict import in_words
+
+QUESTION = "Is it FP8?"
+Word = Literal["Yes", "No", "Cannot say"]
+
+_OF_PRECISION = frozenset(rule.__name__.rpartition(".")[2] for rule in OF_PRECISION)
+ENOUGH_STEPS = 100  # the longest time that the rules look back over is of this order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The answer, what it rests on, and how far it goes.
+
+    `because` is a sentence without its full stop; `run` the run that it is about, in words; `site`,
+    `channel` and `since` are the finding's, None or empty where it has none; `summary`, `remedy`
+    and `cannot_exclude` are clauses, empty where nothing is known.
+    """
+
+    word: Word
+    because: str
+    confidence: Severity = "low"
+    cannot_exclude: str = ""
+    run: str = ""
+    cause: str = ""
+    site: str | None = None
+    channel: int | None = None
+    since: str = ""
+    summary: str = ""
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        told = f"{QUESTION} {self.word} (confidence {self.confidence}): {self.because}."
+        return f"{told} Cannot exclude: {self.cannot_exclude}." if self.cannot_exclude else told
+
+
+def answer_of(story: Story) -> Answer:
+    """Of the run in the most trouble."""
+    worst = story.worst_first()
+    if not worst or (worst[0].steps.empty and worst[0].products.empty):
+        because = "nothing was recorded" if worst else "no run could be read"
+        return Answer(word="Cannot say", because=because)
+    run = worst[0]
+    found = [finding for finding in run.diagnosis.findings if finding.severity != "low"]
+    if found:
+        return _found(story, run, found[0])
+    ended = _ended(run)
+    if ended:
+        name = named(story, run)
+        because = f"{ended} in {name}, and no rule found a cause in what was recorded"
+        return Answer(word="Cannot say", because=because, run=name)
+    return _nothing(story, run)
+
+
+def _nothing(story: Story, run: Seen) -> Answer:
+    """Nothing went wrong; how far that goes depends on how much there is to see."""
+    unfinished = any(not one.decided for one in story.runs)
+    because = "no run diverged, no loss gave an alarm, and no rule found more than a note"
+    because += " so far" if unfinished else ""
+    if not any(arm.uses_fp8 for part in story.parts for arm in part.arms):
+        because += "; no operand says that it is FP8, so that FP8 was not tried here"
+    enough = len(run.steps) >= ENOUGH_STEPS and not run.products.empty and not unfinished
+    return Answer(
+        word="No",
+        because=because,
+        confidence="medium" if enough else "low",
+        cannot_exclude="what was not recorded, and what more steps would show",
+    )
+
+
+def _found(story: Story, run: Seen, finding: Finding) -> Answer:
+    name, twin = named(story, run), story.twin_of(run)
+    clauses = [_ended(run) or "the loss itself never told"]
+    excluded = [finding.cannot_exclude]
+    is_precision = finding.cause in _OF_PRECISION
+    if is_precision and twin is None:
+        excluded.append("that it goes wrong in high precision too: no such run is here")
+    elif is_precision and twin is not None and not _ended(twin):
+        clauses.append("its twin in high precision neither diverged nor gave an alarm")
+    word: Word = "Yes" if is_precision else "No"
+    if finding.cause == "precision_label":
+        word = "Cannot say"  # what is called FP8 is not all FP8, and was not tried
+    since = "" if finding.since is None else run.when(finding.since)
+    where = "" if finding.site is None else f" at {finding.site}"
+    where += "" if finding.channel is None else f", channel {finding.channel},"
+    where += f" since {since}," if since else ""
+    return Answer(
+        word=word,
+        because="; ".join([f"{in_words(finding.cause)}{where} in {name}", *clauses]),
+        confidence=finding.confidence,
+        cannot_exclude="; ".join(one for one in excluded if one),
+        run=name,
+        cause=in_words(finding.cause),
+        site=finding.site,
+        channel=finding.channel,
+        since=since,
+        summary=finding.summary,
+        remedy=finding.remedy,
+    )
+
+
+def _ended(run: Seen) -> str:
+    """How the run went wrong by its own account; empty if it did not."""
+    if run.diverged_at is not None:
+        return f"the run diverged at step {run.diverged_at}"
+    alarm = run.diagnosis.loss_alarm
+    return "" if alarm is None else f"the loss gave an alarm at step {alarm}"
+
+
+def named(story: Story, run: Seen) -> str:
+    """A run as a sentence names it: its arm's title and its seed, if it has them."""
+    for part in story.parts:
+        for arm in part.arms:
+            if run in arm.runs and arm.title != run.label:
+                return f"{arm.title}, seed {run.seed}" if run.seed != "" else arm.title
+    return f"run {run.label}"
