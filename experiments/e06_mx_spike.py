@@ -48,6 +48,7 @@ from fp8lab.lab.arm import Arm
 from fp8lab.lab.experiment import Experiment, Job, Part, Progress, Settings
 from fp8lab.lab.result import Picture, Result, Table, judged, runs_of
 from fp8lab.lab.train import Schedule, load_checkpoint, save_checkpoint, train
+from fp8lab.report import drawing
 
 SEEDS = (0, 1, 2)
 DIM, HIDDEN, BLOCKS, TOKENS = 64, 160, 4, 64
@@ -331,6 +332,7 @@ def conclude(out: Path) -> Result:
     )  # fmt: skip
 
 
+@drawing.style()
 def drawn(out: Path) -> Figure:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     runs = runs_of(out, "training")

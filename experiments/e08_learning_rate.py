@@ -39,6 +39,7 @@ from fp8lab.lab.rare_tokens import BF16, fp8, regress_spaced
 from fp8lab.lab.result import Picture, Result, Table, diverged, judged, results, wilson
 from fp8lab.mitigations import AntiWindup
 from fp8lab.mitigations.smooth_swiglu import SmoothSwiGLU
+from fp8lab.report import drawing
 
 SEEDS = (0, 1, 2, 3, 4, 5)
 RATES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08)
@@ -237,6 +238,7 @@ def conclude(out: Path) -> Result:
     )  # fmt: skip
 
 
+@drawing.style()
 def drawn(rows: pd.DataFrame, half: dict[str, tuple[float, float, float]]) -> Figure:
     figure, axes = pyplot.subplots(figsize=(7.5, 4.2), layout="constrained")
     for index, (name, (title, _, _)) in enumerate(PRECISIONS.items()):

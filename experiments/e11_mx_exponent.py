@@ -43,6 +43,7 @@ from fp8lab.lab.arm import Arm
 from fp8lab.lab.experiment import Experiment, Job, Part, Progress
 from fp8lab.lab.result import Picture, Result, Table, judged, runs_of
 from fp8lab.linear import Fp8Linear
+from fp8lab.report import drawing
 
 SEEDS = (1, 2, 3)
 MANTISSAS = 256
@@ -193,6 +194,7 @@ def conclude(out: Path) -> Result:
     )
 
 
+@drawing.style()
 def drawn(rows: pd.DataFrame) -> Figure:
     figure, axes = pyplot.subplots(1, 2, figsize=(8.5, 3.6), layout="constrained")
     for rule, title in RULES.items():

@@ -58,6 +58,7 @@ from fp8lab.lab.result import Picture, Result, Table, judged, runs_of
 from fp8lab.linear import Fp8Linear
 from fp8lab.mitigations.smooth_swiglu import SmoothSwiGLU
 from fp8lab.recipe import Recipe
+from fp8lab.report import drawing
 
 SEEDS = (1, 2, 3, 4, 5)
 DIM, HIDDEN, TOKENS = 64, 1024, 1024
@@ -319,6 +320,7 @@ def conclude(out: Path) -> Result:
     )
 
 
+@drawing.style()
 def drawn(grown: dict[str, pd.DataFrame]) -> Figure:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for one in GROWTH_ARMS:

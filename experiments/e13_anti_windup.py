@@ -55,6 +55,7 @@ from fp8lab.linear import Fp8Linear
 from fp8lab.mitigations import AntiWindup, HighPrecisionProduct
 from fp8lab.mitigations.smooth_swiglu import SmoothSwiGLU
 from fp8lab.recipe import Recipe
+from fp8lab.report import drawing
 
 SEEDS = (0, 1, 2, 3, 4, 5, 6, 7)
 REMEDIES: dict[str, tuple[Any, ...]] = {
@@ -330,17 +331,21 @@ def conclude(out: Path) -> Result:
     )  # fmt: skip
 
 
+@drawing.style()
 def drawn(table: pd.DataFrame) -> Figure:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
     at = np.arange(len(table))
-    for index, name in enumerate(("bf16", "none", "anti-windup", "smooth")):
-        for one, what in zip(axes, ("rare error", "product"), strict=True):
-            one.plot(table[f"{name}: {what}"], at + 0.12 * (index - 1.5), "o", label=name)
-    for one, what in zip(axes, ("rare error in force, relative", "largest product"), strict=True):
-        one.set(xscale="log", xlabel=what)
-        one.grid(axis="y", alpha=0.3)
+    shown = {"rare error": "rare error in force, relative", "product": "largest product"}
+    for one, (what, words) in zip(axes, shown.items(), strict=True):
+        for index, name in enumerate(("bf16", "none", "anti-windup", "smooth")):
+            marker = drawing.ARM_STYLES[index][2]
+            values = table[f"{name}: {what}"]
+            one.plot(values, at + 0.12 * (index - 1.5), marker=marker, linestyle="", label=name)
+        columns = [name for name in table if name.endswith(f": {what}")]
+        drawing.log_axis(one.xaxis, table[columns].to_numpy(float))
+        one.set(xlabel=words)
     axes[0].set_yticks(at, table["setting"])
-    axes[1].legend(fontsize=8)
+    axes[1].legend(loc="upper right", bbox_to_anchor=(1.0, 1.12), ncols=4)
     return figure
 
 

@@ -44,6 +44,7 @@ from fp8lab.lab.rare_tokens import BF16, arm, fp8, regress_spaced, table_of_ends
 from fp8lab.lab.result import Picture, Result, Table, diverged, judged, ratios, results, runs_of
 from fp8lab.mitigations import AntiWindup
 from fp8lab.mitigations.smooth_swiglu import SmoothSwiGLU
+from fp8lab.report import drawing
 
 # --- arms -----------------------------------------------------------------------------------------
 
@@ -205,6 +206,7 @@ def conclude(out: Path) -> Result:
     )
 
 
+@drawing.style()
 def behind(out: Path) -> Figure:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     runs = runs_of(out, "gap")
@@ -220,6 +222,7 @@ def behind(out: Path) -> Figure:
     return figure
 
 
+@drawing.style()
 def waiting(waits: pd.DataFrame) -> Figure:
     figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
     for lasted, of in waits.groupby("lasted"):

@@ -52,6 +52,7 @@ def style() -> Iterator[None]:
     """The look of every picture, and bytes that do not depend on the time."""
     import matplotlib
     import seaborn
+    from cycler import cycler
 
     look = seaborn.axes_style("ticks") | {
         "font.family": ["DejaVu Sans"],
@@ -82,6 +83,10 @@ def style() -> Iterator[None]:
         "legend.frameon": False,
         "legend.fontsize": 9,
         "legend.handlelength": 2.2,
+        "axes.prop_cycle": cycler(
+            color=[colour for colour, _, _ in ARM_STYLES],
+            linestyle=[dash for _, dash, _ in ARM_STYLES],
+        ),
         "figure.dpi": 100,
         "savefig.facecolor": "white",
         "svg.hashsalt": "fp8lab",
