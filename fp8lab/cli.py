@@ -23,7 +23,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from fp8lab.comparison import side_by_side, told_of
-from fp8lab.listing import print_grids, summary_of
+from fp8lab.listing import cell_of, print_grids, print_rows, summary_of
 from fp8lab.progress import Bars
 from fp8lab.recipe import GEMMS, gemm_in_words
 from fp8lab.store import RunError, find_runs, open_run
@@ -164,11 +164,10 @@ def list_runs(
         _print_json([*summaries, *damaged])
         return
     names = ("run", "state", "steps", "diverged_at", "final_loss")
-    table = _table(names)
-    for row in [*summaries, *damaged]:
-        name = str(Path(row["run"]).relative_to(folder))
-        table.add_row(name, *(_cell(row.get(key)) for key in names[1:]))
-    Console(markup=False).print(table)
+    rows = [{name: row.get(name) for name in names} for row in [*summaries, *damaged]]
+    for row in rows:
+        row["run"] = Path(str(row["run"])).relative_to(folder)
+    print_rows(Console(markup=False), rows)
 
 
 @app.command()
@@ -185,7 +184,7 @@ def show(run: RunPath, as_json: Json = False) -> None:
     console = Console(markup=False)
     table = Table(show_header=False, box=None)
     for key in ("run", "state", "steps", "loss", "machine", "command", "every"):
-        table.add_row(key, _cell(info.get(key)))
+        table.add_row(key, cell_of(info.get(key)))
     versions = told_of(opened, "versions")
     table.add_row("versions", ", ".join(f"{k} {v}" for k, v in versions.items()))
     sites = info.get("sites")
@@ -322,11 +321,7 @@ def audit_checkpoint(
     if as_json:
         _print_json(found.to_dict())
     else:
-        rows = found.rows()
-        table = _table(rows[0] if rows else ())
-        for row in rows:
-            table.add_row(*(printable(_cell(cell)) for cell in row.values()))
-        Console(markup=False).print(table)
+        print_rows(Console(markup=False), found.rows())
         for line in str(found).splitlines():  # with names out of a stranger's file
             typer.echo(printable(line))
     if found.severe:
@@ -415,10 +410,7 @@ def compare(
     if as_json:
         _print_json(rows)
         return
-    table = _table(rows[0])
-    for row in rows:
-        table.add_row(*(_cell(cell) for cell in row.values()))
-    Console(markup=False).print(table)
+    print_rows(Console(markup=False), rows)
 
 
 def _only_printed(out: Path | None) -> None:
@@ -449,20 +441,6 @@ def _expand(paths: Iterable[Path]) -> list[Path]:
             open_run(path)  # raises with the reason
         found += below
     return found
-
-
-def _table(names: Iterable[str]) -> Table:
-    """Columns whose headings wrap; the first names a thing and does not."""
-    table = Table(box=None)
-    for position, name in enumerate(names):
-        table.add_column(name.replace("_", " "), no_wrap=position == 0)
-    return table
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _print_json(data: Any) -> None:

@@ -25,6 +25,8 @@ By = Literal["step", "tokens"]
 
 _OF_WEIGHT = ("weight_flushed", "weight_bulk_error")
 _PRODUCT, _DOWN = r":product$", r"(?:^|\.)down(?:_proj)?:weight$"
+_WHERE = ("*:product", "*down:weight", "*down_proj:weight")  # what these two are found among
+_WORST = ("staleness", "saturated", "flushed", "bulk_error")
 
 
 def side_by_side(runs: Iterable[Run], against: str, by: By | None = None) -> list[dict[str, Any]]:
@@ -196,7 +198,7 @@ def number_of(value: Any) -> float | None:
 
 def _row(arm: str, runs: list[Run], others: list[Run]) -> dict[str, Any]:
     results = [told_of(run, "result") for run in runs]
-    tensors = [run.tensors() for run in runs]
+    tensors = [run.coded("tensors", _WORST, sites=_WHERE) for run in runs]
 
     def largest(column: str, site: str = _PRODUCT) -> float | None:
         found = [one.loc[one["site"].str.contains(site, na=False), column] for one in tensors]

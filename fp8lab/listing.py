@@ -1,20 +1,22 @@
-"""Runs as rows: what `ls` and `show` say of one, and the grid of an experiment's arms and seeds.
+"""Rows in a terminal: runs as `ls` and `show` have them, the grid of an experiment, any rows.
 
 Numbers are those that the run recorded; what it does not say is None.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from fp8lab.comparison import config_of, number_of, told_of
 from fp8lab.store import Run, find_runs, open_run
+from fp8lab.terminal import printable
 
 
 def summary_of(run: Run) -> dict[str, Any]:
@@ -67,3 +69,33 @@ def _grid(title: str, arms: dict[str, str], part: str, runs: list[Run]) -> Table
         if any((arm, seed) in cells for seed in seeds):
             table.add_row(arm_title, *(cells.get((arm, seed), "") for seed in seeds))
     return table
+
+
+def print_rows(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table, whose first column names the row; where it is too wide, a paragraph a row.
+
+    Headings wrap, cells do not: half of a number is none.
+    """
+    names = [name.replace("_", " ") for name in (rows[0] if rows else ())]
+    cells = [[printable(cell_of(value)) for value in row.values()] for row in rows]
+    table, width = Table(box=None), 0
+    for position, name in enumerate(names):
+        widest = max(map(len, [*name.split(), *(row[position] for row in cells)]))
+        table.add_column(name, width=widest)
+        width += widest + 2
+    for row in cells:
+        table.add_row(*(Text(cell, no_wrap=True) for cell in row))
+    if width <= console.width:
+        console.print(table)
+        return
+    for row in cells:
+        told = (f"{name} {cell}" for name, cell in zip(names[1:], row[1:], strict=True))
+        console.print(row[0], highlight=False)
+        console.print(Padding(", ".join(told), (0, 0, 0, 2)), highlight=False)
+
+
+def cell_of(value: Any) -> str:
+    """Three digits of a number; a dash for what is missing."""
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -27,7 +27,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -130,13 +130,20 @@ def _matches(column: pa.ChunkedArray, patterns: Collection[str]) -> pa.ChunkedAr
         column = column.dictionary_encode()
     chunks = []
     for chunk in column.chunks:
-        names = chunk.dictionary.to_pylist()
-        wanted = [
+        wanted = _matching(tuple(chunk.dictionary.to_pylist()), tuple(patterns))
+        chunks.append(pa.compute.take(wanted, chunk.indices))
+    return pa.chunked_array(chunks, pa.bool_())
+
+
+@lru_cache(maxsize=64)  # one row group after the other has the same names
+def _matching(names: tuple[str | None, ...], patterns: tuple[str, ...]) -> pa.Array:
+    return pa.array(
+        [
             name is not None and any(fnmatchcase(name, pattern) for pattern in patterns)
             for name in names
-        ]
-        chunks.append(pa.compute.take(pa.array(wanted, pa.bool_()), chunk.indices))
-    return pa.chunked_array(chunks, pa.bool_())
+        ],
+        pa.bool_(),
+    )
 
 
 EVERYTHING = Wanted()

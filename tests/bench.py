@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from bench_ratio import Row, Work, ratio
+from bench_report import with_page
 from bench_watch import other_watching_rows, scaling_rows, size_lines, watching_rows
 from torch import Tensor
 
@@ -245,7 +246,8 @@ def main() -> None:
             print(lines[-1], flush=True)
     lines += ["", "## What a run weighs, and what memory watching takes", "", *size_lines()]
     REPORT.parent.mkdir(exist_ok=True)
-    REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    before = REPORT.read_text(encoding="utf-8") if REPORT.exists() else ""
+    REPORT.write_text(with_page("\n".join(lines) + "\n", before), encoding="utf-8")
     print(f"written: {REPORT.relative_to(REPORT.parents[1])}")
 
 

@@ -260,6 +260,12 @@ def replaced(text: str, title: str, section: str) -> str:
     return f"{before.rstrip()}\n\n{title}\n\n{section.strip()}\n{rest}"
 
 
+def with_page(text: str, before: str) -> str:
+    """The report `text` with the section of this file that `before` has, if it has one."""
+    section = before.partition(f"{TITLE}\n")[2].partition("\n## ")[0]
+    return replaced(text, TITLE, section) if section else text
+
+
 def main() -> None:
     """Measure, print and put the table into the report."""
     parser = argparse.ArgumentParser()

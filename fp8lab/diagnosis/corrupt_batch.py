@@ -61,7 +61,11 @@ def _jumps(loss: NDArray[np.float64], place: int) -> bool:
     before = loss[max(0, place - BEFORE) : place]
     if not np.isfinite(before).all():
         return False
-    up, noise = loss[place - 2 : place + 1] - np.median(before), _noise(before)
+    up = loss[place - 2 : place + 1] - np.median(before)
+    # Whatever the noise is, of which most steps need not know: it takes a fit.
+    if not up[2] > JUMP * _least_noise(before) or up[:2].max() > max(2 / JUMP, SUDDEN) * up[2]:
+        return False
+    noise = _noise(before)
     return bool(up[2] > JUMP * noise and up[:2].max() <= max(2.0 * noise, SUDDEN * up[2]))
 
 
@@ -69,7 +73,11 @@ def _noise(loss: NDArray[np.float64]) -> float:
     """The standard deviation of a loss around its trend, for a loss comes down."""
     at = np.arange(len(loss))
     trend = np.polynomial.Polynomial.fit(at, loss, 1)(at)
-    return float(max(spread(loss - trend), 1e-3 * abs(np.median(loss))))
+    return max(spread(loss - trend), _least_noise(loss))
+
+
+def _least_noise(loss: NDArray[np.float64]) -> float:
+    return float(1e-3 * abs(np.median(loss)))
 
 
 def _untrained(before: NDArray[np.float64], start: float) -> float:

@@ -26,7 +26,7 @@ import pandas as pd
 
 from fp8lab.diagnosis.casts import clipped, comes_from_input, forward_casts
 from fp8lab.diagnosis.loss import loss_alarm
-from fp8lab.diagnosis.rows import Rows
+from fp8lab.diagnosis.rows import Rows, of_channels
 from fp8lab.record import CLIPPED_STALENESS, Evidence, Finding, Severity
 
 # The product is quadratic in the two rows: two octaves are one octave of growth in each. In the
@@ -64,22 +64,35 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     if products.empty:
         return []
     alarm = loss_alarm(run)
+    by_site = products.groupby("site", observed=True)
+    peaks = {str(site): of.nlargest(1, "cur_amax").iloc[0] for site, of in by_site}
+    places = [(_module(site), int(peak["hot_channel"])) for site, peak in peaks.items()]
+    channels = of_channels(run, ("alignment",), places)
     return [
-        _judge(run, of, rows[rows["site"] == site], alarm)
-        for site, of in products.groupby("site", observed=True)
+        _judge(peaks[str(site)], of, rows[rows["site"] == site], channels, alarm)
+        for site, of in by_site
     ]
 
 
-def _judge(run: Rows, clipped: pd.DataFrame, rows: pd.DataFrame, alarm: int | None) -> Finding:
-    site = str(clipped["site"].iloc[0])
-    peak = clipped.nlargest(1, "cur_amax").iloc[0]
+def _module(site: str) -> str:
+    return site.removesuffix(":product")
+
+
+def _judge(
+    peak: pd.Series,
+    clipped: pd.DataFrame,
+    rows: pd.DataFrame,
+    channels: pd.DataFrame,
+    alarm: int | None,
+) -> Finding:
+    site = str(peak["site"])
     worst = clipped.nlargest(1, "staleness").iloc[0]
     since = int(clipped["step"].iloc[0])
     growth = _growth(clipped, rows)
     wound_up = growth >= WOUND_UP_GROWTH
     harmful = clipped.loc[clipped["staleness"] >= HARMFUL, "step"]
     loss_told = alarm is not None and bool(harmful.between(alarm - SOON, alarm - 1).any())
-    alignment = _alignment(run, site, int(peak["hot_channel"]), int(peak["step"]))
+    alignment = _alignment(channels, site, int(peak["hot_channel"]), int(peak["step"]))
     aligned = alignment is not None and abs(alignment.value) >= ALIGNED
     summary = (
         f"the delayed scale clipped the product in {len(clipped)} steps, "
@@ -137,10 +150,10 @@ def _growth(clipped: pd.DataFrame, rows: pd.DataFrame) -> float:
     return float(sizes.iloc[peak] / before.median()) if len(before) else 1.0
 
 
-def _alignment(run: Rows, site: str, channel: int, step: int) -> Evidence | None:
+def _alignment(rows: pd.DataFrame, site: str, channel: int, step: int) -> Evidence | None:
     """Of the channel, as it was last recorded up to that step."""
-    rows = run.channels(("channel", "alignment"), sites=site.removesuffix(":product"))
-    rows = rows[(rows["channel"] == channel) & (rows["step"] <= step)].dropna(subset=["alignment"])
+    rows = rows[(rows["site"] == _module(site)) & (rows["channel"] == channel)]
+    rows = rows[rows["step"] <= step].dropna(subset=["alignment"])
     if rows.empty:
         return None
     last = rows.iloc[-1]

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from fp8lab.diagnosis.rows import Rows, facts_of
-from fp8lab.diagnosis.shared_exponent import COLLAPSED, COLUMNS, MX, SITES, collapse_of
+from fp8lab.diagnosis.shared_exponent import COLLAPSED, mx_rows
 from fp8lab.record import Evidence, Finding
 from fp8lab.runs import hottest
 
@@ -42,9 +42,7 @@ REMEDY = "scale_rounding='up', which TE and cuBLAS use and at which nothing satu
 
 def find(run: Rows, twin: Rows | None) -> list[Finding]:
     """One finding for the run, at the operand that is clipped most."""
-    rows = run.tensors(COLUMNS, sites=SITES)
-    rows = hottest(rows[rows["recipe"] == MX])
-    rows = rows.assign(collapse=collapse_of(rows))
+    rows = mx_rows(run)
     clustered = rows.loc[rows["collapse"] >= COLLAPSED, "site"].unique()
     clipped = rows[(rows["saturated"] > SATURATED) & ~rows["site"].isin(clustered)]
     counts = clipped.groupby("site", observed=True)["step"].transform("size")

@@ -17,6 +17,7 @@ use a few as fixed biases (2503.22329), so without a loss that went wrong it is 
 
 from __future__ import annotations
 
+from glob import escape
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ TIMES_MEDIAN = 1000.0  # the same: "at least or around 1000 times the median"
 LASTS = 5  # steps; a rare token's are one in many, and a run that blows up ends sooner
 MOST = 0.5  # of the steps from the first one on
 
-COLUMNS = ("cur_amax", "hot_channel", "count", "zeros", "histogram_start", "histogram")
+COUNTS = ("count", "zeros", "histogram_start", "histogram")
+COLUMNS = ("cur_amax", "hot_channel", *COUNTS)
 REMEDY = (
     "TWEO's loss on block outputs, or a layer norm after the feed-forward; block or row-wise "
     "scales for what reads the stream"
@@ -43,10 +45,16 @@ REMEDY = (
 
 def find(run: Rows, twin: Rows | None) -> list[Finding]:
     """One finding, for the first layer whose output is massive."""
-    rows = run.tensors(COLUMNS, sites="*:residual")
+    rows = run.tensors(("cur_amax", "hot_channel"), sites="*:residual")
     rows = rows[(rows["rank"] >= 0) & rows["cur_amax"].notna()]
-    massive = rows[rows["cur_amax"] > MASSIVE]
-    medians = np.array([_median(row) for _, row in massive.iterrows()])
+    large = rows.loc[rows["cur_amax"] > MASSIVE, "site"].unique()
+    if not len(large):
+        return []
+    # The histograms, which are most of a row, of those sites alone.
+    massive = run.tensors(COLUMNS, sites=tuple(escape(site) for site in large))
+    massive = massive[(massive["rank"] >= 0) & (massive["cur_amax"] > MASSIVE)]
+    columns = zip(*(massive[name] for name in COUNTS), strict=True)
+    medians = np.array([_median(*counts) for counts in columns])
     massive = massive.assign(ratio=massive["cur_amax"].to_numpy(float) / medians)
     massive = massive[massive["ratio"] >= TIMES_MEDIAN]
     lasting = [str(name) for name, of in massive.groupby("site", observed=True) if _lasts(of, rows)]
@@ -106,13 +114,13 @@ def _finding(
     )
 
 
-def _median(row: Any) -> float:
+def _median(count: float, zeros: float, start: float, histogram: Any) -> float:
     """Upper edge of the bin in which half of the elements are reached; infinite where unknown."""
-    if row["histogram"] is None or len(row["histogram"]) == 0 or pd.isna(row["count"]):
+    if histogram is None or len(histogram) == 0 or pd.isna(count):
         return float("inf")
-    reached = row["zeros"] + np.cumsum(row["histogram"])
-    inside = int(np.searchsorted(reached, row["count"] / 2))
-    return bin_edge(int(row["histogram_start"]) + min(inside, len(reached) - 1) + 1)
+    reached = zeros + np.cumsum(histogram)
+    inside = int(np.searchsorted(reached, count / 2))
+    return bin_edge(int(start) + min(inside, len(reached) - 1) + 1)
 
 
 def in_order(site: str) -> list[tuple[bool, int, str]]:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from functools import wraps
+from glob import escape
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute
 
 from fp8lab.record import Table
 from fp8lab.runs import Run
@@ -64,6 +67,21 @@ class Loaded:
     def events(self) -> pd.DataFrame:
         return self._once("events", None)
 
+    def picked_channels(
+        self, columns: Collection[str], sites: tuple[str, ...], channels: Collection[int]
+    ) -> pd.DataFrame:
+        """Channel rows of any of these sites and any of these channels."""
+        wanted = pa.array(list(channels), pa.int32())
+
+        def pick(piece: pa.Table) -> pa.Table:
+            return piece.filter(pa.compute.is_in(piece["channel"], value_set=wanted))
+
+        pieces = self._run.reduced("channels", pick, columns, sites=sites)
+        if not pieces:
+            return self.channels(columns, sites=sites)
+        rows: pd.DataFrame = pa.concat_tables(pieces).unify_dictionaries().to_pandas()
+        return rows.sort_values("step", kind="stable", ignore_index=True)
+
     def _once(self, table: Table, columns: Names, sites: Names = None) -> pd.DataFrame:
         key = table, _as_tuple(columns), _as_tuple(sites)
         found = self._frames.get(key)
@@ -72,6 +90,21 @@ class Loaded:
             if len(found) <= KEPT_ROWS:
                 self._frames[key] = found
         return found
+
+
+def of_channels(
+    run: Rows, columns: Collection[str], places: Collection[tuple[str, int]]
+) -> pd.DataFrame:
+    """Channel rows of these sites and channels, with `columns`, in order of their steps; the table,
+    the longest of a run, is read once and only what is asked for is held."""
+    sites = tuple({escape(site): None for site, _ in places})
+    if isinstance(run, Loaded):
+        rows = run.picked_channels(columns, sites, {channel for _, channel in places})
+    else:
+        rows = run.channels(columns, sites=sites)
+    wanted = pd.MultiIndex.from_tuples(places, names=["site", "channel"])
+    keys = pd.MultiIndex.from_arrays([rows["site"].astype(object), rows["channel"]])
+    return rows[keys.isin(wanted)]
 
 
 def once(derive: Callable[[Rows], _Derived]) -> Callable[[Rows], _Derived]:

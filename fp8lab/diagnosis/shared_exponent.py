@@ -26,7 +26,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from fp8lab.diagnosis.rows import Rows
+from fp8lab.diagnosis.rows import Rows, once
 from fp8lab.record import Evidence, Finding
 from fp8lab.runs import hottest
 
@@ -64,11 +64,17 @@ COLUMNS = ("cur_amax", "recipe", "count", "l1_norm", "l2_norm", "mse", "saturate
 SITES = ("*:input", "*:weight", "*:grad_output")
 
 
-def find(run: Rows, twin: Rows | None) -> list[Finding]:
-    """One finding for every MX operand that loses `COLLAPSED` of its variation in its cast."""
+@once
+def mx_rows(run: Rows) -> pd.DataFrame:
+    """Of the operands in an MX format a row a step and site, with their `collapse_of`."""
     rows = run.tensors(COLUMNS, sites=SITES)
     rows = hottest(rows[rows["recipe"] == MX])
-    rows = rows.assign(collapse=collapse_of(rows))
+    return rows.assign(collapse=collapse_of(rows))
+
+
+def find(run: Rows, twin: Rows | None) -> list[Finding]:
+    """One finding for every MX operand that loses `COLLAPSED` of its variation in its cast."""
+    rows = mx_rows(run)
     error = np.sqrt(rows["mse"] * rows["count"]) / rows["l2_norm"]
     lost = rows[(rows["collapse"] >= COLLAPSED) & (error >= ROUNDING)]
     return [

@@ -157,6 +157,11 @@ class Forecast:
             return f"expected trouble at step {first}; switch to FP8 only with these in BF16"
         if not self.frame["scale"].notna().any() and not self.frame["flushed_low"].notna().any():
             return "cannot tell: of no operand is enough recorded"
+        if self.troubles:
+            return (
+                "nothing found that breaks it, but what FP8 would have lost: see the warnings, "
+                "and let a short run in FP8 decide"
+            )
         return "no trouble found in what was recorded: you may switch to FP8 as far as that goes"
 
     def __str__(self) -> str:

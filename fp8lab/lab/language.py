@@ -134,7 +134,8 @@ def train_bytes(job: Job, progress: Progress, *, setup: Setup, **about: Any) -> 
     task = setup.task(job.settings.text, job.seed, batch=setup.batch, context=setup.config.context)
     windows = [] if setup.windows is None else setup.windows(steps)
     told = {name: getattr(setup, name) for name in setup.told}
-    config = job.config(steps=steps, **told, **about, **task.origin())
+    size = {"batch": setup.batch, "context": setup.config.context}
+    config = job.config(steps=steps, **size, **told, **about, **task.origin())
     select = () if setup.select is None else setup.select(steps)
     with watch(
         model, job.path, optimizer=optimizer, every=setup.every, select=select, config=config

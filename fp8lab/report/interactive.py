@@ -5,7 +5,8 @@ that hold the smallest and the largest value of each stretch, so that no spike i
 keeps of each stretch the worst value. Numbers have four digits, and what is not finite is null.
 
 The budgets below bound the whole, whatever is in a run: 80 layers over 10,000 steps stay below
-6 MB. Rejected: every row, packed as binary. It would be hundreds of megabytes, and a screen has a
+4 MB. What a chart opens with is thinned least, what can be chosen instead shares what is left.
+Rejected: every row, packed as binary. It would be hundreds of megabytes, and a screen has a
 thousand columns. Names are made printable here and turned into text by `page.js`.
 """
 
@@ -19,11 +20,20 @@ from numpy.typing import NDArray
 
 from fp8lab import formats
 from fp8lab.record import CLIPPED_STALENESS
+from fp8lab.report import longest
 from fp8lab.report.answer import named
 from fp8lab.report.drawing import plain
 from fp8lab.report.pictures_of_layers import hot_channels, telling_statistic
-from fp8lab.report.story import Part, Place, Seen, Story, place_of, starved_row, weight_rows
-from fp8lab.report.story import _with_range as ranged_rows
+from fp8lab.report.story import (
+    Part,
+    Place,
+    Seen,
+    Story,
+    place_of,
+    ranged_rows,
+    starved_row,
+    weight_rows,
+)
 from fp8lab.report.verdict import in_words
 
 if TYPE_CHECKING:
@@ -32,9 +42,10 @@ if TYPE_CHECKING:
 Chart = dict[str, Any]
 
 LINE_POINTS = 600  # of one line
-CHART_POINTS = 60_000  # of all lines of a chart
+CHART_POINTS = 40_000  # of all lines of a chart
 HEAT_BINS = 200  # stretches of steps
-HEAT_CELLS = 400_000  # of all heat maps
+HEAT_CELLS = 200_000  # of the heat maps shown first, and of all others together
+TRACK_CELLS = 200_000  # of all channels but those of the layer shown first
 SITES, CHANNELS = 16, 6  # whose channels are followed, whose weights are shown
 WEIGHT_STEPS, WEIGHTS = 24, 512  # scatters of one channel, and the points of one
 RANGE_STEPS = 48  # histograms of one tensor
@@ -238,7 +249,7 @@ def _twin(story: Story, run: Seen, other: Seen) -> Chart | None:
 
 def _timeline(run: Seen, place: Place) -> Chart | None:
     """One clock for all that a run recorded of one gate product, of each layer by choice."""
-    found = list(dict.fromkeys(run.products["site"]))
+    found = run.products["site"].unique().tolist()
     if place.site not in found:
         return None
     most = _share(7 * len(found))
@@ -254,7 +265,13 @@ def _timeline(run: Seen, place: Place) -> Chart | None:
             if _recorded(run.steps, [name])
         },
         "sites": [
-            _causes(place, site, by_site.get_group(site), channels, most)
+            _causes(
+                place,
+                site,
+                by_site.get_group(site),
+                channels,
+                LINE_POINTS if site == place.site else most,
+            )
             for site, channels in zip(found, layers, strict=True)
         ],
         "chosen": found.index(place.site),
@@ -287,22 +304,21 @@ def _causes(
 
 def _heat(run: Seen) -> Chart | None:
     """Layer by step, of every statistic and tensor that was recorded."""
-    maps: dict[str, tuple[NDArray[np.int64], dict[str, NDArray[np.float64]]]] = {}
-    for name, (_, low_is_bad) in STATISTICS.items():
-        steps, worst = _worst_of(run, name, low_is_bad)
-        if worst:
-            maps[name] = steps, worst
+    maps = longest.worst(run.run, {name: low for name, (_, low) in STATISTICS.items()}, HEAT_BINS)
     modules = list(dict.fromkeys(s.rpartition(":")[0] for _, w in maps.values() for s in w))
     roles = list(dict.fromkeys(s.rpartition(":")[2] for _, w in maps.values() for s in w))
     if not maps:
         return None
-    pairs = sum(len({site.rpartition(":")[2] for site in worst}) for _, worst in maps.values())
-    every = -(-pairs * len(modules) * HEAT_BINS // HEAT_CELLS)
-    charts = []
+    maps_of = {n: len({s.rpartition(":")[2] for s in worst}) for n, (_, worst) in maps.items()}
+    telling = telling_statistic(run)
+    chosen = list(maps).index(telling) if telling in maps else 0
+    charts: list[Chart] = []
     for name, (steps, worst) in maps.items():
         label, low_is_bad = STATISTICS[name]
         pick = np.fmin if low_is_bad else np.fmax
-        starts = np.arange(0, len(steps), every)
+        sharing = maps_of[name] if len(charts) == chosen else sum(maps_of.values())
+        apart = -(-sharing * len(modules) * HEAT_BINS // HEAT_CELLS)
+        starts = np.arange(0, len(steps), apart)
         empty = [None] * len(starts)
         kept = {site: short(pick.reduceat(row, starts)) for site, row in worst.items()}
         tables = {
@@ -318,35 +334,12 @@ def _heat(run: Seen) -> Chart | None:
         if f.since is not None and f.severity != "low"
         if f.site is not None and f.site.rpartition(":")[0] in modules
     ]
-    telling = telling_statistic(run)
     return {
         "layers": [plain(module) for module in modules],
         "statistics": charts,
-        "chosen": list(maps).index(telling) if telling in maps else 0,
+        "chosen": chosen,
         "marks": marks,
     }
-
-
-def _worst_of(
-    run: Seen, name: str, low_is_bad: bool
-) -> tuple[NDArray[np.int64], dict[str, NDArray[np.float64]]]:
-    """The first step of each stretch, and by site the worst value in each."""
-    table = run.run.arrow("tensors", (name,))
-    ranks, values = table["rank"].to_numpy(), table[name].to_numpy().astype(float)
-    rows = np.flatnonzero((ranks >= 0) & ~np.isnan(values))
-    if not len(rows):
-        return np.array([], dtype=np.int64), {}
-    sites = table["site"].combine_chunks().dictionary_encode()
-    codes, names = sites.indices.to_numpy(zero_copy_only=False), sites.dictionary.to_pylist()
-    known, stretch = np.unique(table["step"].to_numpy()[rows], return_inverse=True)
-    bins = min(HEAT_BINS, len(known))
-    first = np.array([part[0] for part in np.array_split(np.arange(len(known)), bins)])
-    pick = np.fmin if low_is_bad else np.fmax
-    worst = np.full((len(names), bins), np.nan)
-    into = np.searchsorted(first, stretch, side="right") - 1
-    pick.at(worst, (codes[rows], into), values[rows])
-    seen = np.unique(codes[rows])
-    return known[first], {names[code]: worst[code] for code in seen}
 
 
 def _channels(run: Seen, place: Place) -> Chart | None:
@@ -359,16 +352,14 @@ def _channels(run: Seen, place: Place) -> Chart | None:
     sites = [site for site in peaks.index if site in hottest]
     if place.module not in sites:
         return None
-    most = HEAT_CELLS // (len(sites) * CHANNELS * (len(names) + 1))
+    most = TRACK_CELLS // (len(sites) * CHANNELS * (len(names) + 1))
     charts = []
     for site in sites:
         mine = by_site.get_group(site)
         peak = int(mine.nlargest(1, "product_amax").iloc[0]["channel"])
         first = place.channel if site == place.module else peak
-        tracks = [
-            _track(mine, channel, names, min(most, LINE_POINTS))
-            for channel in hot_channels(mine, first)
-        ]
+        points = LINE_POINTS if site == place.module else min(most, LINE_POINTS)
+        tracks = [_track(mine, channel, names, points) for channel in hot_channels(mine, first)]
         charts.append({"name": plain(site), "tracks": tracks})
     return {
         "quantities": [[name, TRACKS[name]] for name in names],

@@ -13,11 +13,12 @@ shown, time with what was recorded. Rejected: every n-th step, which misses the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute
 from numpy.typing import NDArray
 
 from fp8lab.record import TABLES, Table
@@ -81,6 +82,56 @@ def channels(run: Run, products: pd.DataFrame, looked_at: tuple[str, int] | None
     return _frame("channels", run.reduced("channels", _at(picked)), TABLES["channels"].names)
 
 
+def worst(
+    run: Run, statistics: Mapping[str, bool], most: int
+) -> dict[str, tuple[NDArray[np.int64], dict[str, NDArray[np.float64]]]]:
+    """Of each statistic that was recorded, the worst of at most `most` stretches of steps.
+
+    `statistics` tells of each whether its smallest is the worst. Returned are the first step of
+    each stretch that has it, int64 [stretches], and by site a value a stretch, NaN where it has
+    none. All statistics are read at once, rows of all processes together (rank -1) left out.
+    """
+    keys = run.reduced("tensors", _steps_and_sites, ())
+    known = np.unique(np.concatenate([np.array([], np.int64), *(steps for steps, _ in keys)]))
+    rows = {site: row for row, site in enumerate(dict.fromkeys(s for _, of in keys for s in of))}
+    if not len(known):
+        return {}
+    count = min(most, len(known))
+    starts = known[[part[0] for part in np.array_split(np.arange(len(known)), count)]]
+    # The last row is that of sites that a run still going on has gained since.
+    values = {name: np.full((len(rows) + 1) * count, np.nan) for name in statistics}
+    since = {name: np.full(count, known[-1]) for name in statistics}
+
+    def fold(piece: pa.Table) -> None:  # what is folded in once more changes nothing
+        piece = piece.filter(pa.compute.greater_equal(piece["rank"], 0))
+        steps = piece["step"].to_numpy()
+        stretch = np.searchsorted(starts, steps, side="right") - 1
+        place = _rows_of(piece, rows) * count + stretch
+        for name, low_is_bad in statistics.items():
+            numbers = piece[name].to_numpy().astype(float)
+            at = np.flatnonzero(~np.isnan(numbers))
+            pick = np.fmin if low_is_bad else np.fmax
+            pick.at(values[name], place[at], numbers[at])
+            np.minimum.at(since[name], stretch[at], steps[at])
+
+    run.reduced("tensors", fold, tuple(statistics))
+    found = {}
+    for name, flat in values.items():
+        table = flat.reshape(-1, count)[: len(rows)]
+        known_at = ~np.isnan(table)
+        told = np.flatnonzero(known_at.any(axis=0))
+        by_site = {s: table[r, told] for s, r in rows.items() if known_at[r].any()}
+        if by_site:
+            found[name] = since[name][told], by_site
+    return found
+
+
+def _steps_and_sites(piece: pa.Table) -> tuple[NDArray[np.int64], list[str]]:
+    chunks = piece["site"].chunks
+    names = dict.fromkeys(name for chunk in chunks for name in chunk.dictionary.to_pylist())
+    return np.unique(piece["step"].to_numpy()), list(names)
+
+
 def _at(picked: pd.DataFrame) -> Callable[[pa.Table], pa.Table]:
     """Of a piece, the rows of the steps and sites of `picked`."""
     known, step_of = np.unique(picked["step"], return_inverse=True)
@@ -93,17 +144,18 @@ def _at(picked: pd.DataFrame) -> Callable[[pa.Table], pa.Table]:
         steps = piece["step"].to_numpy()
         at = np.searchsorted(known, steps)
         at[np.append(known, 0)[at] != steps] = len(known)
-        site = [_codes(chunk, rows) for chunk in piece["site"].chunks]
-        return piece.filter(pa.array(is_wanted[np.concatenate(site), at])) if site else piece
+        return piece.filter(pa.array(is_wanted[_rows_of(piece, rows), at]))
 
     return pick
 
 
-def _codes(chunk: pa.DictionaryArray, rows: dict[str, int]) -> NDArray[np.int64]:
-    """The row of each site, the last one for those that are not wanted."""
-    places = [rows.get(name, len(rows)) for name in chunk.dictionary.to_pylist()] + [len(rows)]
-    found: NDArray[np.int64] = np.array(places)[chunk.indices.fill_null(len(places) - 1).to_numpy()]
-    return found
+def _rows_of(piece: pa.Table, rows: Mapping[str, int]) -> NDArray[np.int64]:
+    """The row of each row's site, the last one for those that have none."""
+    found = [np.array([], np.int64)]
+    for chunk in piece["site"].chunks:
+        places = [rows.get(name, len(rows)) for name in chunk.dictionary.to_pylist()] + [len(rows)]
+        found.append(np.array(places)[chunk.indices.fill_null(len(places) - 1).to_numpy()])
+    return np.concatenate(found)
 
 
 def _frame(table: Table, pieces: list[pa.Table], names: list[str]) -> pd.DataFrame:

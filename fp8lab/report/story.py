@@ -438,9 +438,7 @@ def ranged_rows(rows: pd.DataFrame) -> pd.DataFrame:
     from fp8lab import formats
 
     rows = rows[rows["histogram"].notna() & rows["format"].notna() & (rows["scale"] > 0)]
-    largest = rows["format"].map(lambda name: getattr(formats, name).max).astype(float)
+    maxima = {name: getattr(formats, name).max for name in rows["format"].unique()}
+    largest = rows["format"].map(maxima).astype(float)
     off = rows["cur_amax"] / rows["staleness"] * rows["scale"] / largest - 1.0
     return rows[off.abs() < 1e-3]
-
-
-_with_range = ranged_rows
