@@ -44,7 +44,7 @@ from fp8lab.ranks import world_size
 from fp8lab.record import SEVERITIES, TABLES, Finding, Severity, Table
 from fp8lab.recorder import StepRows
 from fp8lab.runs import Names, Numbers, Run, wanted_of
-from fp8lab.segments import schema_of
+from fp8lab.wanted import schema_of
 
 # Of the first steps the rows stay: a loss is held against them.
 FIRST_STEPS = 50

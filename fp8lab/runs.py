@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 
 from fp8lab import segments
 from fp8lab.record import SCHEMA_VERSION, TABLES, Table
-from fp8lab.segments import RunError, Wanted
+from fp8lab.segments import RunError
+from fp8lab.wanted import Wanted, schema_of
 
 # A process on another machine that has flushed nothing for so long may be dead.
 HEARTBEAT_SECONDS = 300.0
@@ -146,7 +147,7 @@ class Run:
         With `coded` a text column is a dictionary column.
         """
         wanted = replace(wanted_of(columns, sites, steps, ranks), coded=coded)
-        schema = segments.schema_of(table, coded)
+        schema = schema_of(table, coded)
         fields = [schema.field(name) for name in wanted.names(schema)]
         none = pa.schema(fields, metadata=schema.metadata).empty_table()
         folders = self.folders().values()

@@ -27,7 +27,7 @@ IMPORT_SECONDS = 0.1
 
 ARITHMETIC = {"formats", "recipe", "plan", "rounding", "kernels", "casting", "regions", "linear"}
 ARITHMETIC |= {"scaling", "optim", "accumulation", "rewriting"}
-STORE = {"store", "runs", "segments"}
+STORE = {"store", "runs", "segments", "wanted"}
 NECK = {"formats", "recipe", "sketch", "record"} | STORE
 SITES = {"sites", "tracing", "probing", "gating", "te_modules", "te_inside", "te_casts"}
 MONITOR = {"monitor", "probes", "taps", "step_probes", "recorder", "ranks", "selection"}
@@ -81,19 +81,20 @@ TABLE: dict[str, set[str]] = {
     "step_probes": {"hooking", "observe", "probes", "recorder"},
     "about": {"probes", "ranks", "sites"},
     "monitor": NECK | SITES | (MONITOR - {"measure", "statistics", "observe"}) | {"casting"},
-    "segments": {"record"},
-    "runs": {"record", "segments"},
+    "wanted": {"record"},
+    "segments": {"record", "wanted"},
+    "runs": {"record", "segments", "wanted"},
     "store": {"record", "runs", "segments"},
     "forecast": {"formats", "recipe", "plan", "record", "runs", "segments", "sketch"},
     "diagnosis": NECK | {"plan"},
-    "guard": {"monitor", "ranks", "recorder", "diagnosis", "record", "runs", "segments"},
+    "guard": {"monitor", "ranks", "recorder", "diagnosis", "record", "runs", "wanted"},
     "progress": set(),
     "bisection": {"recipe", "plan", "store", "diagnosis"},
     "checkpoint": {"formats", "recipe", "rounding", "scaling", "casting", "kernels", "record"}
     | {"sites", "monitor", "store"},
     "comparison": {"runs"},
     "report": NECK | {"comparison", "forecast", "diagnosis"},
-    "listing": {"comparison", "store"},
+    "listing": {"comparison", "store", "terminal"},
     "live": {"diagnosis", "record", "report", "runs", "segments", "terminal"},
     "terminal": set(),
     "integrations": {"monitor", "guard", "sites", "store", "recipe", "record", "statistics"}
