@@ -332,7 +332,7 @@ EXPERIMENT = Experiment(
         "The Hadamard transform fares badly because a small column of down balances the outlier, "
         "whose error is handed to channels with columns that are not small; and BF16 loses the "
         "small column once it is mixed with fifteen others (with weights in FP32 the hot error is "
-        "2.9 %, seed 0; the bulk's stays). An outlier that down does not balance is another matter.",
+        "2.9 %, seed 0; the bulk's stays). An outlier that down does not balance is another case.",
         "Down's column shrinks here as the product grows, and down is in BF16. Where a channel "
         "grows by itself, balancing channels moves its range into down's weight: with one FP8 "
         "scale for that, its other columns are flushed instead of the product's.",
