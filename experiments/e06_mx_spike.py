@@ -332,7 +332,7 @@ def conclude(out: Path) -> Result:
     )  # fmt: skip
 
 
-@drawing.style()
+@drawing.style(cycle=True)
 def drawn(out: Path) -> Figure:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     runs = runs_of(out, "training")

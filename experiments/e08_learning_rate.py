@@ -238,7 +238,7 @@ def conclude(out: Path) -> Result:
     )  # fmt: skip
 
 
-@drawing.style()
+@drawing.style(cycle=True)
 def drawn(rows: pd.DataFrame, half: dict[str, tuple[float, float, float]]) -> Figure:
     figure, axes = pyplot.subplots(figsize=(7.5, 4.2), layout="constrained")
     for index, (name, (title, _, _)) in enumerate(PRECISIONS.items()):

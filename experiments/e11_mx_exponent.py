@@ -194,7 +194,7 @@ def conclude(out: Path) -> Result:
     )
 
 
-@drawing.style()
+@drawing.style(cycle=True)
 def drawn(rows: pd.DataFrame) -> Figure:
     figure, axes = pyplot.subplots(1, 2, figsize=(8.5, 3.6), layout="constrained")
     for rule, title in RULES.items():

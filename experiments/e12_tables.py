@@ -320,7 +320,7 @@ def conclude(out: Path) -> Result:
     )
 
 
-@drawing.style()
+@drawing.style(cycle=True)
 def drawn(grown: dict[str, pd.DataFrame]) -> Figure:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for one in GROWTH_ARMS:

@@ -331,7 +331,7 @@ def conclude(out: Path) -> Result:
     )  # fmt: skip
 
 
-@drawing.style()
+@drawing.style(cycle=True)
 def drawn(table: pd.DataFrame) -> Figure:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
     at = np.arange(len(table))

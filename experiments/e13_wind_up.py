@@ -206,7 +206,7 @@ def conclude(out: Path) -> Result:
     )
 
 
-@drawing.style()
+@drawing.style(cycle=True)
 def behind(out: Path) -> Figure:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     runs = runs_of(out, "gap")
@@ -222,7 +222,7 @@ def behind(out: Path) -> Figure:
     return figure
 
 
-@drawing.style()
+@drawing.style(cycle=True)
 def waiting(waits: pd.DataFrame) -> Figure:
     figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
     for lasted, of in waits.groupby("lasted"):

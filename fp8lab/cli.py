@@ -12,7 +12,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +26,7 @@ from fp8lab.comparison import side_by_side, told_of
 from fp8lab.listing import cell_of, print_grids, print_rows, summary_of
 from fp8lab.progress import Bars
 from fp8lab.recipe import GEMMS, gemm_in_words
-from fp8lab.store import RunError, find_runs, open_run
+from fp8lab.store import Run, RunError, find_runs, open_run
 from fp8lab.terminal import printable
 
 
@@ -61,8 +61,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Why an FP8 training run diverges: which tensor, layer and channel, since when.",
 )
-
-PAGES = ((b"<!doctype html", b"<html"), (b"fp8lab report",))  # how they begin: HTML, Markdown
 
 
 class Alignment(StrEnum):
@@ -183,22 +181,26 @@ def show(run: RunPath, as_json: Json = False) -> None:
         return
     console = Console(markup=False)
     table = Table(show_header=False, box=None)
+    for name, told in _of_a_run(opened, info):
+        table.add_row(printable(name), printable(told))
+    for event in events:
+        told = f"{event['kind']}: {event['detail']}"
+        table.add_row(f"step {event['step']}", printable(told))
+    console.print(table)
+
+
+def _of_a_run(opened: Run, info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for key in ("run", "state", "steps", "loss", "machine", "command", "every"):
-        table.add_row(key, cell_of(info.get(key)))
-    versions = told_of(opened, "versions")
-    table.add_row("versions", ", ".join(f"{k} {v}" for k, v in versions.items()))
+        yield key, cell_of(info.get(key))
+    yield "versions", ", ".join(f"{k} {v}" for k, v in told_of(opened, "versions").items())
     sites = info.get("sites")
     for site in sites if isinstance(sites, list) else []:
         if isinstance(site, dict):
             parts = ", ".join(f"{role} {site.get(role)}" for role in ("gate", "up", "down"))
-            table.add_row(f"site {site.get('site')}", f"{parts}; {site.get('activation')}")
+            yield f"site {site.get('site')}", f"{parts}; {site.get('activation')}"
     for layer, casts in told_of(opened, "precision").items():
         if isinstance(casts, dict):
-            gemms = (f"{gemm} {gemm_in_words(casts, gemm)}" for gemm in GEMMS)
-            table.add_row(layer, "; ".join(gemms))
-    for event in events:
-        table.add_row(f"step {event['step']}", f"{event['kind']}: {event['detail']}")
-    console.print(table)
+            yield layer, "; ".join(f"{gemm} {gemm_in_words(casts, gemm)}" for gemm in GEMMS)
 
 
 @app.command("diagnose")
@@ -215,7 +217,7 @@ def diagnose_runs(
         _print_json([one.to_dict() for one in diagnoses])
     else:
         for one in diagnoses:
-            typer.echo(str(one))
+            _echo(one)
     if any(finding.severity == "high" for one in diagnoses for finding in one.findings):
         raise typer.Exit(1)
 
@@ -276,7 +278,7 @@ def bisect_training(
     if as_json:
         _print_json(found.to_dict())
     else:
-        typer.echo(str(found))
+        _echo(found)
     if found.stopped is not None:
         raise typer.Exit(1)
 
@@ -301,7 +303,7 @@ def replay_run(
     if as_json:
         _print_json(forecast.to_dict())
     else:
-        typer.echo(str(forecast))
+        _echo(forecast)
     if forecast.serious:
         raise typer.Exit(1)
 
@@ -322,8 +324,7 @@ def audit_checkpoint(
         _print_json(found.to_dict())
     else:
         print_rows(Console(markup=False), found.rows())
-        for line in str(found).splitlines():  # with names out of a stranger's file
-            typer.echo(printable(line))
+        _echo(found)
     if found.severe:
         raise typer.Exit(1)
 
@@ -337,7 +338,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write a page about the runs: one offline HTML file, or Markdown with its pictures."""
-    from fp8lab.report import report_data, write_report
+    from fp8lab.report import demand_replaceable, report_data, write_report
 
     _expand(runs)
     if live is False and port is not None:
@@ -349,7 +350,7 @@ def report(
         _print_json(report_data(runs))
     else:
         out = out or Path("report.html")
-        _demand_replaceable(out)
+        demand_replaceable(out)
         if live:
             from fp8lab.live.serving import serve
 
@@ -397,11 +398,11 @@ def compare(
 
     With --out a page: losses of every arm, a band over its seeds, and the table.
     """
-    from fp8lab.report import write_comparison
+    from fp8lab.report import demand_replaceable, write_comparison
 
     paths = _expand(runs)
     if out is not None and not as_json:
-        _demand_replaceable(out)
+        demand_replaceable(out)
         written = write_comparison(runs, out, by=(by or Alignment.step).value, against=against)
         typer.echo(f"report: {written}")
         return
@@ -418,20 +419,6 @@ def _only_printed(out: Path | None) -> None:
         raise ValueError(f"--json prints and --out writes {out}, expected one of them")
 
 
-def _demand_replaceable(page: Path) -> None:
-    """A page, not a run's file, not /dev/null."""
-    if not page.exists() or page.is_dir():
-        return
-    is_page = False
-    if page.is_file():
-        with page.open("rb") as opened:
-            beginning = opened.read(64).lstrip().lower()
-        is_page = not beginning or beginning.startswith(PAGES[page.suffix.lower() == ".md"])
-    if not is_page:
-        what = "Markdown report" if page.suffix.lower() == ".md" else "HTML page"
-        raise ValueError(f"{page}: exists and is no {what}, expected a new file")
-
-
 def _expand(paths: Iterable[Path]) -> list[Path]:
     """Run directories at or below the paths; each path must hold at least one."""
     found = []
@@ -441,6 +428,12 @@ def _expand(paths: Iterable[Path]) -> list[Path]:
             open_run(path)  # raises with the reason
         found += below
     return found
+
+
+def _echo(said: object) -> None:
+    """Lines, with names out of a stranger's model or file."""
+    for line in str(said).splitlines():
+        typer.echo(printable(line))
 
 
 def _print_json(data: Any) -> None:

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute
 from numpy.typing import NDArray
 
 from fp8lab.runs import Run
@@ -30,7 +33,7 @@ _WORST = ("staleness", "saturated", "flushed", "bulk_error")
 
 
 def side_by_side(runs: Iterable[Run], against: str, by: By | None = None) -> list[dict[str, Any]]:
-    """A row an arm, named part/arm; runs that belong to no experiment are each an arm.
+    """A row an arm, as `arms_of` has them.
 
     Losses and times are medians over runs; staleness, saturated, flushed and bulk error are the
     largest that were recorded at a product. Where the weight of a down projection was recorded, to
@@ -43,20 +46,47 @@ def side_by_side(runs: Iterable[Run], against: str, by: By | None = None) -> lis
     before `aligned_at`: the furthest step, or number of tokens seen, that every arm of the part
     reached with a run that did not diverge. Raises ValueError as `curve_of` does.
     """
-    groups: dict[str, list[Run]] = {}
+    groups = _grouped(runs)
+    others = (groups.get((*key[:2], against), []) for key in groups)
+    rows = [
+        _row(name, members, other)
+        for (name, members), other in zip(_named(groups), others, strict=True)
+    ]
+    if by is not None:
+        rows = _aligned(rows, list(groups.values()), by)
+    unseen = {name for name in _OF_WEIGHT if all(row[name] is None for row in rows)}
+    return [{name: row[name] for name in row if name not in unseen} for row in rows]
+
+
+def arms_of(runs: Iterable[Run]) -> list[tuple[str, list[Run]]]:
+    """The runs of each arm, in the order of `side_by_side`'s rows, and its name: part/arm, after
+    the experiment's where several have one; runs that belong to no experiment are each an arm."""
+    return _named(_grouped(runs))
+
+
+def _grouped(runs: Iterable[Run]) -> dict[tuple[str, ...], list[Run]]:
+    """By experiment, part and arm, or by path."""
+    groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         config = config_of(run)
         named = "part" in config and "arm" in config
-        key = f"{config['part']}/{config['arm']}" if named else str(run.path)
+        key = (*_part_of(run), str(config["arm"])) if named else (str(run.path),)
         groups.setdefault(key, []).append(run)
-    rows = []
-    for arm, members in groups.items():
-        part = config_of(members[0]).get("part")
-        rows.append(_row(arm, members, groups.get(f"{part}/{against}", [])))
-    if by is not None:
-        rows = _aligned(rows, groups, by)
-    unseen = {name for name in _OF_WEIGHT if all(row[name] is None for row in rows)}
-    return [{name: row[name] for name in row if name not in unseen} for row in rows]
+    return groups
+
+
+def _part_of(run: Run) -> tuple[str, str]:
+    config = config_of(run)
+    return str(config.get("experiment", "")), str(config.get("part"))
+
+
+def _named(groups: dict[tuple[str, ...], list[Run]]) -> list[tuple[str, list[Run]]]:
+    sharing = Counter(key[1:] for key in groups)
+    named = []
+    for key, members in groups.items():
+        is_told = len(key) == 1 or (key[0] and sharing[key[1:]] > 1)
+        named.append(("/".join(key if is_told else key[1:]), members))
+    return named
 
 
 class Curve(NamedTuple):
@@ -92,8 +122,7 @@ QUARTILES_FROM = 5  # runs; a band of fewer reaches from the lowest to the highe
 def curve_of(run: Run, by: By, loss: str = "loss") -> Curve:
     """The loss of a run's first process, or another number of its step rows, by step or by tokens.
 
-    It is lost if its result says so; a run without a verdict of its own, if its loss ended not
-    finite.
+    It is lost if `lost_at` says so.
 
     The tokens of a step are the number `tokens` given to `watch.step`; without it `batch` times
     `context` of the run's config. Raises ValueError if a run with steps says neither.
@@ -105,9 +134,7 @@ def curve_of(run: Run, by: By, loss: str = "loss") -> Curve:
     positions = (rows["step"] if by == "step" else _tokens_seen(run, rows)).to_numpy(float)
     losses = rows[loss].to_numpy(float)
     told = np.isfinite(losses)
-    result = told_of(run, "result")
-    lost = result["diverged_at"] is not None if "diverged_at" in result else not told[-1]
-    return Curve(positions[told], losses[told], bool(lost))
+    return Curve(positions[told], losses[told], lost_at(run) is not None)
 
 
 def _tokens_seen(run: Run, rows: pd.DataFrame) -> pd.Series:
@@ -155,14 +182,13 @@ def furthest_common(arms: Iterable[Sequence[Curve]]) -> float | None:
     return min(ends[False] or ends[True], default=None)
 
 
-def _aligned(
-    rows: list[dict[str, Any]], groups: dict[str, list[Run]], by: By
-) -> list[dict[str, Any]]:
-    """The rows, in their order, with the two columns after the final loss."""
-    parts: dict[str, list[str]] = {}
-    for arm, runs in groups.items():
-        parts.setdefault(str(config_of(runs[0]).get("part")), []).append(arm)
-    found: dict[str, dict[str, float | None]] = {}
+def _aligned(rows: list[dict[str, Any]], groups: list[list[Run]], by: By) -> list[dict[str, Any]]:
+    """The rows, in their order, which is that of their runs, with two columns after the final
+    loss."""
+    parts: dict[tuple[str, str], list[int]] = {}
+    for arm, runs in enumerate(groups):
+        parts.setdefault(_part_of(runs[0]), []).append(arm)
+    found: dict[int, dict[str, float | None]] = {}
     for arms in parts.values():
         name = loss_name(run for arm in arms for run in groups[arm])
         curves = {arm: [curve_of(run, by, name) for run in groups[arm]] for arm in arms}
@@ -174,10 +200,35 @@ def _aligned(
             median = statistics.median(told) if told else None
             found[arm] = {"aligned_at": common, "aligned_loss": median}
     aligned = []
-    for row in rows:
+    for arm, row in enumerate(rows):
         head = {name: row[name] for name in ("arm", "runs", "diverged", "final_loss")}
-        aligned.append(head | found[row["arm"]] | row)
+        aligned.append(head | found[arm] | row)
     return aligned
+
+
+def lost_at(run: Run) -> int | None:
+    """The step from which a run's loss is lost, None where it is not.
+
+    By its own result, where that says anything of it; else the first `diverged` event; else where
+    the loss became not finite for good, by the rows that have one: a loss that was not recorded in
+    the last step tells nothing.
+    """
+    told = told_of(run, "result").get("diverged_at", math.nan)
+    if told is None:
+        return None
+    number = number_of(told)
+    if number is not None and abs(number) < 1 << 63:  # also neither NaN nor infinite
+        return int(told)
+    events = run.arrow("events", ("kind",))
+    diverged = events.filter(pa.compute.equal(events["kind"], "diverged"))["step"]
+    if len(diverged):
+        return int(pa.compute.min(diverged).as_py())
+    rows = run.arrow("steps", ("loss",))
+    rows = rows.filter(pa.compute.is_valid(rows["loss"])).sort_by("step")
+    rows = rows.filter(pa.compute.equal(rows["rank"], pa.compute.min(rows["rank"])))
+    finite = np.flatnonzero(np.isfinite(rows["loss"].to_numpy()))
+    first = int(finite[-1]) + 1 if len(finite) else 0
+    return int(rows["step"][first].as_py()) if first < len(rows) else None
 
 
 def config_of(run: Run) -> dict[str, Any]:
@@ -197,7 +248,6 @@ def number_of(value: Any) -> float | None:
 
 
 def _row(arm: str, runs: list[Run], others: list[Run]) -> dict[str, Any]:
-    results = [told_of(run, "result") for run in runs]
     tensors = [run.coded("tensors", _WORST, sites=_WHERE) for run in runs]
 
     def largest(column: str, site: str = _PRODUCT) -> float | None:
@@ -205,14 +255,20 @@ def _row(arm: str, runs: list[Run], others: list[Run]) -> dict[str, Any]:
         return max((float(values.max()) for values in found if values.notna().any()), default=None)
 
     finals, other_finals = _finals(runs), _finals(others)
-    gaps = [loss - other_finals[seed] for seed, loss in finals.items() if seed in other_finals]
+    gaps = [
+        loss - statistics.median(other_finals[seed])
+        for seed, losses in finals.items()
+        for loss in losses
+        if seed in other_finals
+    ]
+    all_finals = [loss for losses in finals.values() for loss in losses]
     seconds, other_seconds = _seconds_a_step(runs), _seconds_a_step(others)
     changes = {config_of(run).get("changes_function") for run in runs}
     return {
         "arm": arm,
         "runs": len(runs),
-        "diverged": sum(result.get("diverged_at") is not None for result in results),
-        "final_loss": statistics.median(finals.values()) if finals else None,
+        "diverged": sum(lost_at(run) is not None for run in runs),
+        "final_loss": statistics.median(all_finals) if all_finals else None,
         "loss_gap": statistics.median(gaps) if gaps else None,
         "staleness": largest("staleness"),
         "saturated": largest("saturated"),
@@ -226,14 +282,14 @@ def _row(arm: str, runs: list[Run], others: list[Run]) -> dict[str, Any]:
     }
 
 
-def _finals(runs: list[Run]) -> dict[Any, float]:
+def _finals(runs: list[Run]) -> dict[Any, list[float]]:
     """The final losses that there are, by seed, or by run where a run has none."""
-    found = {}
+    found: dict[Any, list[float]] = {}
     for run in runs:
         final = number_of(told_of(run, "result").get("final_loss"))
         seed = config_of(run).get("seed")
         if final is not None:
-            found[seed if isinstance(seed, int) else str(run.path)] = final
+            found.setdefault(seed if isinstance(seed, int) else str(run.path), []).append(final)
     return found
 
 

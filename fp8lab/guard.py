@@ -32,7 +32,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 from torch import nn
@@ -48,6 +48,8 @@ from fp8lab.wanted import schema_of
 
 # Of the first steps the rows stay: a loss is held against them.
 FIRST_STEPS = 50
+
+_Kept = TypeVar("_Kept")
 
 
 class Mitigation(Protocol):
@@ -259,3 +261,13 @@ class _Recent(Run):
         schema = schema_of(table, coded)
         names = wanted.names(schema)
         return rows.select(names).cast(pa.schema([schema.field(name) for name in names]))
+
+    def reduced(
+        self,
+        table: Table,
+        reduce: Callable[[pa.Table], _Kept],
+        columns: Names = None,
+        *,
+        sites: Names = None,
+    ) -> list[_Kept]:
+        return [reduce(self.arrow(table, columns, sites=sites, coded=True))]

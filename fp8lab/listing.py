@@ -42,9 +42,9 @@ def print_grids(console: Console, parts: Iterable[Any], out: Path) -> None:
     runs = [open_run(path) for path in find_runs(out)]
     for part in parts:
         if any(config_of(one).get("part") == part.name for one in runs):
-            titles = {one.name: one.title for one in part.arms}
-            console.print(_grid(part.title, titles, part.name, runs))
-    console.print(f"runs: {out}", highlight=False, soft_wrap=True)
+            titles = {one.name: printable(one.title) for one in part.arms}
+            console.print(_grid(printable(part.title), titles, part.name, runs))
+    console.print(f"runs: {printable(str(out))}", highlight=False, soft_wrap=True)
 
 
 def _grid(title: str, arms: dict[str, str], part: str, runs: list[Run]) -> Table:
@@ -55,9 +55,9 @@ def _grid(title: str, arms: dict[str, str], part: str, runs: list[Run]) -> Table
         where = (config.get("arm"), config.get("seed"))
         if config.get("part") == part and isinstance(where[0], str) and isinstance(where[1], int):
             diverged, final = summary["diverged_at"], number_of(summary["final_loss"])
-            cell: str | Text = summary["state"] if final is None else f"{final:.3f}"
+            cell: str | Text = printable(summary["state"]) if final is None else f"{final:.3f}"
             if diverged is not None:
-                cell = Text(f"✗ {diverged}", style="bold red")
+                cell = Text(printable(f"✗ {diverged}"), style="bold red")
             cells[where[0], where[1]] = cell
     seeds = sorted({seed for _, seed in cells})
     table = Table(box=None, title=title, title_justify="left", caption_justify="left")

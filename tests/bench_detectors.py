@@ -349,7 +349,8 @@ def draw(every: list[Scored], path: Path) -> Path:
             keys[one.detector.name] = (colour, dash, marker if one.detector.threshold else "")
         _label(axes, none)
         figure.legend(handles(keys), list(keys), loc="outside upper left", ncols=3)
-        return to_png(figure, path)
+        path.write_bytes(to_png(figure))
+        return path
 
 
 def _front(one: Scored) -> list[Outcome]:

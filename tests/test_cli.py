@@ -6,20 +6,24 @@ where only a process shows: its exit code, a pipe that closes, an experiment of 
 
 from __future__ import annotations
 
+import io
 import json
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from fp8lab.cli import app
 from fp8lab.diagnosis import diagnose
+from fp8lab.listing import print_grids
 from fp8lab.store import RunWriter, open_run
 
 TINY = Path(__file__).with_name("tiny_experiment.py")
@@ -193,6 +197,41 @@ def test_show(runs: Path) -> None:
     assert f"0.down output {bf16}; grad_input {bf16}; grad_weight {bf16}" in text
 
 
+def test_names_are_text(tmp_path: Path) -> None:
+    """Of a stranger's run: nothing in it moves the cursor or names the window."""
+    bad, told = "\x1b]0;x\x07\x1b[2J", r"\x1b]0;x\x07\x1b[2J"
+    casts = {"input": bad, "weight": "E4M3", "grad_output": "BF16"}
+    info = {
+        "machine": bad,
+        "versions": {bad: bad},
+        "sites": [{"site": bad, "gate": bad}],
+        "precision": {bad: casts},
+        "config": {"part": "first", "arm": "a", "seed": 0},
+        "result": {"diverged_at": bad, "final_loss": 1.0},
+        "every": bad,
+    }
+    steps = [{"step": step, "rank": 0, "loss": 1.0} for step in range(600)]
+    staleness = [32.0 if step == 500 else 1.0 for step in range(600)]
+    product = {"rank": 0, "site": f"{bad}:product", "recipe": "DelayedScaling", "format": "E4M3"}
+    product |= {"hot_channel": 7, "scale": 224.0, "saturated": 0.01}
+    rows = [{"step": i, "cur_amax": 2.0 * s, "staleness": s} for i, s in enumerate(staleness)]
+    writer = RunWriter.create(tmp_path / "run", info)
+    writer.append("steps", steps)
+    writer.append("tensors", [product | row for row in rows])
+    writer.append("events", [{"step": 0, "rank": 0, "kind": bad, "detail": bad}])
+    writer.close()
+    for arguments in (["show"], ["diagnose"], ["replay", "--recipe", "DelayedScaling"]):
+        text = invoke(arguments[0], tmp_path / "run", *arguments[1:]).stdout
+        assert told in text, arguments
+        assert not {"\x1b", "\x07"} & set(text), arguments
+    arm = SimpleNamespace(name="a", title=bad)
+    part = SimpleNamespace(name="first", title=bad, arms=[arm])
+    printed = io.StringIO()
+    print_grids(Console(file=printed, width=300), [part], tmp_path)
+    assert printed.getvalue().count(told) == 3
+    assert not {"\x1b", "\x07"} & set(printed.getvalue())
+
+
 def test_a_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -248,7 +287,10 @@ def test_compare(runs: Path, tmp_path: Path) -> None:
     }
     assert rows["second/hot"]["diverged"] == 1 and rows["second/hot"]["final_loss"] is None
     text = spoken(invoke("compare", runs).stdout)
-    assert f"second/bf16 1 0 {rows['second/bf16']['final_loss']:.3g} 0 - 0 " in text
+    told = (
+        f"final loss {rows['second/bf16']['final_loss']:.3g}, loss gap 0, staleness -, saturated 0"
+    )
+    assert f"second/bf16 runs 1, diverged 0, {told}" in text  # too wide for a table
 
 
 def test_compare_takes_medians_and_maxima_over_the_runs_of_an_arm(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from typer.testing import CliRunner, Result
 from fp8lab import segments
 from fp8lab.cli import app
 from fp8lab.diagnosis import diagnose
+from fp8lab.diagnosis.rows import Loaded
 from fp8lab.live import following
 from fp8lab.live.following import Curve, Follower, chosen
 from fp8lab.live.frames import frame, sparkline
@@ -497,6 +498,40 @@ def test_no_run_is_one_line(tmp_path: Path) -> None:
     assert result.stderr == (
         f"error: {tmp_path / 'none'}: no run here, expected a directory with a run.json\n"
     )
+
+
+def test_segments_that_are_merged_meanwhile_are_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends between two questions about its folder."""
+    going_on(tmp_path / "run")
+    follower = Follower(tmp_path / "run")
+    assert follower.look().age is not None
+    asked = Path.stat
+
+    def gone(path: Path, **options: Any) -> os.stat_result:
+        found = asked(path, **options)
+        if path.name == "segments":
+            shutil.rmtree(path)
+            raise FileNotFoundError(str(path))
+        return found
+
+    run = open_run(tmp_path / "run")
+    monkeypatch.setattr(Path, "stat", gone)
+    assert following._age(run) is None
+
+
+def test_of_a_large_run_no_reader_of_the_rules_sees_older_rows(tmp_path: Path) -> None:
+    writer = going_on(tmp_path / "run", steps=50)
+    rows = [{"step": s, "rank": 0, "site": "m", "channel": 1} for s in range(50)]
+    writer.append("channels", rows)
+    writer.flush()
+    recent = following._Recent(open_run(tmp_path / "run"), range(40, 50))
+    assert recent.channels()["step"].tolist() == list(range(40, 50))
+    assert sum(recent.reduced("channels", len, ("step",), sites="m")) == 10
+    picked = Loaded(recent).picked_channels(("step",), ("m",), {1})
+    assert picked["step"].tolist() == list(range(40, 50))
+    assert sum(recent.reduced("steps", len)) == 50
 
 
 def test_where_nothing_was_written_nothing_is_read(

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from playwright.sync_api import Browser, Page, Route, sync_playwright
+from rows_by_hand import write
 from torch import nn
 
 import fp8lab
@@ -271,3 +272,15 @@ def test_hostile_names_stay_text(page: Page) -> None:
         hover = page.locator("figure[data-chart=heat] .hoverlayer .hovertext").text_content()
         assert hover.startswith(name)
     assert page.locator(".plot a, .plot script, .plot b, main a[href^=javascript]").count() == 0
+
+
+def test_an_axis_has_a_place_for_a_negative_loss(browser: Browser, tmp_path: Path) -> None:
+    told = {}
+    for name, end in {"falling": -1.0, "above": 1.0}.items():
+        losses = [{"loss": 2.0}, {"loss": end}]
+        write(tmp_path / name, steps=losses)
+        report = write_report([tmp_path / name], tmp_path / f"{name}.html")
+        with Visit(browser, report) as page:
+            plot = page.locator("figure[data-chart=losses] .plot")
+            told[name] = plot.evaluate("plot => plot._fullLayout.yaxis.type")
+    assert told == {"falling": "linear", "above": "log"}

@@ -34,7 +34,15 @@ import fp8lab
 from fp8lab.cli import app
 from fp8lab.comparison import band_of, curve_of, furthest_common, side_by_side
 from fp8lab.record import Evidence, Finding
-from fp8lab.report import compared, drawing, report_data, write_comparison, write_report
+from fp8lab.report import (
+    compared,
+    drawing,
+    pictures,
+    report_data,
+    write_comparison,
+    write_pictures,
+    write_report,
+)
 from fp8lab.report.blocks import (
     Document,
     Findings,
@@ -71,6 +79,7 @@ HOSTILE = [
     "\t    code",
     "\x1b[31m\x00\u202eabc",
     "[x]: /url",
+    "@all a@b.cc mailto:a@b.cc a/b#12 #12 gh-12 GH-12 :+1: :a_b::c:",
     "",
 ]
 MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
@@ -158,7 +167,11 @@ def inlines(markdown: str) -> Iterator[tuple[str, Token]]:
 def text_of(token: Token) -> str:
     """What a reader sees of it; of a picture, what is said instead of it."""
     children = token.children or []
-    return "".join(text_of(one) if one.type == "image" else one.content for one in children)
+    return "".join(
+        text_of(one) if one.type == "image" else one.content
+        for one in children
+        if one.content != "<!-- -->" or one.type != "html_inline"
+    )
 
 
 def demand_text_only(markdown: str) -> None:
@@ -169,7 +182,9 @@ def demand_text_only(markdown: str) -> None:
     made |= {"bullet_list", "list_item", "strong"}
     allowed = {f"{one}_{end}" for one in made for end in ("open", "close")}
     allowed |= {"inline", "text", "text_special", "html_block", "image", "code_inline", "softbreak"}
+    allowed |= {"html_inline"}
     assert {token.type for token in tokens} <= allowed
+    assert {token.content for token in tokens if token.type == "html_inline"} <= {"<!-- -->"}
     html = {token.content.strip() for token in tokens if token.type == "html_block"}
     assert html <= {
         "<details>\n<summary>",
@@ -366,6 +381,19 @@ def test_addresses_are_not_made_links() -> None:
     assert escaped("http://a.b www.c.d") == r"http:\//a.b www\.c.d"
 
 
+def test_nobody_is_called_and_nothing_referred_to() -> None:
+    """GitHub looks through what was rendered, piece by piece; a comment ends a piece."""
+    text = "@all a@b.cc mailto:a@b.cc a/b#12 #12 GH-12 :+1: :a_b::c: layers.0:product"
+    (token,) = [token for _, token in inlines(escaped(text))]
+    shown = ["\0" if one.type == "html_inline" else one.content for one in token.children or ()]
+    assert "".join(shown).replace("\0", "") == text
+    told = r"@[a-z0-9]|#\w|(?i:gh)-\d|:[\w+-]+:"
+    assert re.findall(told, text) == [*"@a @b @b #1 #1 GH-1 :+1: :a_b: :c:".split()]
+    assert re.findall(told, "".join(shown)) == []
+    assert escaped("@") != escaped("@").replace("<!-- -->", "")
+    assert "<!--" not in render(of_names("@a"), "stem")[0].partition("![")[2].partition("]")[0]
+
+
 # --- HTML and SVG ---------------------------------------------------------------------------------
 
 
@@ -501,6 +529,29 @@ def test_only_a_report_is_replaced(small: Path, tmp_path: Path, verb: str) -> No
     for _ in range(2):  # one that is not there, then one that is
         result = invoke(verb, small, "-o", tmp_path / "new.md")
         assert (result.exit_code, result.stdout) == (0, f"report: {tmp_path / 'new.md'}\n")
+
+
+def test_a_file_of_someone_else_is_no_page_for_a_caller_either(small: Path, tmp_path: Path) -> None:
+    for name, what in {"README.md": "Markdown report", "mine.html": "HTML page"}.items():
+        page = tmp_path / name
+        page.write_text("# Mine\n")
+        for written in (write_report, write_comparison):
+            with pytest.raises(ValueError, match=f"exists and is no {what}, expected a new file"):
+                written([small], page)
+            assert page.read_text() == "# Mine\n"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_pictures_for_a_readme_are_known_again(small: Path, tmp_path: Path) -> None:
+    written = write_pictures([small], tmp_path)
+    assert written == write_pictures([small], tmp_path) != []
+    for picture in written:
+        picture.rename(tmp_path / f"page-{picture.name}")
+    write_report([small], tmp_path / "page.md")
+    written[0].write_bytes(b"mine")
+    with pytest.raises(ValueError, match="exists and is no picture of a report"):
+        write_pictures([small], tmp_path)
+    assert written[0].read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("what", ["file", "picture", "folder"])
@@ -691,7 +742,7 @@ def test_the_bands_are_drawn_as_they_are(tmp_path: Path) -> None:
         figure = compared.bands(part, "step", "high")
         assert not isinstance(figure, str)
     told = [band_of([curve_of(run.run, "step") for run in arm.runs]) for arm in part.arms]
-    top = compared.LOST * max(band.middle[0] for band in told if band is not None)
+    top = pictures.LOST * max(band.middle[0] for band in told if band is not None)
     for axes, arm, band in zip(figure.axes, part.arms, told, strict=True):
         assert band is not None and len(axes.collections) == 1
         (own, *_) = [x for x in axes.lines if x.get_color() in (drawing.BLUE, drawing.RED)]
@@ -701,3 +752,76 @@ def test_the_bands_are_drawn_as_they_are(tmp_path: Path) -> None:
         assert list(own.get_ydata()) == list(np.minimum(band.middle[there], top))
         references = [line for line in axes.lines if line.get_color() == drawing.INK]
         assert len(references) == (arm.name != "high")
+
+
+def test_a_loss_that_was_not_recorded_last_is_not_lost(tmp_path: Path) -> None:
+    """What is missing is no number that is none; a run says of itself no more than its rows."""
+    found = {}
+    for name, last in {"missing": {"grad_norm": 1.0}, "lost": {"loss": math.nan}}.items():
+        writer = RunWriter.create(tmp_path / name, {})
+        rows = [*({"loss": 3.0 - step} for step in range(2)), last]
+        writer.append("steps", [{"step": i, "rank": 0} | row for i, row in enumerate(rows)])
+        writer.close()
+        run = open_run(tmp_path / name)
+        (row,) = side_by_side([run], "high", "step")
+        found[name] = curve_of(run, "step").lost, row["diverged"], row["aligned_loss"]
+    assert found == {"missing": (False, 0, 2.0), "lost": (True, 1, 2.0)}
+
+
+def test_the_arms_of_two_experiments_stay_apart(tmp_path: Path) -> None:
+    for experiment, part, losses in (
+        ("e", "p", (1.0, 1.5)),
+        ("f", "p", (5.0, 7.0)),
+        ("f", "q", ()),
+    ):
+        for arm, loss in zip(("high", "fp8"), losses or (2.0, 2.0), strict=True):
+            names = {"experiment": experiment, "part": part, "arm": arm, "seed": 0}
+            folder = tmp_path / experiment / part / arm
+            write(folder, {0: loss}, config=names, result={"final_loss": loss})
+    found = [open_run(folder) for folder in sorted(tmp_path.glob("*/*/*"))]
+    rows = side_by_side(found, "high", "step")
+    told = {row["arm"]: (row["runs"], row["final_loss"], row["loss_gap"]) for row in rows}
+    assert told == {
+        "e/p/fp8": (1, 1.5, 0.5),
+        "e/p/high": (1, 1.0, 0.0),
+        "f/p/fp8": (1, 7.0, 2.0),
+        "f/p/high": (1, 5.0, 0.0),
+        "q/fp8": (1, 2.0, 0.0),
+        "q/high": (1, 2.0, 0.0),
+    }
+    story = load([tmp_path])
+    assert [part.title for part in story.parts] == ["e: p", "f: p", "q"]
+    text = write_comparison([tmp_path], tmp_path / "page.md", against="high").read_text("utf-8")
+    (table,) = [one for one in tables_of(text) if "aligned loss" in one[0]]
+    arms = [f"{part.title}: {arm.title}" for part in story.parts for arm in part.arms]
+    assert sorted(row[0] for row in table[1:]) == sorted(arms)
+
+
+def test_every_run_of_a_seed_counts(tmp_path: Path) -> None:
+    for name, (arm, loss) in {"a": ("x", 1.0), "b": ("x", 5.0), "c": ("high", 2.0)}.items():
+        config = {"part": "p", "arm": arm, "seed": 0}
+        write(tmp_path / name, {0: loss}, config=config, result={"final_loss": loss})
+    rows = side_by_side([open_run(tmp_path / name) for name in "abc"], "high")
+    told = [(row["runs"], row["final_loss"], row["loss_gap"]) for row in rows]
+    assert told == [(2, 3.0, 1.0), (1, 2.0, 0.0)]
+
+
+def test_a_negative_loss_is_drawn_as_it_is(tmp_path: Path) -> None:
+    """There is no multiple of where it started, and a log axis has no place for it."""
+    for arm, start in {"high": -1.0, "lost": -3.0}.items():
+        losses = {step: start - step / 50 for step in range(100)}
+        lost = {100: math.nan} if arm == "lost" else {}
+        write(tmp_path / arm, losses | lost, config={"part": "p", "arm": arm, "seed": 0})
+    (part,) = load([tmp_path]).parts
+    with drawing.style():
+        figure = compared.bands(part, "step", "high")
+        assert not isinstance(figure, str)
+    low, high = figure.axes[0].get_ylim()
+    assert figure.axes[0].get_yscale() == "linear" and low < -4.98 < -1.0 < high < 0.0
+    for axes, arm in zip(figure.axes, part.arms, strict=True):
+        (own, *_) = [x for x in axes.lines if x.get_color() in (drawing.BLUE, drawing.RED)]
+        assert list(own.get_ydata()) == list(curve_of(arm.runs[0].run, "step").losses)
+    with drawing.style():
+        of_twins = pictures.twin(part.arms[0].runs[0], part.arms[1].runs[0], "m", None)
+        assert not isinstance(of_twins, str)
+    assert [min(line.get_ydata()) for line in of_twins.axes[0].lines] == [-4.98, -2.98]

@@ -16,6 +16,7 @@ from rows_by_hand import Row, write
 from test_report import record_experiment
 
 from fp8lab.report import drawing, pictures, pictures_of_casts, pictures_of_layers
+from fp8lab.report.interactive import payload
 from fp8lab.report.sections import document_of
 from fp8lab.report.story import Place, Seen, Story, clipped_row, load, place_of, weight_rows
 from fp8lab.sketch import bin_edge
@@ -330,3 +331,40 @@ def test_a_long_name_is_cut_in_its_middle() -> None:
 )
 def test_powers_are_plain_text(value: float, shown: str) -> None:
     assert drawing.power_of_ten(value) == shown
+
+
+def test_a_log_axis_is_for_what_is_not_negative(tmp_path: Path) -> None:
+    losses = {"falling": [2.0, 1.0, -1.0], "above": [2.0, 1.0, 0.0]}
+    for name, told in losses.items():
+        write(tmp_path / name, steps=[{"loss": loss} for loss in told])
+        (part,) = load([tmp_path / name]).parts
+        with drawing.style():
+            figure = pictures.losses(part)
+            assert not isinstance(figure, str)
+        axes = figure.axes[0]
+        assert axes.get_yscale() == ("linear" if name == "falling" else "log")
+        assert drawn(axes, 0)[1] == told
+        assert name == "above" or axes.get_ylim()[0] < -1.0
+
+
+def test_runs_beside_each_other_are_drawn_by_one_loss(tmp_path: Path) -> None:
+    """Else what only one of them has lies beside another quantity of the other."""
+    for arm, more in {"a": {"metrics": {"common_loss": 1.0}}, "b": {}}.items():
+        rows = [{"loss": 5.0, "grad_norm": 1.0} | more for _ in range(3)]
+        write(tmp_path / arm, steps=rows, info={"config": {"part": "p", "arm": arm, "seed": 0}})
+    write(tmp_path / "c", info={"config": {"part": "p", "arm": "c", "seed": 0}})
+    for arms, name, value in (("abc", "loss", 5.0), ("ac", "common_loss", 1.0)):
+        story = load([tmp_path / arm for arm in arms])
+        (part,) = story.parts
+        with drawing.style():
+            figure = pictures.losses(part)
+            beside = pictures.twin(part.runs[0], part.runs[len(arms) - 2], "m", None)
+            assert not isinstance(figure, str) and not isinstance(beside, str)
+        told = [axes for axes in figure.axes if axes.get_visible() and axes.get_title(loc="left")]
+        assert [drawn(axes, 0)[1] for axes in told] == [[value] * 3] * (len(arms) - 1)
+        assert told[0].get_ylabel() == name
+        titles = {"loss": "Loss", "common_loss": "common_loss"}
+        assert beside.axes[0].get_title(loc="left") == titles[name]
+        assert {y for line in beside.axes[0].lines for y in line.get_ydata()} == {value}
+        (chart,) = payload(story)["losses"]
+        assert chart["quantities"][0][0] == name

@@ -26,7 +26,6 @@ import pandas as pd
 from fp8lab.diagnosis.rows import Rows, facts_of
 from fp8lab.diagnosis.shared_exponent import COLLAPSED, mx_rows
 from fp8lab.record import Evidence, Finding
-from fp8lab.runs import hottest
 
 # FP8-LM's rule (2310.18313); normal numbers have 0.008, rounded to even 0.005, rounded up 0.
 SATURATED = 1e-5

@@ -12,9 +12,11 @@ thousand rows of steps again is a hundredth of a second.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -33,6 +35,7 @@ CURVES = ("loss", "grad_norm", "seconds")
 LOOK_BACK = 1000  # steps; who records in full more rarely sees no casts
 JUDGED_ROWS = 100_000  # two seconds
 SHARE = 0.1
+_Kept = TypeVar("_Kept")
 _OF_CAST = ["saturated", "flushed"]
 _OF_PRODUCT = ["cur_amax", "hot_channel", "staleness", "nans", "infs", *_OF_CAST]
 
@@ -145,6 +148,16 @@ class _Recent(Run):
         steps = steps if table == "steps" else self._window
         return super().arrow(table, columns, sites=sites, steps=steps, ranks=ranks, coded=coded)
 
+    def reduced(
+        self,
+        table: Table,
+        reduce: Callable[[pa.Table], _Kept],
+        columns: Names = None,
+        *,
+        sites: Names = None,
+    ) -> list[_Kept]:
+        return [reduce(self.arrow(table, columns, sites=sites, coded=True))]
+
 
 def chosen(path: Path) -> tuple[Path, str]:
     """The run at `path`; below a folder, the newest that is being recorded, and a note of that.
@@ -189,8 +202,10 @@ def stamp_of(run: Run) -> tuple[str, object]:
 
 def _age(run: Run) -> float | None:
     """Seconds since rows were written, None before the first."""
-    places = [folder / "segments" for folder in run.folders().values()]
-    written = [place.stat().st_mtime for place in places if place.exists()]
+    written = []
+    for folder in run.folders().values():
+        with suppress(OSError):  # not yet there, or merged just now
+            written.append((folder / "segments").stat().st_mtime)
     return max(0.0, time.time() - max(written)) if written else None
 
 

@@ -22,17 +22,18 @@ ten years.
 from __future__ import annotations
 
 import errno
-import io
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from fp8lab.report.blocks import Document
     from fp8lab.report.story import Story
 
-MARK = "fp8lab report"  # in every PNG beside a page, by which it is known again
+PAGES = ((b"<!doctype html", b"<html"), (b"fp8lab report",))  # how they begin: HTML, Markdown
 
 
 def write_report(runs: Iterable[str | Path], path: str | Path) -> Path:
@@ -44,9 +45,9 @@ def write_report(runs: Iterable[str | Path], path: str | Path) -> Path:
     same bytes. Returns `path`.
 
     Raises RunError if one of `runs` holds neither a run nor an experiment, TypeError if `runs` is a
-    single path, ValueError for another suffix or if a picture would replace a file that is none of
-    a report's, OSError if a file cannot be written. A run that is damaged, killed or still being
-    written is no error: the page says so.
+    single path, ValueError for another suffix or if the page or a picture would replace a file that
+    is none of a report's, OSError if a file cannot be written. A run that is damaged, killed or
+    still being written is no error: the page says so.
     """
     from fp8lab.report.interactive import payload
     from fp8lab.report.sections import document_of
@@ -86,7 +87,7 @@ def write_pictures(runs: Iterable[str | Path], folder: str | Path) -> list[Path]
 
     Returns the files written; one that cannot be drawn is left out. Raises as `write_report` does.
     """
-    from fp8lab.report.drawing import style, to_png
+    from fp8lab.report.drawing import style
     from fp8lab.report.sections import document_of
     from fp8lab.report.story import load
 
@@ -94,9 +95,24 @@ def write_pictures(runs: Iterable[str | Path], folder: str | Path) -> list[Path]
     with style():
         document = document_of(load(runs))
         drawn = document.pictures()
-        folder.mkdir(parents=True, exist_ok=True)
         main = [name for name in ("losses", "timeline") if name in drawn]
-        return [to_png(drawn[name].figure, folder / f"{name}.png") for name in main]
+        files = _as_png({folder / f"{name}.png": drawn[name].figure for name in main})
+    _replace(files)
+    return list(files)
+
+
+def demand_replaceable(page: Path) -> None:
+    """That there is nothing yet, or a page: not a run's file, not /dev/null. Raises ValueError."""
+    if not page.exists() or page.is_dir():
+        return
+    is_page = False
+    if page.is_file():
+        with page.open("rb") as opened:
+            beginning = opened.read(64).lstrip().lower()
+        is_page = not beginning or beginning.startswith(PAGES[page.suffix.lower() == ".md"])
+    if not is_page:
+        what = "Markdown report" if page.suffix.lower() == ".md" else "HTML page"
+        raise ValueError(f"{page}: exists and is no {what}, expected a new file")
 
 
 def _write(
@@ -114,6 +130,7 @@ def _write(
     suffix = path.suffix.lower()
     if suffix not in (".html", ".htm", ".md"):
         raise ValueError(f"{path}: expected a name that ends in .html, .htm or .md")
+    demand_replaceable(path)
     story = load(runs)
     with style():
         document = document_of(story)
@@ -130,14 +147,17 @@ def _as_markdown(document: Document, path: Path) -> dict[Path, bytes]:
     from fp8lab.report.markdown import render
 
     text, figures = render(document, path.stem)
-    files = {}
-    for name, figure in figures.items():
-        if not _may_replace(path.with_name(name)):
-            raise ValueError(f"{path.with_name(name)}: exists and is no picture of a report")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=150, metadata={"Software": MARK})
-        files[path.with_name(name)] = buffer.getvalue()
+    files = _as_png({path.with_name(name): figure for name, figure in figures.items()})
     return files | {path: _encoded(text)}
+
+
+def _as_png(figures: Mapping[Path, Figure]) -> dict[Path, bytes]:
+    from fp8lab.report.drawing import to_png
+
+    for path in figures:
+        if not _may_replace(path):
+            raise ValueError(f"{path}: exists and is no picture of a report")
+    return {path: to_png(figure) for path, figure in figures.items()}
 
 
 def _encoded(text: str) -> bytes:
@@ -146,6 +166,8 @@ def _encoded(text: str) -> bytes:
 
 
 def _may_replace(picture: Path) -> bool:
+    from fp8lab.report.drawing import MARK
+
     if not picture.exists():
         return True
     if not picture.is_file():

@@ -22,6 +22,7 @@ QUESTION = "Is it FP8?"
 Word = Literal["Yes", "No", "Cannot say"]
 
 _OF_PRECISION = frozenset(rule.__name__.rpartition(".")[2] for rule in OF_PRECISION)
+_TWIN = "its twin in high precision"
 ENOUGH_STEPS = 100  # the longest time that the rules look back over is of this order
 
 
@@ -54,11 +55,11 @@ class Answer:
 def answer_of(story: Story) -> Answer:
     """Of the run in the most trouble."""
     worst = story.worst_first()
-    if not worst or (worst[0].steps.empty and worst[0].products.empty):
+    if not worst or (worst[0].is_empty and worst[0].diverged_at is None):
         because = "nothing was recorded" if worst else "no run could be read"
         return Answer(word="Cannot say", because=because)
     run = worst[0]
-    found = [finding for finding in run.diagnosis.findings if finding.severity != "low"]
+    found = _serious(run)
     if found:
         return _found(story, run, found[0])
     ended = _ended(run)
@@ -69,19 +70,34 @@ def answer_of(story: Story) -> Answer:
     return _nothing(story, run)
 
 
+def _serious(run: Seen) -> list[Finding]:
+    return [finding for finding in run.diagnosis.findings if finding.severity != "low"]
+
+
 def _nothing(story: Story, run: Seen) -> Answer:
     """Nothing went wrong; how far that goes depends on how much there is to see."""
     unfinished = any(not one.decided for one in story.runs)
-    because = "no run diverged, no loss gave an alarm, and no rule found more than a note"
+    lost = [one for one in story.unread if one.label != "experiment.json"]
+    whose = ["that could be read"] if lost else []
+    if any(one.doses and (_serious(one) or _ended(one)) for one in story.runs):
+        whose.append("that are no dose-response")
+    because = f"of the runs {' and '.join(whose)}, none" if whose else "no run"
+    because += " diverged, no loss gave an alarm, and no rule found more than a note"
     because += " so far" if unfinished else ""
     if not any(arm.uses_fp8 for part in story.parts for arm in part.arms):
         because += "; no operand says that it is FP8, so that FP8 was not tried here"
-    enough = len(run.steps) >= ENOUGH_STEPS and not run.products.empty and not unfinished
+    excluded = ["what was not recorded, and what more steps would show"]
+    if lost:
+        excluded.insert(0, f"what {len(lost)} run{'s' * (len(lost) > 1)} that cannot be read holds")
+    missing = sum(part.missing for part in story.parts)
+    if missing:
+        excluded.append(f"what {missing} planned and not here would show")
+    enough = len(run.steps) >= ENOUGH_STEPS and not run.products.empty
     return Answer(
-        word="No",
+        word="Cannot say" if lost else "No",
         because=because,
-        confidence="medium" if enough else "low",
-        cannot_exclude="what was not recorded, and what more steps would show",
+        confidence="medium" if enough and not (unfinished or missing or lost) else "low",
+        cannot_exclude="; ".join(excluded),
     )
 
 
@@ -90,13 +106,23 @@ def _found(story: Story, run: Seen, finding: Finding) -> Answer:
     clauses = [_ended(run) or "the loss itself never told"]
     excluded = [finding.cannot_exclude]
     is_precision = finding.cause in _OF_PRECISION
-    if is_precision and twin is None:
-        excluded.append("that it goes wrong in high precision too: no such run is here")
-    elif is_precision and twin is not None and not _ended(twin):
-        clauses.append("its twin in high precision neither diverged nor gave an alarm")
     word: Word = "Yes" if is_precision else "No"
+    confidence = finding.confidence
     if finding.cause == "precision_label":
         word = "Cannot say"  # what is called FP8 is not all FP8, and was not tried
+    if twin is None and is_precision:
+        excluded.append("that it goes wrong in high precision too: no such run is here")
+    elif twin is not None and _ended(twin):
+        how, step = _end_of(twin)
+        clauses.append(f"{_TWIN} {how}{' too,' if _ended(run) else ''} at step {step}")
+    elif twin is not None and not _reached_its_end(twin, run):
+        what = "it goes wrong in high precision too" if is_precision else "FP8 has a part in it"
+        excluded.append(f"that {what}: {_TWIN} ended before it did")
+    elif twin is not None:
+        clauses.append(f"{_TWIN} neither diverged nor gave an alarm")
+        if not is_precision and _ended(run):
+            word, confidence = "Cannot say", "low"
+            clauses[-1] += ", and nothing but precision tells the two apart"
     since = "" if finding.since is None else run.when(finding.since)
     where = "" if finding.site is None else f" at {finding.site}"
     where += "" if finding.channel is None else f", channel {finding.channel},"
@@ -104,7 +130,7 @@ def _found(story: Story, run: Seen, finding: Finding) -> Answer:
     return Answer(
         word=word,
         because="; ".join([f"{in_words(finding.cause)}{where} in {name}", *clauses]),
-        confidence=finding.confidence,
+        confidence=confidence,
         cannot_exclude="; ".join(one for one in excluded if one),
         run=name,
         cause=in_words(finding.cause),
@@ -118,10 +144,22 @@ def _found(story: Story, run: Seen, finding: Finding) -> Answer:
 
 def _ended(run: Seen) -> str:
     """How the run went wrong by its own account; empty if it did not."""
+    how, step = _end_of(run)
+    whose = "run" if how == "diverged" else "loss"
+    return "" if step is None else f"the {whose} {how} at step {step}"
+
+
+def _end_of(run: Seen) -> tuple[str, int | None]:
     if run.diverged_at is not None:
-        return f"the run diverged at step {run.diverged_at}"
-    alarm = run.diagnosis.loss_alarm
-    return "" if alarm is None else f"the loss gave an alarm at step {alarm}"
+        return "diverged", run.diverged_at
+    return "gave an alarm", run.diagnosis.loss_alarm
+
+
+def _reached_its_end(twin: Seen, run: Seen) -> bool:
+    """Whether the twin was recorded to where the run went wrong, or else was recorded to."""
+    _, end = _end_of(run)
+    reached, last = (one.steps["step"].max() for one in (twin, run))  # NaN without steps
+    return bool(reached >= (last if end is None else end))
 
 
 def named(story: Story, run: Seen) -> str:

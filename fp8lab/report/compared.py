@@ -19,6 +19,7 @@ from fp8lab.comparison import (
     QUARTILES_FROM,
     Band,
     By,
+    arms_of,
     band_of,
     curve_of,
     loss_name,
@@ -39,13 +40,15 @@ from fp8lab.report.drawing import (
     plain,
     wrapped,
 )
-from fp8lab.report.pictures import LOST
+from fp8lab.report.pictures import ceiling
 from fp8lab.report.story import Part, Story
 from fp8lab.report.tables import Cell, Table, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from fp8lab.runs import Run
 
 _ALSO = ("outcomes", "findings", "limits", "provenance")
 
@@ -71,7 +74,8 @@ def _losses(part: Part, by: By, against: str) -> Picture | Note:
     return Picture(
         name="bands",
         figure=drawn,
-        alt=f"Median loss of every arm of {part.title} by {by}, a band over its runs, log scale",
+        alt=f"Median loss of every arm of {part.title} by {by}, a band over its runs, "
+        f"{drawn.axes[0].get_yscale()} scale",
         caption=f"{part.title}. A panel an arm: the median of its runs, over the band between the "
         f"lowest and the highest, or from {QUARTILES_FROM} runs on between the quartiles. From "
         "where a run diverged its loss counts as infinite; a × is where the median is lost.",
@@ -90,7 +94,9 @@ def bands(part: Part, by: By, against: str) -> Figure | str:
     figure = new_figure(2.2 * rows + 0.9)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     finite = np.concatenate([each[np.isfinite(each)] for _, band in told for each in band[1:]])
-    top = min(float(finite.max()), LOST * max(float(band.middle[0]) for _, band in told))
+    lowest, top = float(finite.min()), ceiling(float(band.middle[0]) for _, band in told)
+    top = min(float(finite.max()), top)
+    beyond = max(10.0 * top, top + 10.0 * (top - lowest or 1.0))
     for axes, (arm, band) in zip(grid.flat, told, strict=False):
         axes.set_title(wrapped(arm.title), fontsize=9)
         for other, behind in told:
@@ -99,11 +105,13 @@ def bands(part: Part, by: By, against: str) -> Figure | str:
             if other is not arm:
                 look = {"color": colour, "linestyle": dash, "zorder": 1.9 + 0.05 * is_reference}
                 _median(axes, behind, top, linewidth=0.7, **look)
-        _band(axes, band, top)
+        _band(axes, band, top, beyond)
     log_axis(grid[0, 0].yaxis, np.minimum(finite, top))
     # What is infinite goes beyond the upper edge.
     if grid[0, 0].get_yscale() == "log":
         grid[0, 0].set_ylim(0.8 * float(finite[finite > 0].min()), 1.3 * top)
+    else:
+        grid[0, 0].set_ylim(lowest - 0.01 * (beyond - top), top + 0.01 * (beyond - top))
     for axes in list(grid.flat)[len(told) :]:
         axes.set_visible(False)
     figure.supxlabel({"step": "step", "tokens": "tokens seen"}[by], fontsize=9.5)
@@ -119,9 +127,9 @@ def bands(part: Part, by: By, against: str) -> Figure | str:
     return figure
 
 
-def _band(axes: Axes, band: Band, top: float) -> None:
+def _band(axes: Axes, band: Band, top: float, beyond: float) -> None:
     colour = RED if np.isinf(band.middle).any() else BLUE
-    low, high = (np.where(np.isinf(each), 10.0 * top, each) for each in (band.low, band.high))
+    low, high = (np.where(np.isinf(each), beyond, each) for each in (band.low, band.high))
     is_long = len(band.positions) > LONG
     axes.fill_between(
         band.positions, low, high, color=colour, alpha=0.2, linewidth=0.0, rasterized=is_long
@@ -140,19 +148,22 @@ def _median(axes: Axes, band: Band, top: float, **look: Any) -> None:
 
 
 def _arms(story: Story, by: By, against: str) -> list[Block]:
-    names: dict[str, str] = {}
+    titles: dict[Run, str] = {}
     for part in story.parts:
         for arm in part.arms:
             title = arm.title if len(story.parts) == 1 else f"{part.title}: {arm.title}"
-            names |= {f"{part.name}/{arm.name}": title}
-            names |= {str(run.run.path): run.label for run in arm.runs}
-    rows = side_by_side([run.run for run in story.runs], against, by)
+            for run in arm.runs:
+                is_alone = not {"part", "arm"} <= set(run.config)
+                titles[run.run] = run.label if is_alone else title
+    runs = [run.run for run in story.runs]
+    rows = side_by_side(runs, against, by)
+    names = [titles[members[0]] for _, members in arms_of(runs)]
     if not rows:
         return [Note("Not shown: no run is here.", missing=True)]
     return [
         Table(
             head=tuple(name.replace("_", " ") for name in rows[0]),
-            rows=[_cells(row, names) for row in rows],
+            rows=[_cells(name, row) for name, row in zip(names, rows, strict=True)],
             note=f"Losses and speeds are medians over runs; the aligned loss is that at the "
             f"furthest {by} that every arm reached with a run that did not diverge; staleness, "
             "saturated, flushed and bulk error are the largest that were recorded at a product. "
@@ -161,8 +172,8 @@ def _arms(story: Story, by: By, against: str) -> list[Block]:
     ]
 
 
-def _cells(row: Mapping[str, Any], names: Mapping[str, str]) -> tuple[Cell, ...]:
-    cells = [Cell(names.get(row["arm"], row["arm"]))]
+def _cells(arm: str, row: Mapping[str, Any]) -> tuple[Cell, ...]:
+    cells = [Cell(arm)]
     for name, value in row.items():
         if name != "arm":
             lost = name == "diverged" and value > 0

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,13 +42,17 @@ ARM_STYLES = (
 )
 # Of a legend: name to colour, dash ("" for none) and marker ("" for none).
 Keys = Mapping[str, tuple[str, Any, str]]
+MARK = "fp8lab report"  # in every PNG, by which it is known again
 LONG = 400  # points beyond which a line is rasterised
 WIDTH = 9.6  # inches; at 100 pixels an inch as wide as the page
 
 
 @contextmanager
-def style() -> Iterator[None]:
-    """The look of every picture, and bytes that do not depend on the time."""
+def style(*, cycle: bool = False) -> Iterator[None]:
+    """The look of every picture, and bytes that do not depend on the time.
+
+    With `cycle` lines that are given no look of their own take `ARM_STYLES` in turn.
+    """
     import matplotlib
     import seaborn
     from cycler import cycler
@@ -83,16 +86,15 @@ def style() -> Iterator[None]:
         "legend.frameon": False,
         "legend.fontsize": 9,
         "legend.handlelength": 2.2,
-        "axes.prop_cycle": cycler(
-            color=[colour for colour, _, _ in ARM_STYLES],
-            linestyle=[dash for _, dash, _ in ARM_STYLES],
-        ),
         "figure.dpi": 100,
         "savefig.facecolor": "white",
         "svg.hashsalt": "fp8lab",
         "svg.fonttype": "path",
         "text.parse_math": False,
     }
+    if cycle:
+        colours, dashes, _ = zip(*ARM_STYLES, strict=True)
+        look |= {"axes.prop_cycle": cycler(color=colours, linestyle=dashes)}
     with warnings.catch_warnings(), matplotlib.rc_context(look):
         # A name may be in a script that the font lacks; a box is drawn for it.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
@@ -106,10 +108,11 @@ def to_svg(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def to_png(figure: Figure, path: Path) -> Path:
-    """The figure as PNG, 150 pixels an inch; call it under `style`."""
-    figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
-    return path
+def to_png(figure: Figure) -> bytes:
+    """The figure as PNG, 150 pixels an inch, known again by `MARK`; call it under `style`."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": MARK})
+    return buffer.getvalue()
 
 
 def plain(name: str, length: int = 44) -> str:
@@ -179,12 +182,14 @@ def mark(axes: Axes, x: Any, y: Any, marker: str) -> None:
 
 
 def log_axis(axis: Any, values: Any) -> None:
-    """A log axis with labels in plain text, if there is anything positive to show on it."""
+    """A log axis with labels in plain text, if there is anything positive to show on it, and
+    nothing negative, which it would leave out."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     values = np.asarray(values, dtype=float)
-    values = values[np.isfinite(values) & (values > 0)]
-    if not len(values):
+    values = values[np.isfinite(values)]
+    below, values = (values < 0).any(), values[values > 0]
+    if below or not len(values):
         return
     set_scale = axis.axes.set_yscale if axis.axis_name == "y" else axis.axes.set_xscale
     set_scale("log", nonpositive="mask")

@@ -2,7 +2,8 @@
 
 Nothing is computed here that a picture does not show as well. A long line is thinned to the rows
 that hold the smallest and the largest value of each stretch, so that no spike is lost; a heat map
-keeps of each stretch the worst value. Numbers have four digits, and what is not finite is null.
+keeps of each stretch the worst value. Numbers have four digits, those of a heat map three; what is
+not finite is null, but for what is infinite in a heat map: that is the worst there is.
 
 The budgets below bound the whole, whatever is in a run: 80 layers over 10,000 steps stay below
 4 MB. What a chart opens with is thinned least, what can be chosen instead shares what is left.
@@ -13,6 +14,7 @@ thousand columns. Names are made printable here and turned into text by `page.js
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import isfinite, isnan
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from fp8lab.record import CLIPPED_STALENESS
 from fp8lab.report import longest
 from fp8lab.report.answer import named
 from fp8lab.report.drawing import plain
+from fp8lab.report.pictures import loss_name
 from fp8lab.report.pictures_of_layers import hot_channels, telling_statistic
 from fp8lab.report.story import (
     Part,
@@ -45,6 +48,7 @@ LINE_POINTS = 600  # of one line
 CHART_POINTS = 40_000  # of all lines of a chart
 HEAT_BINS = 200  # stretches of steps
 HEAT_CELLS = 200_000  # of the heat maps shown first, and of all others together
+COLOUR_DIGITS = 3  # of what a heat map shows
 TRACK_CELLS = 200_000  # of all channels but those of the layer shown first
 SITES, CHANNELS = 16, 6  # whose channels are followed, whose weights are shown
 WEIGHT_STEPS, WEIGHTS = 24, 512  # scatters of one channel, and the points of one
@@ -144,15 +148,16 @@ def thin(columns: Sequence[NDArray[np.float64]], most: int) -> NDArray[np.intp]:
     return picked
 
 
-def short(values: Iterable[Any]) -> list[float | int | None]:
+def short(values: Iterable[Any]) -> list[float | int | str | None]:
     """Four significant digits; null for what is missing or not finite."""
-    return [_short(float(value)) for value in np.asarray(values, dtype=float).ravel()]
+    return [_short(value) for value in np.asarray(values, dtype=float).ravel().tolist()]
 
 
-def _short(value: float) -> float | int | None:
-    if not np.isfinite(value):
-        return None
-    rounded = float(f"{value:.4g}")
+def _short(value: float, digits: int = 4, *, infinite: bool = False) -> float | int | str | None:
+    """Null for what is not finite; with `infinite`, "inf" and "-inf" are told."""
+    if not isfinite(value):
+        return None if isnan(value) or not infinite else f"{value:g}"
+    rounded = float(f"{value:.{digits}g}")
     return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
 
 
@@ -193,8 +198,8 @@ def _marks(run: Seen) -> list[list[Any]]:
 
 
 def _losses(story: Story, part: Part) -> Chart | None:
-    """Every run of a part: its lines by quantity, how it ended, what was noticed."""
-    loss = "common_loss" if all("common_loss" in r.steps for r in part.runs) else "loss"
+    """Every run of a part: its lines by quantity, and what was noticed."""
+    loss = loss_name(part.runs)
     wanted = [loss, *(name for name in QUANTITIES if name not in ("common_loss", "loss"))]
     found = dict.fromkeys(name for run in part.runs for name in _recorded(run.steps, wanted))
     if loss not in found:
@@ -210,7 +215,6 @@ def _losses(story: Story, part: Part) -> Chart | None:
             {
                 "name": plain(named(story, run), 80),
                 "arm": position,
-                "ended": _ended(run),
                 "lines": {n: _line(run.steps, run.steps[n], most) for n in names if n in run.steps},
                 "marks": _marks(run),
             }
@@ -218,12 +222,6 @@ def _losses(story: Story, part: Part) -> Chart | None:
             for run in arm.runs
         ],
     }
-
-
-def _ended(run: Seen) -> str:
-    if run.diverged_at is not None:
-        return "diverged"
-    return "survived" if run.decided else "not finished"
 
 
 def _twin(story: Story, run: Seen, other: Seen) -> Chart | None:
@@ -320,7 +318,13 @@ def _heat(run: Seen) -> Chart | None:
         apart = -(-sharing * len(modules) * HEAT_BINS // HEAT_CELLS)
         starts = np.arange(0, len(steps), apart)
         empty = [None] * len(starts)
-        kept = {site: short(pick.reduceat(row, starts)) for site, row in worst.items()}
+        kept = {
+            site: [
+                _short(value, COLOUR_DIGITS, infinite=True)
+                for value in pick.reduceat(row, starts).tolist()
+            ]
+            for site, row in worst.items()
+        }
         tables = {
             role: [kept.get(f"{module}:{role}", empty) for module in modules]
             for role in roles
@@ -332,7 +336,8 @@ def _heat(run: Seen) -> Chart | None:
         [f.since, modules.index(f.site.rpartition(":")[0]), in_words(f.cause)]
         for f in run.diagnosis.findings
         if f.since is not None and f.severity != "low"
-        if f.site is not None and f.site.rpartition(":")[0] in modules
+        if f.site is not None and f.site.endswith(":product")
+        if f.site.rpartition(":")[0] in modules
     ]
     return {
         "layers": [plain(module) for module in modules],
@@ -346,6 +351,8 @@ def _channels(run: Seen, place: Place) -> Chart | None:
     """The hottest channels of each feed-forward, over the steps that recorded them."""
     rows = run.channels.dropna(subset="product_amax")
     names = _recorded(rows, TRACKS)
+    if "product_amax" not in names:
+        return None
     by_site = rows[["step", "site", "channel", *names]].groupby("site", sort=False)
     peaks = by_site["product_amax"].max()
     hottest = {*peaks.nlargest(SITES).index, place.module}
@@ -473,7 +480,6 @@ def _histogram(run: Seen, row: pd.Series) -> Chart:
     return {
         "when": plain(run.when(int(row["step"]))),
         "format": str(row["format"]),
-        "recipe": plain(str(row["recipe"])),
         "start": int(row["histogram_start"]),
         "counts": counts.tolist(),
         "bounds": short(np.log2(bounds / float(row["scale"]))),

@@ -77,7 +77,8 @@ def channels(run: Run, products: pd.DataFrame, looked_at: tuple[str, int] | None
     else:
         largest = pd.DataFrame([looked_at], columns=["site", "hot_channel"])
     hot = full.merge(largest[["site", "hot_channel"]], on=["site", "hot_channel"])
-    picked = pd.concat([with_histogram[["step", "site"]], hot.iloc[[0, -1]][["step", "site"]]])
+    ends = hot.iloc[[0, -1] if len(hot) else []]
+    picked = pd.concat([with_histogram[["step", "site"]], ends[["step", "site"]]])
     picked["site"] = picked["site"].str.removesuffix(":product")
     return _frame("channels", run.reduced("channels", _at(picked)), TABLES["channels"].names)
 

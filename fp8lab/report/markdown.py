@@ -44,6 +44,14 @@ def render(document: Document, stem: str) -> tuple[str, dict[str, Figure]]:
 
 def escaped(text: str) -> str:
     """Any text as Markdown that shows it, on one line, in a sentence, a heading or a table."""
+    # What names a user, an issue or an emoji, or is an e-mail's address, is looked for in what was
+    # read, where an entity or a backslash is gone; nothing of it goes on behind a comment.
+    pattern = r"@|\\#(?=\w)|:(?=[\w+\\-]+:)|(?i:gh-)(?=\d)"
+    return re.sub(pattern, r"\g<0><!-- -->", _escaped(text))
+
+
+def _escaped(text: str) -> str:
+    """Also where a comment would be shown: instead of a picture."""
     line = re.sub(r"[\\`*_\[\]<>&|~#$]", r"\\\g<0>", _line(text))
     line = re.sub(r"(?i)(?<=www)\.|(?<=:)/(?=/)", r"\\\g<0>", line)  # else a link
     # At the beginning "1." and "-" would be a list, "---" a rule, "===" a heading.
@@ -149,7 +157,7 @@ def _shown(block: Block, figures: dict[str, Figure], stem: str) -> Iterator[str]
             count += 1
             file = f"{stem}-{block.name}-{count}.png"
         figures[file] = block.figure
-        yield f"![{escaped(block.alt)}](<{quote(file)}>)"
+        yield f"![{_escaped(block.alt)}](<{quote(file)}>)"
         yield escaped(block.caption)
     elif isinstance(block, Table):
         yield from _table(block)

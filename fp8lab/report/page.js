@@ -86,8 +86,10 @@
     tickfont: { color: colour("--soft"), size: 11.5 }, tickformat: "~g", nticks: 6, ...more,
   });
 
-  /* A log axis whose first view leaves out what explodes: all else would be a flat line. */
+  /* A log axis whose first view leaves out what explodes: all else would be a flat line. It would
+     leave out what is negative, too. */
   const growing = (lines) => {
+    if (lines.some((line) => line && line[1].some((y) => y < 0))) return axis("");
     const shown = lines.map((line) => (line ? line[1].filter((y) => y > 0) : [])).filter((y) => y.length);
     if (!shown.length) return axis("");
     const median = (values) => [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)];
@@ -291,11 +293,16 @@
     const draw = () => {
       const one = data.statistics[statistic.at];
       const cells = one.roles[roles()[role.at]];
-      const values = cells.flat().filter((value) => value !== null);
+      const found = cells.flat().filter(Number.isFinite);
+      const values = found.length ? found : [1]; // there are but infinite ones
       const low = values.reduce((a, b) => Math.min(a, b), Infinity);
       const high = values.reduce((a, b) => Math.max(a, b), -Infinity);
       const log = low > 0 && high / low > 50;
-      const shown = log ? cells.map((row) => row.map((v) => (v === null ? null : Math.log10(v)))) : cells;
+      const [from, to] = log ? [Math.log10(low), Math.log10(high)] : [low, high];
+      const beyond = to > from ? 0.25 * (to - from) : Math.abs(to) || 1; // where infinity is drawn
+      const shade = (v) => (v === null ? null : v === "inf" ? to + beyond : v === "-inf" ? from - beyond
+        : log ? Math.log10(v) : v);
+      const say = (v) => ({ inf: "infinite", "-inf": "minus infinite" })[v] ?? number(v);
       const scale = DARK.matches !== one.low ? MAGMA : [...MAGMA].reverse();
       const apart = Math.ceil(Math.log10(high / low) / 5) || 1;
       const powers = Array.from({ length: 80 }, (_, at) => (at - 40) * apart);
@@ -304,11 +311,12 @@
       const ticks = log && Math.log10(high / low) > 1
         ? { tickvals: powers, ticktext: powers.map((k) => `10${sup(k)}`) } : {};
       const trace = {
-        type: "heatmap", x: one.steps, y: data.layers.map((_, at) => at), z: shown, hoverongaps: false,
+        type: "heatmap", x: one.steps, y: data.layers.map((_, at) => at), z: cells.map((row) => row.map(shade)),
+        hoverongaps: false,
         text: cells.map((row, at) => row.map((v, bin) =>
-          `${text(data.layers[at])}<br>from step ${one.steps[bin]}: ${number(v)}`)),
+          `${text(data.layers[at])}<br>from step ${one.steps[bin]}: ${say(v)}`)),
         hovertemplate: "%{text}<extra></extra>", xgap: 0, ygap: data.layers.length > 1 ? 1 : 0,
-        colorscale: scale.map((shade, at) => [at / (scale.length - 1), shade]),
+        colorscale: scale.map((each, at) => [at / (scale.length - 1), each]),
         colorbar: { thickness: 12, outlinewidth: 0, tickfont: { color: colour("--soft"), size: 11.5 },
           tickformat: "~g", ...(log && !ticks.tickvals ? { showticklabels: false } : ticks) },
       };
@@ -317,9 +325,9 @@
         autorange: "reversed", automargin: true, showgrid: false,
       });
       const height = Math.min(720, Math.max(200, 96 + 26 * data.layers.length));
-      const found = role.element.hidden || roles()[role.at] === "product" ? data.marks : [];
-      const marks = found.map(([step, , said]) => [step, [said], "finding"]);
-      const above = signs(marks, found.map(([, layer]) => layer), { cliponaxis: true });
+      const told = roles()[role.at] === "product" ? data.marks : [];
+      const marks = told.map(([step, , said]) => [step, [said], "finding"]);
+      const above = signs(marks, told.map(([, layer]) => layer), { cliponaxis: true });
       return {
         data: [trace, above],
         layout: layout(height, { xaxis: axis("step", { showgrid: false, tickformat: "" }), yaxis: rows }),

@@ -7,7 +7,7 @@ log axis, is in `drawing`. What is inside one step is in `pictures_of_layers` an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -47,16 +47,24 @@ LOST = 30.0  # a loss beyond this multiple of where it started is drawn at the t
 NAMED_CAUSES = 4  # of a timeline; each has a line through all panels
 
 
+def ceiling(starts: Iterable[float]) -> float:
+    """The height above which a loss, or a norm, is drawn at the top; where none of these is
+    positive there is no multiple of them, and nothing is cut off."""
+    start = max(starts, default=0.0)
+    return LOST * start if start > 0 else np.inf
+
+
 def losses(part: Part) -> Figure | str:
     """Loss of every run and below it the gradient norm, two panels an arm; the same training in
     high precision lies behind, and alarms are marked where they were."""
-    arms = [arm for arm in part.arms if any(len(_loss(run)[0]) for run in arm.runs)]
+    loss = loss_name(part.runs)
+    curves = {run.label: _loss(run, loss) for run in part.runs}
+    arms = [arm for arm in part.arms if any(len(curves[run.label][0]) for run in arm.runs)]
     if not arms:
         return "no finite loss was recorded"
-    curves = {run.label: _loss(run) for run in part.runs}
     norms = {run.label: points(run.steps, "grad_norm") for run in part.runs}
-    start = max(float(curve[0]) for _, curve in curves.values() if len(curve))
-    kinds = [(curves, LOST * start if start > 0 else np.inf, _loss_name(part.runs))]
+    top = ceiling(float(curve[0]) for _, curve in curves.values() if len(curve))
+    kinds = [(curves, top, loss)]
     if any(len(norm) for _, norm in norms.values()):
         kinds.append((norms, _calm_top(part, norms), "gradient norm"))
     columns, each = min(4, len(arms)), len(kinds)
@@ -129,17 +137,16 @@ def _calm_top(part: Part, curves: Mapping[str, tuple[Any, Any]]) -> float:
     for run in part.runs:
         (x, values), alarm = curves[run.label], run.diagnosis.loss_alarm
         calm.append(values if alarm is None else values[x < alarm])
-    largest = float(np.concatenate(calm).max(initial=0.0))
-    return LOST * largest if largest > 0 else np.inf
+    return ceiling(np.concatenate(calm).tolist())
 
 
-def _loss_name(runs: Sequence[Seen]) -> str:
+def loss_name(runs: Iterable[Seen]) -> str:
+    """Of runs beside each other: `common_loss`, where every run with steps has it."""
     common = all("common_loss" in run.steps for run in runs if len(run.steps))
     return "common_loss" if common else "loss"
 
 
-def _loss(run: Seen) -> tuple[Any, Any]:
-    name = _loss_name([run])
+def _loss(run: Seen, name: str) -> tuple[Any, Any]:
     return points(run.steps, name) if name in run.steps else (np.array([]), np.array([]))
 
 
@@ -262,13 +269,15 @@ def _growth_panel(axes: Axes, run: Seen, title: str, looks: Mapping[str, str]) -
     alarm = run.diagnosis.loss_alarm
     before = [v[x < alarm] if alarm is not None else v for x, v in curves.values()]
     calm = np.concatenate(before)
-    top = LOST * float(calm.max()) if len(calm) else np.inf
+    top = ceiling(calm.tolist())
     everything = np.concatenate([v for _, v in curves.values()])
     log_axis(axes.yaxis, np.minimum(everything, top))
     for colour, (x, values) in zip(looks.values(), curves.values(), strict=True):
         line(axes, x, values, color=colour, linewidth=0.8)
     if len(everything) and everything.max() > top > 0:
-        axes.set_ylim(0.7 * float(everything[everything > 0].min()), top)
+        lowest = float(everything.min())
+        positive = everything[everything > 0]
+        axes.set_ylim(lowest if lowest < 0 else 0.7 * float(positive.min()), top)
         axes.set_title(f"{title} (up to {power_of_ten(everything.max())}, beyond the axis)")
     say_if_empty(axes, everything)
     if len(looks) > 1:
@@ -325,14 +334,14 @@ def twin(run: Seen, other: Seen, site: str, divergence: Divergence | None) -> Fi
     """A run and its twin in high precision: loss, and one tensor's l2 norm, by step; a line where
     they first parted."""
     norms = [_norms(one, site) for one in (run, other)]
-    curves = [_loss(one) for one in (run, other)]
+    loss = loss_name((run, other))
+    curves = [_loss(one, loss) for one in (run, other)]
     if not all(len(x) for x, _ in curves) and not all(len(x) for x, _ in norms):
         return "nothing was recorded of both the run and its twin"
     figure = new_figure(4.6)
     panels = figure.subplots(2, 1, sharex=True)
-    known = [values for _, values in curves if len(values)]
-    top = LOST * max((float(values[0]) for values in known), default=np.inf)
-    titles = "Loss", f"l2 norm of {plain(site, 60)}"
+    top = ceiling(float(values[0]) for _, values in curves if len(values))
+    titles = "Loss" if loss == "loss" else loss, f"l2 norm of {plain(site, 60)}"
     pairs = [[(x, np.minimum(v, top)) for x, v in curves], norms]
     for axes, title, pair in zip(panels, titles, pairs, strict=True):
         axes.set_title(title)

@@ -79,26 +79,28 @@ def heat(run: Seen, statistic: str) -> Figure | str:
     from seaborn import color_palette
 
     sites, edges, values = map_of(run, statistic)
-    finite = values[np.isfinite(values)]
-    if not len(finite):
+    if np.isnan(values).all():
         return f"{statistic} was not recorded"
+    finite, infinite = values[np.isfinite(values)], np.isposinf(values)
     figure = new_figure(_height(len(sites), 0.22) + 0.9)
     axes = figure.subplots()
     positive = finite[finite > 0]
     low, high = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
+    top = max(high, EVEN * low)
     mesh = axes.pcolormesh(
         edges,
         np.arange(len(sites) + 1),
-        np.where(np.isfinite(values), np.clip(values, low, high), np.nan),
-        cmap=color_palette("rocket_r", as_cmap=True),
-        norm=LogNorm(low, max(high, EVEN * low)),
+        np.where(infinite, 2.0 * top, np.clip(values, low, high)),
+        cmap=color_palette("rocket_r", as_cmap=True).with_extremes(over=BLUE),
+        norm=LogNorm(low, top),
         rasterized=True,
     )
     axes.patch.set(facecolor="#ffffff", hatch="////", edgecolor=FAINT)
     bar = figure.colorbar(mesh, ax=axes, aspect=12 + 0.6 * len(sites), pad=0.01)
     bar.outline.set_visible(False)
-    log_axis(bar.ax.yaxis, [low, max(high, EVEN * low)])
-    axes.set_title(f"{statistic} of every gate product, by step: darker is larger")
+    log_axis(bar.ax.yaxis, [low, top])
+    also = ", blue is infinite" if infinite.any() else ""
+    axes.set_title(f"{statistic} of every gate product, by step: darker is larger{also}")
     axes.set_ylim(len(sites), 0)
     _name_sites(axes, sites, 0.5)
     axes.set_xlabel("step")

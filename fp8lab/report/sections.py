@@ -11,7 +11,10 @@ see `Story.worst_first`. Each caption says which.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from fp8lab.report import pictures, pictures_of_casts, pictures_of_layers, tables
 from fp8lab.report.answer import answer_of, named
@@ -147,8 +150,21 @@ def _loss(part: Part) -> Picture | Note:
         f"Loss and gradient norm of every run of {part.title}, two panels an arm, log scale",
         f"{part.title}. Every line is a run, its gradient norm below its loss. A diverged run ends "
         f"in a ×, drawn at the top where it is beyond {pictures.LOST:g} times the start; ▽ is the "
-        "first step that a finding above “low” names, □ the one at which the loss itself told.",
+        "first step that a finding above “low” names, □ the one at which the loss itself told."
+        + _not_finite(part.runs),
     )
+
+
+def _not_finite(runs: Sequence[Seen], place: Place | None = None) -> str:
+    """What a line leaves out: in how many steps a number that was recorded is none."""
+    common = all("common_loss" in run.steps for run in runs)
+    named = {"common_loss" if common else "loss": "the loss", "grad_norm": "the gradient norm"}
+    steps = {name: sum(run.not_finite(column) for run in runs) for column, name in named.items()}
+    if place is not None:
+        amaxes = [run.products.loc[run.products["site"] == place.site, "cur_amax"] for run in runs]
+        steps["the product"] = sum(int((~np.isfinite(amax)).sum()) for amax in amaxes)
+    said = [f"{name} in {count} step{'s' * (count > 1)}" for name, count in steps.items() if count]
+    return f" Not finite, and not drawn: {', '.join(said)}." if said else ""
 
 
 def _timeline(story: Story, run: Seen | None, place: Place | None) -> Picture | Note:
@@ -167,7 +183,8 @@ def _timeline(story: Story, run: Seen | None, place: Place | None) -> Picture | 
         f"Shown is {named(story, run)}: {why}. From the top: do the rows of channel "
         f"{place.channel} of {place.module} align, does multiplying them amplify their peaks, does "
         "the product jump, was the scale in force made without the jump, what did the cast lose, "
-        "and when do gradients and loss tell? Where a line is absent, nothing of it was recorded.",
+        "and when do gradients and loss tell? Where a line is absent, nothing of it was recorded."
+        + _not_finite([run], place),
     )
 
 

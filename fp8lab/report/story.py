@@ -23,12 +23,16 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute
 
+from fp8lab.comparison import lost_at
 from fp8lab.diagnosis import Diagnosis, diagnose
 from fp8lab.diagnosis.not_fp8 import uses_fp8
 from fp8lab.diagnosis.rows import Loaded
-from fp8lab.record import SEVERITIES
+from fp8lab.record import SEVERITIES, TABLES
 from fp8lab.report import longest
 from fp8lab.runs import hottest
 from fp8lab.store import Run, RunError, find_runs, open_run
@@ -86,19 +90,32 @@ class Seen:
         asked = {*columns, "cur_amax"}
         return hottest(self.run.coded("tensors", asked, sites=sites))
 
-    @property
+    @cached_property
     def diverged_at(self) -> int | None:
-        """By the run's own criterion; without one, where the loss told, if it ended not finite."""
-        if "diverged_at" in self.result:
-            step = self.result["diverged_at"]
-            return None if step is None else int(step)
-        losses = self.steps["loss"].to_numpy(dtype=float)
-        return self.diagnosis.loss_alarm if losses.size and not isfinite(losses[-1]) else None
+        """As `comparison.lost_at`."""
+        return lost_at(self.run)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.steps.empty and self.products.empty
 
     @property
     def decided(self) -> bool:
         """Whether no further step could change the outcome."""
         return self.state == "finished" or self.diverged_at is not None
+
+    def not_finite(self, column: str) -> int:
+        """In how many steps the number was recorded, and is none."""
+        if self.steps.empty:
+            return 0
+        own = column in TABLES["steps"].names
+        rank = int(self.steps["rank"].iloc[0])
+        rows = self.run.arrow("steps", column if own else "metrics", ranks=rank)
+        if own:
+            told = rows[column]
+        else:
+            told = pa.compute.map_lookup(rows["metrics"], column, "first")
+        return int((~np.isfinite(told.drop_null().to_numpy())).sum())
 
     @property
     def doses(self) -> list[dict[str, float]]:
@@ -196,17 +213,21 @@ class Story:
 
     def worst_first(self) -> list[Seen]:
         """Those that diverged, then those whose loss told, then by severity, then by how far
-        beyond its threshold the evidence lies; dose-response runs, which train nothing, last."""
+        beyond its threshold the evidence lies; then dose-response runs, which train nothing, and
+        last what recorded nothing and says no more."""
         return sorted(self.runs, key=_badness)
 
 
-def _badness(run: Seen) -> tuple[bool, bool, bool, int, float]:
-    findings = [f for f in run.diagnosis.findings if f.site is not None]
+def _badness(run: Seen) -> tuple[int, bool, bool, int, float]:
+    findings = run.diagnosis.findings
     severity = min((SEVERITIES.index(f.severity) for f in findings), default=len(SEVERITIES))
-    beyond = [e.value / e.threshold for f in findings for e in f.evidence if e.threshold]
+    placed = [found.evidence for found in findings if found.site is not None]
+    beyond = [one.value / one.threshold for told in placed for one in told if one.threshold]
     worst = max((ratio for ratio in beyond if isfinite(ratio)), default=0.0)
     silent = run.diagnosis.loss_alarm is None
-    return (bool(run.doses), run.diverged_at is None, silent, severity, -worst)
+    survived = run.diverged_at is None
+    order = 1 if run.doses else 2 if survived and run.is_empty else 0
+    return (order, survived, silent, severity, -worst)
 
 
 def _setting(run: Seen) -> dict[str, Any]:
@@ -216,8 +237,6 @@ def _setting(run: Seen) -> dict[str, Any]:
 def _of_known_types(result: dict[str, Any]) -> dict[str, Any]:
     """Without what is no number: a run may say anything of itself, and the page goes on."""
     kept = {key: value for key, value in result.items() if value is None or _is_number(value)}
-    if kept.get("diverged_at") is not None and not isfinite(kept["diverged_at"]):
-        del kept["diverged_at"]
     doses = result.get("doses")
     keys = ("dose", "loss", "gradient_cosine")
     kept["doses"] = [
@@ -326,14 +345,18 @@ def _arranged(experiments: list[dict[str, Any]], runs: list[Seen]) -> Iterator[P
                     del left[run]
                 arms.append(_arm(arm, mine))
             yield _part(planned["name"], planned["title"], planned["seeds"], arms)
-    for name in dict.fromkeys(run.part for run in left):
-        names = dict.fromkeys(run.arm for run in left if run.part == name)
-        groups = {arm: [run for run in left if (run.part, run.arm) == (name, arm)] for arm in names}
+    unplanned: dict[tuple[str, str], dict[str, list[Seen]]] = {}
+    for run in left:
+        key = run.part, str(run.config.get("experiment", ""))
+        unplanned.setdefault(key, {}).setdefault(run.arm, []).append(run)
+    for (name, above), groups in unplanned.items():
         arms = [
             _arm({"name": arm, "mitigations": group[0].config.get("mitigations")}, group)
             for arm, group in groups.items()
         ]
-        yield _part(name, name or "Runs", (), arms)
+        is_shared = [one for one, _ in unplanned].count(name) > 1
+        title = f"{above}: {name or 'Runs'}" if is_shared and above else name or "Runs"
+        yield _part(name, title, (), arms)
 
 
 def _arm(described: Mapping[str, Any], runs: list[Seen]) -> Arm:
@@ -434,11 +457,12 @@ def starved_row(runs: Iterable[Seen]) -> tuple[Seen, pd.Series] | None:
 
 def ranged_rows(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows that hold a histogram, and a scale that is the product's own: amax / staleness is then
-    the magnitude that the scale maps to the format's largest. With a scale a channel it is not."""
+    the magnitude that the scale maps to the format's largest. With a scale a channel it is not,
+    and of a format that has an unknown name it cannot be told."""
     from fp8lab import formats
 
     rows = rows[rows["histogram"].notna() & rows["format"].notna() & (rows["scale"] > 0)]
-    maxima = {name: getattr(formats, name).max for name in rows["format"].unique()}
-    largest = rows["format"].map(maxima).astype(float)
+    known = {k: one for k, one in vars(formats).items() if isinstance(one, formats.FloatFormat)}
+    largest = rows["format"].map({name: one.max for name, one in known.items()}).astype(float)
     off = rows["cur_amax"] / rows["staleness"] * rows["scale"] / largest - 1.0
     return rows[off.abs() < 1e-3]

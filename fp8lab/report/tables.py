@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from fp8lab.comparison import side_by_side
+from fp8lab.diagnosis.rows import facts_of
 from fp8lab.recipe import GEMMS, gemm_in_words
 from fp8lab.record import TENSORS, Severity
 from fp8lab.report.story import Arm, Part, Seen, Story, superscript
@@ -221,7 +222,7 @@ def precision(arm: Arm, title: str) -> Table:
     """Layer by GEMM, as the layers said it when recording began; equal layers share a row."""
     layers: dict[str, Any] = {}
     for run in arm.runs:
-        layers |= run.run.info.get("precision") or {}
+        layers |= facts_of(run.run.info, "precision")
     rows: dict[tuple[str, ...], list[str]] = {}
     for layer, casts in layers.items():
         rows.setdefault(tuple(gemm_in_words(casts, gemm) for gemm in GEMMS), []).append(layer)

@@ -63,8 +63,8 @@ def _row(recipe: Recipe, forecast: Forecast) -> tuple[Cell, ...]:
         return name, Cell("unknown", "quiet"), NOTHING, Cell(_to_record(forecast.unknown), "quiet")
     worst = Cell(str(forecast.troubles[0])) if forecast.troubles else NOTHING
     if forecast.serious:
-        first = min(trouble.step for trouble in forecast.serious)
-        told = Cell(f"{forecast.serious[0].kind}: serious since step {first}", "bad")
+        first = min(forecast.serious, key=lambda trouble: trouble.step)
+        told = Cell(f"{first.kind}: serious since step {first.step}", "bad")
     elif forecast.troubles:
         told = Cell(f"{forecast.troubles[0].kind}: a warning", "warn")
     else:
