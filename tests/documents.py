@@ -224,7 +224,8 @@ def gallery() -> str:
         title, line = _told_of(text) if page.suffix == ".md" else _told_of_html(text)
         of_it = sorted(path.name for path in reports.glob(f"{page.stem}*.png"))
         # A page that has several shows the most telling one first.
-        shown = next(iter(re.findall(r"!\[.*?\]\(<?([^)>]+)>?\)", text)), next(iter(of_it), None))
+        pictures = re.findall(r"!\[.*?\]\(<?([^)>]+)>?\)", text) if page.suffix == ".md" else []
+        shown = next(iter([*pictures, *of_it]), None)
         lines += ["", f"## [{title}](../reports/{page.name})", "", line]
         if shown is not None:
             lines += ["", f"![A picture of {title}](../reports/{shown})"]
@@ -244,7 +245,7 @@ def _told_of(text: str) -> tuple[str, str]:
 
 def _told_of_html(text: str) -> tuple[str, str]:
     """A report's name, the question in its heading and the paragraph below it."""
-    of = r"<title>(.*?)</title>.*<h1[^>]*>(.*?)</h1>.*?<p[^>]*>(.*?)</p>"
+    of = r"<title>(.*?)</title>.*<h1[^>]*>(.*?)</h1>.*?<p class=\"(?:lead|headline)\">(.*?)</p>"
     found = re.search(of, text, flags=re.DOTALL)
     if found is None:
         raise ValueError("a report without a title, a heading or a paragraph below it")

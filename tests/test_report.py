@@ -231,10 +231,10 @@ def test_same_runs_same_bytes_and_no_torch(page: str, experiment: Path, tmp_path
 def test_a_page_replaces_the_one_before_or_leaves_it(tmp_path: Path) -> None:
     run = record(tmp_path / "run", steps=0)
     old = tmp_path / "report.html"
-    old.write_text("old")
+    old.write_text("<!doctype html>old")
     with pytest.raises(RunError, match=r"^.*nowhere: no run here"):
         write_report([tmp_path / "nowhere"], old)
-    assert old.read_text() == "old"
+    assert old.read_text() == "<!doctype html>old"
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError):
         write_report([run], tmp_path / "folder")
