@@ -44,8 +44,9 @@ fmt: $(SETUP) ## Format, and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(SETUP) ## Time the casts and the watching
+bench: $(SETUP) ## Time the casts, the watching and the mitigations
 	$(BIN)/python tests/bench.py
+	$(BIN)/python tests/bench_mitigations.py
 
 bench-diagnosis: $(SETUP) ## Diagnose trainings whose cause is known, and count what is right
 	$(BIN)/python tests/bench_diagnosis.py

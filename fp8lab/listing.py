@@ -18,6 +18,8 @@ from fp8lab.comparison import config_of, number_of, told_of
 from fp8lab.store import Run, find_runs, open_run
 from fp8lab.terminal import printable
 
+WRAPPED = 32  # characters, beyond which a cell of several words goes on in the next line
+
 
 def summary_of(run: Run) -> dict[str, Any]:
     """A run in a row, JSON-able but for NaN."""
@@ -74,17 +76,19 @@ def _grid(title: str, arms: dict[str, str], part: str, runs: list[Run]) -> Table
 def print_rows(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """A table, whose first column names the row; where it is too wide, a paragraph a row.
 
-    Headings wrap, cells do not: half of a number is none.
+    Headings wrap, and cells of several words; others do not: half of a number is none.
     """
     names = [name.replace("_", " ") for name in (rows[0] if rows else ())]
     cells = [[printable(cell_of(value)) for value in row.values()] for row in rows]
     table, width = Table(box=None), 0
     for position, name in enumerate(names):
-        widest = max(map(len, [*name.split(), *(row[position] for row in cells)]))
+        column = [row[position] for row in cells]
+        widest = max(map(len, [*name.split(), *(one for one in column if not _wraps(one))]))
+        widest = max([widest, *(min(len(one), WRAPPED) for one in column)])
         table.add_column(name, width=widest)
         width += widest + 2
     for row in cells:
-        table.add_row(*(Text(cell, no_wrap=True) for cell in row))
+        table.add_row(*(Text(cell, no_wrap=not _wraps(cell)) for cell in row))
     if width <= console.width:
         console.print(table)
         return
@@ -92,6 +96,10 @@ def print_rows(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         told = (f"{name} {cell}" for name, cell in zip(names[1:], row[1:], strict=True))
         console.print(row[0], highlight=False)
         console.print(Padding(", ".join(told), (0, 0, 0, 2)), highlight=False)
+
+
+def _wraps(cell: str) -> bool:
+    return len(cell) > WRAPPED and " " in cell
 
 
 def cell_of(value: Any) -> str:

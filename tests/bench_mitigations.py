@@ -31,7 +31,7 @@ from fp8lab.recipe import Recipe
 REPORT = Path(__file__).resolve().parents[1] / "reports" / "mitigations.md"
 CONFIG = ModelConfig(dim=192, layers=2, heads=4, context=128)
 DELAYED, CURRENT = DelayedScaling(), Float8CurrentScaling()
-TURNS, STEPS = 3, 4
+TURNS, STEPS = 7, 4
 
 
 def offered() -> dict[str, tuple[Mitigation, Recipe]]:
