@@ -32,7 +32,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import pyarrow as pa
 from torch import nn
@@ -43,13 +43,11 @@ from fp8lab.monitor import Watch
 from fp8lab.ranks import world_size
 from fp8lab.record import SEVERITIES, TABLES, Finding, Severity, Table
 from fp8lab.recorder import StepRows
-from fp8lab.runs import Names, Numbers, Run, wanted_of
+from fp8lab.runs import Excerpt, Names, Numbers, wanted_of
 from fp8lab.wanted import schema_of
 
 # Of the first steps the rows stay: a loss is held against them.
 FIRST_STEPS = 50
-
-_Kept = TypeVar("_Kept")
 
 
 class Mitigation(Protocol):
@@ -219,7 +217,7 @@ class Guard:
         self._watch.event(step, "mitigated", type(mitigation).__name__, finding.site)
 
 
-class _Recent(Run):
+class _Recent(Excerpt):
     """The rows of the last steps, read like those of a run."""
 
     def __init__(self, path: Path, info: dict[str, Any], window: int) -> None:
@@ -261,13 +259,3 @@ class _Recent(Run):
         schema = schema_of(table, coded)
         names = wanted.names(schema)
         return rows.select(names).cast(pa.schema([schema.field(name) for name in names]))
-
-    def reduced(
-        self,
-        table: Table,
-        reduce: Callable[[pa.Table], _Kept],
-        columns: Names = None,
-        *,
-        sites: Names = None,
-    ) -> list[_Kept]:
-        return [reduce(self.arrow(table, columns, sites=sites, coded=True))]

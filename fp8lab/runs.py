@@ -365,6 +365,20 @@ def claimed(path: Path, rank: int) -> Iterator[None]:
 # --- opening and finding ----------------------------------------------------------------------
 
 
+class Excerpt(Run):
+    """Some of a run's rows, read like a run's: what `arrow` gives is all there is."""
+
+    def reduced(
+        self,
+        table: Table,
+        reduce: Callable[[pa.Table], _Kept],
+        columns: Names = None,
+        *,
+        sites: Names = None,
+    ) -> list[_Kept]:
+        return [reduce(self.arrow(table, columns, sites=sites, coded=True))]
+
+
 def open_run(path: str | Path) -> Run:
     """Open a run directory for reading, also while it is being written.
 

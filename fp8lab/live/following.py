@@ -12,11 +12,10 @@ thousand rows of steps again is a hundredth of a second.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,7 +26,7 @@ from fp8lab import segments
 from fp8lab.diagnosis import judge
 from fp8lab.diagnosis.rows import Loaded
 from fp8lab.record import CLIPPED_STALENESS, SEVERITIES, Finding, Table
-from fp8lab.runs import Names, Numbers, Run, find_runs, hottest, open_run
+from fp8lab.runs import Excerpt, Names, Numbers, Run, find_runs, hottest, open_run
 from fp8lab.segments import RunError
 
 UNDER_WAY = ("running", "unknown")
@@ -35,7 +34,6 @@ CURVES = ("loss", "grad_norm", "seconds")
 LOOK_BACK = 1000  # steps; who records in full more rarely sees no casts
 JUDGED_ROWS = 100_000  # two seconds
 SHARE = 0.1
-_Kept = TypeVar("_Kept")
 _OF_CAST = ["saturated", "flushed"]
 _OF_PRODUCT = ["cur_amax", "hot_channel", "staleness", "nans", "infs", *_OF_CAST]
 
@@ -128,7 +126,7 @@ class Follower:
         self._rest_until = now + (now - began) * (1.0 / SHARE - 1.0)
 
 
-class _Recent(Run):
+class _Recent(Excerpt):
     """A run of which only the steps' table is older than `window`."""
 
     def __init__(self, run: Run, window: range) -> None:
@@ -147,16 +145,6 @@ class _Recent(Run):
     ) -> pa.Table:
         steps = steps if table == "steps" else self._window
         return super().arrow(table, columns, sites=sites, steps=steps, ranks=ranks, coded=coded)
-
-    def reduced(
-        self,
-        table: Table,
-        reduce: Callable[[pa.Table], _Kept],
-        columns: Names = None,
-        *,
-        sites: Names = None,
-    ) -> list[_Kept]:
-        return [reduce(self.arrow(table, columns, sites=sites, coded=True))]
 
 
 def chosen(path: Path) -> tuple[Path, str]:
