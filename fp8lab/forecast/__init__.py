@@ -196,9 +196,9 @@ def replay(run: Run | str | Path, recipe: Any) -> Forecast:
     troubles: list[Trouble] = []
     notes = list(_events_told(run))
     unknown = uses.unknown | _not_recorded(run, plan, uses)
+    by_use = dict(tuple(frame.groupby(["site", "gemms"], sort=False)))
     for use in uses.cast:
-        mine = frame["site"].eq(use.site) & frame["gemms"].eq(", ".join(use.gemms))
-        rows = frame[mine].reset_index(drop=True)
+        rows = by_use.get((use.site, ", ".join(use.gemms)), frame[:0]).reset_index(drop=True)
         unknown |= _unknown(use, rows)
         if isinstance(use.recipe, DelayedScaling) and len(rows):
             notes += _cold_start(use, rows.iloc[0])

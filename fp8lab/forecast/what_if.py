@@ -212,31 +212,46 @@ def replayed(run: Run, uses: list[Use]) -> pd.DataFrame:
     every_step = np.unique(run.steps("step")["step"].to_numpy())
     by_site = dict(tuple(rows.groupby("site", sort=False)))
     frames = [_with_scales(by_site[use.site], use, every_step) for use in uses]
-    for frame, use in zip(frames, uses, strict=True):
-        _note_clipping(frame, use)
-    for steps in _pieces(rows):
+    counted = [(frame, use) for frame, use in zip(frames, uses, strict=True) if use.is_scaled_whole]
+    for steps in _pieces(rows) if counted else ():
         bins = run.tensors(_BINS, sites=_PATTERNS, steps=steps).drop_duplicates(_KEYS, keep="last")
-        for frame, use in zip(frames, uses, strict=True):
+        for frame, use in counted:
             try:
                 _count(frame, use, bins, steps)
             except ValueError as error:
                 raise RunError(f"{run.path}: damaged: {use.site}: {error}") from None
-    for frame, use in zip(frames, uses, strict=True):
-        _take_what_ifs(frame, use)
-        frame["reason"] = _reasons(frame, use)
-        frame["layer"], frame["operand"] = use.layer, use.operand
-        frame["gemms"] = ", ".join(use.gemms)
-        frame["recipe"], frame["format"] = type(use.recipe).__name__, use.format.name
-    empty = pd.DataFrame({name: [] for name in COLUMNS})
-    whole = pd.concat([frame[[*COLUMNS]] for frame in frames]) if frames else empty
+    whole = _together(frames, uses)
     ordered: pd.DataFrame = whole.sort_values(
         ["site", "gemms", "step"], kind="stable", ignore_index=True
     )
     return ordered
 
 
+def _together(frames: list[pd.DataFrame], uses: list[Use]) -> pd.DataFrame:
+    """The frames of all uses one behind the other, with what is the same in all rows of a use."""
+    reasons = []
+    for frame, use in zip(frames, uses, strict=True):
+        _take_what_ifs(frame, use)
+        reasons.append(_reasons(frame, use))
+    of_a_use: dict[str, list[str]] = {
+        "layer": [use.layer for use in uses],
+        "operand": [use.operand for use in uses],
+        "gemms": [", ".join(use.gemms) for use in uses],
+        "recipe": [type(use.recipe).__name__ for use in uses],
+        "format": [use.format.name for use in uses],
+    }
+    lengths = [len(frame) for frame in frames]
+    added = {name: np.repeat(values, lengths) for name, values in of_a_use.items()}
+    if not frames:
+        return pd.DataFrame({name: [] for name in COLUMNS})
+    others = [name for name in COLUMNS if name not in (*added, "reason")]
+    whole = pd.concat([frame[others] for frame in frames], ignore_index=True)
+    return whole.assign(**added, reason=np.concatenate(reasons))[[*COLUMNS]]
+
+
 def _with_scales(rows: pd.DataFrame, use: Use, every_step: NDArray[Any]) -> pd.DataFrame:
-    """One row a step, that of the hottest process, with the scale of its cast.
+    """One row a step, that of the hottest process, with the scale of its cast, whether it clips,
+    and empty numbers.
 
     `seen` is the amax as TE has it: infinite where an element is.
     """
@@ -269,9 +284,11 @@ def _with_scales(rows: pd.DataFrame, use: Use, every_step: NDArray[Any]) -> pd.D
             each = [delayed_scales(column, recipe, use.format) for column in amaxes.T]
             scales = np.stack(each)[hottest, line]
     margin = recipe.margin if isinstance(recipe, DelayedScaling) else 0
-    frame["scale"] = scales if use.is_scaled_whole else np.nan
-    frame["staleness"] = frame["seen"] * frame["scale"] / (use.format.max * 2.0**-margin)
-    return frame
+    seen = frame["seen"].to_numpy(float)
+    told = {"scale": scales, "staleness": seen * scales / (use.format.max * 2.0**-margin)}
+    told |= _clipping(seen, scales, use)
+    # At once: one column after another costs more than all that is in them.
+    return pd.concat([frame, pd.DataFrame(told, index=frame.index)], axis=1)
 
 
 def _all_together(rows: pd.DataFrame, hottest: pd.DataFrame) -> pd.DataFrame:
@@ -288,17 +305,16 @@ def _all_together(rows: pd.DataFrame, hottest: pd.DataFrame) -> pd.DataFrame:
 # --- counts -------------------------------------------------------------------------------------
 
 
-def _note_clipping(frame: pd.DataFrame, use: Use) -> None:
-    """Whether any element saturates: the amax tells, in every step."""
-    for name in _NUMBERS:
-        frame[name] = np.nan
-    known = (frame["scale"].notna() & frame["seen"].notna()).to_numpy()
-    limits = thresholds(use.format, frame["scale"].fillna(1.0).to_numpy())[0]
+def _clipping(seen: NDArray[np.float64], scales: NDArray[np.float64], use: Use) -> dict[str, Any]:
+    """Whether any element saturates, which the amax tells in every step; all else is open."""
+    known = ~np.isnan(scales) & ~np.isnan(seen)
+    limits = thresholds(use.format, np.where(known, scales, 1.0))[0]
     with np.errstate(over="ignore"):
-        codes = frame["seen"].fillna(0.0).to_numpy(np.float32).view(np.uint32).astype(np.int64)
-    frame["clipped"] = pd.array(codes >= limits, "boolean")
-    frame.loc[~known, "clipped"] = pd.NA
-    frame.loc[known & (codes < limits), ["saturated_low", "saturated_high"]] = 0.0
+        codes = np.where(known, seen, 0.0).astype(np.float32).view(np.uint32).astype(np.int64)
+    numbers: dict[str, Any] = {name: np.full(len(seen), np.nan) for name in _NUMBERS}
+    for name in ("saturated_low", "saturated_high"):
+        numbers[name][known & (codes < limits)] = 0.0
+    return numbers | {"clipped": pd.arrays.BooleanArray(codes >= limits, ~known)}
 
 
 def _pieces(rows: pd.DataFrame) -> Iterator[range]:
@@ -366,6 +382,9 @@ _WHAT_IFS: dict[str, Recipe] = {
 }
 
 
+_MEASURED = ("overflows%", "underflows%", "mse")
+
+
 def statistics_of(use: Use) -> tuple[str, str]:
     """What a run must have recorded to tell of a cast: the name of its statistics with {} where
     `underflows%` and the like stand, empty if there are none, and then the reason."""
@@ -398,6 +417,8 @@ def _take_what_ifs(frame: pd.DataFrame, use: Use) -> None:
     name, _ = statistics_of(use)
     if not name or isinstance(use.recipe, DelayedScaling):
         return
+    if not any(name.format(statistic) in frame for statistic in _MEASURED):
+        return
     in_force = frame["recipe"].fillna("")
     about_it = in_force != type(use.recipe).__name__  # else it is of the options in force
     if use.operand == "grad_output":  # see `statistics.measure`
@@ -418,7 +439,8 @@ def _take_what_ifs(frame: pd.DataFrame, use: Use) -> None:
         for end in ("low", "high"):
             frame[f"{kind}_{end}"] = share.where(share.notna(), frame[f"{kind}_{end}"])
     if not use.is_scaled_whole:
-        frame["clipped"] = (measured("overflows%") > 0).where(measured("overflows%").notna())
+        overflows = measured("overflows%")
+        frame["clipped"] = (overflows > 0).astype("boolean").mask(overflows.isna())
     error = np.sqrt(measured("mse") * count) / frame["l2_norm"]
     for column in ("error_low", "error_high", "error"):
         frame[column] = error.where(error.notna(), frame[column])
