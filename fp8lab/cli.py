@@ -161,7 +161,7 @@ def list_runs(
     if as_json:
         _print_json([*summaries, *damaged])
         return
-    names = ("run", "state", "steps", "diverged_at", "final_loss")
+    names = ("run", "state", "steps", "diverged_at", "loss", "final_loss")
     rows = [{name: row.get(name) for name in names} for row in [*summaries, *damaged]]
     for row in rows:
         row["run"] = Path(str(row["run"])).relative_to(folder)

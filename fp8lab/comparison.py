@@ -164,9 +164,10 @@ def band_of(curves: Sequence[Curve]) -> Band | None:
     return Band(positions, np.nanmedian(losses, axis=0), low, high)
 
 
-def loss_name(runs: Iterable[Run]) -> str:
-    """`common_loss`, which a rare token does not disturb, where every run with steps has it."""
-    told = [set(rows.columns) for run in runs if len(rows := run.steps())]
+def loss_name(step_rows: Iterable[pd.DataFrame]) -> str:
+    """Of runs beside each other, by their step rows: `common_loss`, which a rare token does not
+    disturb, where every run with steps has it."""
+    told = [set(rows.columns) for rows in step_rows if len(rows)]
     return "common_loss" if told and all("common_loss" in names for names in told) else "loss"
 
 
@@ -190,7 +191,7 @@ def _aligned(rows: list[dict[str, Any]], groups: list[list[Run]], by: By) -> lis
         parts.setdefault(_part_of(runs[0]), []).append(arm)
     found: dict[int, dict[str, float | None]] = {}
     for arms in parts.values():
-        name = loss_name(run for arm in arms for run in groups[arm])
+        name = loss_name(run.steps() for arm in arms for run in groups[arm])
         curves = {arm: [curve_of(run, by, name) for run in groups[arm]] for arm in arms}
         common = furthest_common(curves.values())
         for arm in arms:

@@ -9,12 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fp8lab.comparison import config_of, number_of, told_of
+from fp8lab.comparison import config_of, lost_at, number_of, told_of
 from fp8lab.store import Run, find_runs, open_run
 from fp8lab.terminal import printable
 
@@ -23,18 +25,20 @@ WRAPPED = 32  # characters, beyond which a cell of several words goes on in the 
 
 def summary_of(run: Run) -> dict[str, Any]:
     """A run in a row, JSON-able but for NaN."""
-    steps = run.steps("loss")
+    rows = run.arrow("steps", ("loss",))
     result = told_of(run, "result")
-    losses = steps.dropna(subset="loss").drop_duplicates("step")["loss"]  # of the first process
+    # A loss that was not recorded is null; one that is NaN was.
+    told = rows.filter(pa.compute.is_valid(rows["loss"])).sort_by([("step", "ascending")])
+    losses = told.filter(pa.compute.equal(told["rank"], pa.compute.min(told["rank"])))["loss"]
     return {
         "run": str(run.path),
         "state": run.state,
         "part": config_of(run).get("part"),
         "arm": config_of(run).get("arm"),
         "seed": config_of(run).get("seed"),
-        "steps": steps["step"].nunique(),
-        "loss": float(losses.iloc[-1]) if len(losses) else None,
-        "diverged_at": result.get("diverged_at"),
+        "steps": len(pa.compute.unique(rows["step"])),
+        "loss": losses[-1].as_py() if len(losses) else None,
+        "diverged_at": lost_at(run),
         "final_loss": result.get("final_loss"),
     }
 

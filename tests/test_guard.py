@@ -15,12 +15,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp8lab import DelayedScaling, Float8CurrentScaling, GatedFeedForward, Plan, convert, watch
+from fp8lab import (
+    DelayedScaling,
+    Float8CurrentScaling,
+    GatedFeedForward,
+    Plan,
+    convert,
+    guard,
+    watch,
+)
 from fp8lab.diagnosis import diagnose
-from fp8lab.guard import Checkpoints, Guard
+from fp8lab.guard import FIRST_STEPS, Checkpoints, Guard
 from fp8lab.lab.data import RareToken
 from fp8lab.mitigations import AntiWindup, HighPrecisionProduct
 from fp8lab.record import Finding
+from fp8lab.recorder import StepRows
 from fp8lab.store import open_run
 
 PLAN = Plan(
@@ -278,3 +287,16 @@ def test_what_are_no_checkpoints_is_refused() -> None:
             Checkpoints(folder="x", save=print, **{name: 0})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected a function of a path"):
         Checkpoints(folder="x", save="y")  # type: ignore[arg-type]
+
+
+def test_the_rules_see_nothing_older_than_the_window(tmp_path: Path) -> None:
+    recent = guard._Recent(tmp_path, {}, 10)
+    for step in range(50 + FIRST_STEPS):
+        rows = StepRows(step, is_full=True)
+        rows.steps.append({"loss": 1.0})
+        rows.channels.append({"site": "m", "channel": 1})
+        recent.add(rows, rank=0)
+    steps = list(range(40 + FIRST_STEPS, 50 + FIRST_STEPS))
+    assert recent.channels()["step"].tolist() == steps
+    assert sum(recent.reduced("channels", len, ("step",), sites="m")) == 10
+    assert recent.steps()["step"].tolist() == [*range(FIRST_STEPS), *steps]

@@ -106,19 +106,27 @@ def pair(folder: Path, run: list[Row], twin: list[Row]) -> Story:
         ("delayed_saturation", steps(6), "Yes", "neither diverged nor gave", None),
         ("delayed_saturation", steps(5), "Yes", None, "wrong in high precision too: its twin"),
         ("delayed_saturation", [], "Yes", None, "in high precision ended before it did"),
-        ("delayed_saturation", steps(9, 7), "Yes", "diverged too, at step 7", None),
+        ("delayed_saturation", steps(9, 7), "Yes", "diverged too, at step 7", "but hasten what"),
+        ("delayed_saturation", steps(9, 5), "Cannot say", "too, at step 5, so that FP8 need", None),
         ("learning_rate", steps(6), "Cannot say", "neither diverged nor gave", None),
         ("learning_rate", steps(5), "No", None, "that FP8 has a part in it: its twin in high"),
         ("learning_rate", steps(9, 7), "No", "high precision diverged too, at step 7", None),
     ],
 )
 def test_a_twin_is_told_of_as_far_as_it_went(
-    tmp_path: Path, cause: str, twin: list[Row], word: str, because: str | None, excluded: str
+    tmp_path: Path,
+    cause: str,
+    twin: list[Row],
+    word: str,
+    because: str | None,
+    excluded: str | None,
 ) -> None:
     story = pair(tmp_path, steps(9, 5), twin)
     findings(story, fp8=(found(cause),))
     said = answer_of(story)
-    assert (said.word, said.confidence) == (word, "low" if word == "Cannot say" else "high")
+    hastened = excluded is not None and "hasten" in excluded
+    sure = "low" if word == "Cannot say" else "medium" if hastened else "high"
+    assert (said.word, said.confidence) == (word, sure)
     assert because in said.because if because else "twin" not in said.because
     assert excluded in said.cannot_exclude if excluded else "twin" not in said.cannot_exclude
 

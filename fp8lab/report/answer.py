@@ -23,6 +23,7 @@ Word = Literal["Yes", "No", "Cannot say"]
 
 _OF_PRECISION = frozenset(rule.__name__.rpartition(".")[2] for rule in OF_PRECISION)
 _TWIN = "its twin in high precision"
+_LESS: dict[Severity, Severity] = {"high": "medium", "medium": "low", "low": "low"}
 ENOUGH_STEPS = 100  # the longest time that the rules look back over is of this order
 
 
@@ -115,6 +116,12 @@ def _found(story: Story, run: Seen, finding: Finding) -> Answer:
     elif twin is not None and _ended(twin):
         how, step = _end_of(twin)
         clauses.append(f"{_TWIN} {how}{' too,' if _ended(run) else ''} at step {step}")
+        if is_precision and _no_later(twin, run):
+            word, confidence = "Cannot say", "low"
+            clauses[-1] += ", so that FP8 need not have been what did it"
+        elif is_precision:
+            confidence = _LESS[confidence]
+            excluded.append("that FP8 did but hasten what high precision does as well")
     elif twin is not None and not _reached_its_end(twin, run):
         what = "it goes wrong in high precision too" if is_precision else "FP8 has a part in it"
         excluded.append(f"that {what}: {_TWIN} ended before it did")
@@ -153,6 +160,12 @@ def _end_of(run: Seen) -> tuple[str, int | None]:
     if run.diverged_at is not None:
         return "diverged", run.diverged_at
     return "gave an alarm", run.diagnosis.loss_alarm
+
+
+def _no_later(twin: Seen, run: Seen) -> bool:
+    """Whether the twin went wrong before the run did, with it, or instead of it."""
+    (_, first), (_, end) = _end_of(twin), _end_of(run)
+    return end is None or (first is not None and first <= end)
 
 
 def _reached_its_end(twin: Seen, run: Seen) -> bool:

@@ -84,7 +84,7 @@ def _losses(part: Part, by: By, against: str) -> Picture | Note:
 
 def bands(part: Part, by: By, against: str) -> Figure | str:
     """The losses of a part, a panel an arm, or one line that says what is missing."""
-    loss = loss_name(run.run for run in part.runs)
+    loss = loss_name(run.steps for run in part.runs)
     found = [(arm, band_of([curve_of(run.run, by, loss) for run in arm.runs])) for arm in part.arms]
     told = [(arm, band) for arm, band in found if band is not None]
     if not told:

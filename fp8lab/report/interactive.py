@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fp8lab import formats
+from fp8lab.comparison import loss_name
 from fp8lab.record import CLIPPED_STALENESS
 from fp8lab.report import longest
 from fp8lab.report.answer import named
 from fp8lab.report.drawing import plain
-from fp8lab.report.pictures import loss_name
 from fp8lab.report.pictures_of_layers import hot_channels, telling_statistic
 from fp8lab.report.story import (
     Part,
@@ -199,7 +199,7 @@ def _marks(run: Seen) -> list[list[Any]]:
 
 def _losses(story: Story, part: Part) -> Chart | None:
     """Every run of a part: its lines by quantity, and what was noticed."""
-    loss = loss_name(part.runs)
+    loss = loss_name(run.steps for run in part.runs)
     wanted = [loss, *(name for name in QUANTITIES if name not in ("common_loss", "loss"))]
     found = dict.fromkeys(name for run in part.runs for name in _recorded(run.steps, wanted))
     if loss not in found:

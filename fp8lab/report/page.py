@@ -4,9 +4,9 @@ Everything is text until the template escapes it; pictures travel as data URIs i
 script in an SVG could not run even if there were one. No date is written: same runs, same bytes.
 
 Charts come with the page: their data, plotly's own script as its package ships it (5 MB, read and
-not imported), and `page.js`. A Content-Security-Policy in the file forbids whatever could reach the
-network. Rejected: a CDN, without which the page would be empty on a train; and charts alone, which
-nobody could print.
+not imported), `drawing.js` and `page.js`. A Content-Security-Policy in the file forbids whatever
+could reach the network. Rejected: a CDN, without which the page would be empty on a train; and
+charts alone, which nobody could print.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fp8lab.report.blocks import Document, Picture
 from fp8lab.report.verdict import in_words
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
-SCRIPT = Path(__file__).with_name("page.js")
+SCRIPTS = [Path(__file__).with_name(name) for name in ("drawing.js", "page.js")]
 
 
 def render(document: Document, charts: Mapping[str, Any] | None = None) -> str:
@@ -44,7 +44,7 @@ def render(document: Document, charts: Mapping[str, Any] | None = None) -> str:
         uri=_uri,
         width=_width,
         data=as_json(charts) if charts else "",
-        scripts=[plotly_script(), SCRIPT.read_text(encoding="utf-8")] if charts else [],
+        scripts=_scripts() if charts else [],
     )
 
 
@@ -52,6 +52,10 @@ def as_json(charts: Mapping[str, Any]) -> str:
     """JSON in which no name can end the element that holds it."""
     text = json.dumps(charts, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _scripts() -> list[str]:
+    return [plotly_script(), *(file.read_text(encoding="utf-8") for file in SCRIPTS)]
 
 
 def plotly_script() -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fp8lab.comparison import loss_name
 from fp8lab.diagnosis.twin import Divergence
 from fp8lab.record import CLIPPED_STALENESS
 from fp8lab.report.drawing import (
@@ -57,7 +58,7 @@ def ceiling(starts: Iterable[float]) -> float:
 def losses(part: Part) -> Figure | str:
     """Loss of every run and below it the gradient norm, two panels an arm; the same training in
     high precision lies behind, and alarms are marked where they were."""
-    loss = loss_name(part.runs)
+    loss = loss_name(run.steps for run in part.runs)
     curves = {run.label: _loss(run, loss) for run in part.runs}
     arms = [arm for arm in part.arms if any(len(curves[run.label][0]) for run in arm.runs)]
     if not arms:
@@ -138,12 +139,6 @@ def _calm_top(part: Part, curves: Mapping[str, tuple[Any, Any]]) -> float:
         (x, values), alarm = curves[run.label], run.diagnosis.loss_alarm
         calm.append(values if alarm is None else values[x < alarm])
     return ceiling(np.concatenate(calm).tolist())
-
-
-def loss_name(runs: Iterable[Seen]) -> str:
-    """Of runs beside each other: `common_loss`, where every run with steps has it."""
-    common = all("common_loss" in run.steps for run in runs if len(run.steps))
-    return "common_loss" if common else "loss"
 
 
 def _loss(run: Seen, name: str) -> tuple[Any, Any]:
@@ -334,7 +329,7 @@ def twin(run: Seen, other: Seen, site: str, divergence: Divergence | None) -> Fi
     """A run and its twin in high precision: loss, and one tensor's l2 norm, by step; a line where
     they first parted."""
     norms = [_norms(one, site) for one in (run, other)]
-    loss = loss_name((run, other))
+    loss = loss_name((run.steps, other.steps))
     curves = [_loss(one, loss) for one in (run, other)]
     if not all(len(x) for x, _ in curves) and not all(len(x) for x, _ in norms):
         return "nothing was recorded of both the run and its twin"
