@@ -180,7 +180,8 @@ EXPERIMENT = Experiment(
         "billion tokens is not known. The waiting time grows with both.",
         "The task drives the alignment here, not weight decay (there is none).",
         "Plain SGD without gradient clipping. With Adam, or with clipping, the same training does "
-        "not diverge at this size (part `limits`): what is left is a worse answer to rare tokens.",
+        "not diverge at this size (the part that says what prevents it): what is left is a worse "
+        "answer to rare tokens.",
         "The arm with TE's stock defaults differs in two things, the history of 1024 and delayed "
         "scaling of the gradients. A history that long outlasts the gap between rare tokens, so "
         "that a jump is hardly ever clipped here; that arm is shown for what it does.",

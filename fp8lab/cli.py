@@ -71,6 +71,7 @@ class Alignment(StrEnum):
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print data instead of a table.")]
+Twin = Annotated[Path | None, typer.Option(help="The same training in BF16.")]
 Page = Annotated[
     Path | None,
     typer.Option("--out", "-o", metavar="PAGE", help="The page, .html, or .md with PNGs beside."),
@@ -206,7 +207,7 @@ def _of_a_run(opened: Run, info: dict[str, Any]) -> Iterator[tuple[str, str]]:
 @app.command("diagnose")
 def diagnose_runs(
     runs: RunPaths,
-    twin: Annotated[Path | None, typer.Option(help="The same training in BF16.")] = None,
+    twin: Twin = None,
     as_json: Json = False,
 ) -> None:
     """Name the cause, the place and the hour; exit code 1 if a finding is of high severity."""
@@ -333,6 +334,7 @@ def audit_checkpoint(
 def report(
     runs: RunPaths,
     out: Page = None,
+    twin: Twin = None,
     live: Annotated[bool, typer.Option("--live", help="Serve it here, anew as runs grow.")] = False,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Of --live.")] = None,
     as_json: Json = False,
@@ -347,15 +349,15 @@ def report(
         raise ValueError("--live: serves a page, expected no --json")
     if as_json:
         _only_printed(out)
-        _print_json(report_data(runs))
+        _print_json(report_data(runs, twin=twin))
     else:
         out = out or Path("report.html")
         demand_replaceable(out)
         if live:
             from fp8lab.live.serving import serve
 
-            serve(runs, out, port=port or 0, say=typer.echo)
-        typer.echo(f"report: {write_report(runs, out)}")
+            serve(runs, out, twin=twin, port=port or 0, say=typer.echo)
+        typer.echo(f"report: {write_report(runs, out, twin=twin)}")
 
 
 @app.command()

@@ -10,6 +10,7 @@ the common case, and a column store does that for nothing when a statistic is a 
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -143,7 +144,8 @@ SEVERITIES: tuple[Severity, ...] = ("high", "medium", "low")
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """One row's number beside the threshold it was held against."""
+    """One row's number beside the threshold that it reaches, from below or, `at_most`, from above;
+    without one where it reaches none and is shown all the same."""
 
     step: int
     site: str
@@ -151,6 +153,20 @@ class Evidence:
     value: float
     threshold: float | None = None
     source: str = ""  # where the threshold is from
+    at_most: bool = False
+
+    @property
+    def beyond(self) -> float:
+        """How many times the threshold the number is, or the threshold the number; NaN without."""
+        parts = (self.threshold, self.value) if self.at_most else (self.value, self.threshold)
+        return math.nan if parts[0] is None or not parts[1] else parts[0] / parts[1]
+
+    @property
+    def bound(self) -> str:
+        """The threshold in words; empty without one."""
+        if self.threshold is None:
+            return ""
+        return f"{'at most ' * self.at_most}{self.threshold:.4g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +199,7 @@ class Finding:
         lines = [f"[{self.severity}] {self.cause}{where}{since}", f"  {self.summary}"]
         lines += [
             f"  step {e.step}: {e.quantity} = {e.value:.4g}"
-            + (f" (threshold {e.threshold:g})" if e.threshold is not None else "")
+            + (f" (threshold {e.bound})" if e.bound else "")
             for e in self.evidence
         ]
         if self.remedy:

@@ -40,6 +40,7 @@ HEARTBEAT_SECONDS = 300.0
 # A run.json beyond this is none.
 LARGEST_INFO_BYTES, DEEPEST_INFO = 64 << 20, 50
 
+BISECTION = "bisection.json"  # beside the reruns that it lists
 _STATES = ("running", "killed", "failed", "interrupted", "unknown")  # the first of them tells
 _FURTHER: dict[Table, str] = {"steps": "metrics", "tensors": "statistics"}  # numbers by name
 
@@ -415,13 +416,17 @@ def _depth(value: Any) -> int:
 
 
 def find_runs(path: str | Path) -> Iterator[Path]:
-    """Run directories at or below `path`, sorted; unreadable folders are passed over."""
+    """Run directories at or below `path`, sorted; unreadable folders are passed over.
+
+    A bisection's reruns were made to break, and are found only from its own folder on.
+    """
     waiting = [Path(path)]
     while waiting:
         folder = waiting.pop()
         try:
             started = (folder / "run.json").is_file() or _is_joined(folder)
-            children = [] if started else [c for c in sorted(folder.iterdir()) if c.is_dir()]
+            ends = started or (folder != Path(path) and (folder / BISECTION).is_file())
+            children = [] if ends else [c for c in sorted(folder.iterdir()) if c.is_dir()]
         except (OSError, ValueError):
             continue
         if started:

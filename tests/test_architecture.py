@@ -89,7 +89,7 @@ TABLE: dict[str, set[str]] = {
     "diagnosis": NECK | {"plan"},
     "guard": {"monitor", "ranks", "recorder", "diagnosis", "record", "runs", "wanted"},
     "progress": set(),
-    "bisection": {"recipe", "plan", "store", "diagnosis"},
+    "bisection": {"recipe", "plan", "runs", "store", "diagnosis"},
     "checkpoint": {"formats", "recipe", "rounding", "scaling", "casting", "kernels", "record"}
     | {"sites", "monitor", "store"},
     "comparison": {"runs"},

@@ -26,8 +26,9 @@ from fp8lab.record import Finding, Severity
 from fp8lab.report import drawing, interactive, pictures_of_layers, what_if, write_report
 from fp8lab.report.answer import answer_of
 from fp8lab.report.drawing import BLUE
+from fp8lab.report.picked import ranged_rows
 from fp8lab.report.sections import document_of
-from fp8lab.report.story import Story, load, ranged_rows
+from fp8lab.report.story import Story, load
 from fp8lab.report.tables import precision
 from fp8lab.store import RunWriter
 

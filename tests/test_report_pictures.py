@@ -17,8 +17,9 @@ from test_report import record_experiment
 
 from fp8lab.report import drawing, pictures, pictures_of_casts, pictures_of_layers
 from fp8lab.report.interactive import payload
+from fp8lab.report.picked import clipped_row, weight_rows
 from fp8lab.report.sections import document_of
-from fp8lab.report.story import Place, Seen, Story, clipped_row, load, place_of, weight_rows
+from fp8lab.report.story import Place, Seen, Story, load, place_of
 from fp8lab.sketch import bin_edge
 
 

@@ -82,8 +82,8 @@ def test_the_answer_is_of_the_worst_run(story: Story, document: Document) -> Non
 @pytest.mark.parametrize(
     ("findings", "word"),
     [
-        ([found("delayed_saturation")], "Yes"),
-        ([found("short_accumulator", "medium")], "Yes"),
+        ([found("delayed_saturation")], "Not yet"),
+        ([found("short_accumulator", "medium")], "Not yet"),
         ([found("not_fp8"), found("delayed_saturation", "medium")], "No"),
         ([found("learning_rate", "medium")], "No"),
         ([found("precision_label", "medium")], "Cannot say"),
@@ -97,7 +97,7 @@ def test_the_worst_finding_decides(tmp_path: Path, findings: list[Finding], word
     run.diagnosis = replace(run.diagnosis, findings=tuple(findings))
     said = answer_of(story)
     assert said.word == word
-    if word == "Yes":
+    if word == "Not yet":
         assert said.because.endswith("the loss itself never told")
         assert "no such run is here" in said.cannot_exclude
     if findings and findings[0].severity != "low":

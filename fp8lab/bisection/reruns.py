@@ -21,11 +21,11 @@ from typing import Any, Protocol, runtime_checkable
 
 from fp8lab.plan import Plan
 from fp8lab.recipe import HighPrecision, Recipe, shown
+from fp8lab.runs import BISECTION
 from fp8lab.store import Run, RunError, open_run
 
 Train = Callable[..., object]  # (plan, path), or (plan, path, checkpoint)
 Judge = Callable[[Run], int | bool | None]
-INDEX = "bisection.json"
 
 
 @runtime_checkable
@@ -111,7 +111,7 @@ class Reruns:
 
     def _read(self) -> tuple[dict[str, Any], list[Rerun]]:
         try:
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            index = json.loads((self.folder / BISECTION).read_text(encoding="utf-8"))
             question, self.results = dict(index["question"]), dict(index["results"])
             reruns = [
                 Rerun(**one | {"high_precision": tuple(map(str, one["high_precision"]))})
@@ -132,9 +132,9 @@ class Reruns:
         reruns = [asdict(one) for one in self.known.values()]
         content = {"question": self.question, "reruns": reruns, "results": self.results}
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{INDEX}"
+        temporary = self.folder / f".{BISECTION}"
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.folder / INDEX)
+        temporary.replace(self.folder / BISECTION)
 
     def path(self, rerun: Rerun) -> Path:
         return self.folder / "reruns" / rerun.name

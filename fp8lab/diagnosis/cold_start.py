@@ -95,6 +95,7 @@ def _judge(run: Rows, damaged: pd.DataFrame) -> Finding:
                 quantity="sqnr_db",
                 value=float(first["sqnr_db"]),
                 threshold=DAMAGED_DB,
+                at_most=True,
                 source="half of the norm is error",
             ),
             *signs,
@@ -117,7 +118,15 @@ def _signs(run: Rows, step: int) -> tuple[list[Evidence], bool]:
             ratio = float(here.iloc[0] / usual)
             if ratio >= far or (name == "grad_norm" and ratio <= 1 / far):
                 quantity = f"{name} / its median over the steps {'before' if mid_run else 'after'}"
+                fell = ratio < far
                 found.append(
-                    Evidence(step=step, site="", quantity=quantity, value=ratio, threshold=far)
+                    Evidence(
+                        step=step,
+                        site="",
+                        quantity=quantity,
+                        value=ratio,
+                        threshold=1 / far if fell else far,
+                        at_most=fell,
+                    )
                 )
     return found, mid_run

@@ -121,6 +121,7 @@ def _judged(run: Rows, steps: pd.DataFrame, place: int) -> list[Finding]:
     is_known = bool(np.isfinite(steps["update_ratio"].iloc[place - 1]))
     is_small = bool(gradients[-1] < LARGEST * gradients[:-1].max())
     is_garbage = loss[place] > untrained and not is_small and clipped.empty and is_known
+    is_told = usual < untrained < loss[place]
     told = f"the loss jumped from {usual:.3g} to {loss[place]:.3g} in one step"
     told += ", on weights that the step before had changed as usual"
     if not is_known:
@@ -141,8 +142,8 @@ def _judged(run: Rows, steps: pd.DataFrame, place: int) -> list[Finding]:
                     site="",
                     quantity="loss",
                     value=float(loss[place]),
-                    threshold=untrained,
-                    source="from where the training began",
+                    threshold=untrained if is_told else None,
+                    source="from where the training began" if is_told else "",
                 ),
                 Evidence(
                     step=since,

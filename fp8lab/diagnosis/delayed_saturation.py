@@ -95,7 +95,7 @@ def _judge(
     alignment = _alignment(channels, site, int(peak["hot_channel"]), int(peak["step"]))
     aligned = alignment is not None and abs(alignment.value) >= ALIGNED
     summary = (
-        f"the delayed scale clipped the product in {len(clipped)} steps, "
+        f"the delayed scale clipped the product in {len(clipped)} step{'s' * (len(clipped) > 1)}, "
         f"at worst to 1/{worst['staleness']:.3g} of its largest value"
     )
     if wound_up:
@@ -104,7 +104,7 @@ def _judge(
         summary += "; the channel's gate and up rows are aligned"
     if loss_told:
         summary += f"; the loss told at step {alarm}"
-    evidence = [_evidence(clipped.iloc[0]), _evidence(worst)]
+    evidence = list(dict.fromkeys([_evidence(clipped.iloc[0]), _evidence(worst)]))
     if wound_up:
         evidence.append(
             Evidence(

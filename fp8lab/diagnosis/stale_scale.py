@@ -98,7 +98,11 @@ def _judge_long(stale: pd.DataFrame) -> Finding:
         ),
         severity="high" if lost else "medium",
         rows=(first, worst),
-        quantities=(("staleness", STALE, "six octaves"), ("flushed", LOST, "the majority")),
+        quantities=(
+            ("staleness", STALE, "six octaves"),
+            ("flushed", LOST, "the majority") if lost else ("flushed", FLUSHED, "a quarter"),
+        ),
+        at_most=("staleness",),
         remedy=TOO_LONG,
         cannot_exclude="that what the history remembers is itself the fault: look at that step",
     )
@@ -116,6 +120,7 @@ def _judge_short(over: pd.DataFrame) -> Finding:
         ),
         severity="high" if is_bad else "low",
         rows=(first, worst),
+        at_most=("sqnr_db",),
         quantities=(
             ("staleness", CLIPPED_STALENESS, "more than an octave"),
             ("sqnr_db", BAD_DB, "clipped to a quarter"),
@@ -130,6 +135,7 @@ def _finding(
     severity: Severity,
     rows: tuple[pd.Series, pd.Series],
     quantities: tuple[tuple[str, float, str], ...],
+    at_most: tuple[str, ...],
     remedy: str,
     cannot_exclude: str,
 ) -> Finding:
@@ -141,18 +147,26 @@ def _finding(
         site=str(rows[0]["site"]),
         since=int(rows[0]["step"]),
         evidence=tuple(
-            Evidence(
-                step=int(row["step"]),
-                site=str(row["site"]),
-                quantity=name,
-                value=float(row[name]),
-                threshold=threshold,
-                source=source,
-            )
+            _evidence(row, *quantity, at_most=quantity[0] in at_most)
             for row in rows
-            for name, threshold, source in quantities
-            if pd.notna(row[name])
+            for quantity in quantities
+            if pd.notna(row[quantity[0]])
         ),
         remedy=remedy,
         cannot_exclude=cannot_exclude,
+    )
+
+
+def _evidence(row: pd.Series, name: str, threshold: float, source: str, at_most: bool) -> Evidence:
+    """The first row may be where the scale is from: what it reaches no threshold with has none."""
+    value = float(row[name])
+    reached = value <= threshold if at_most else value >= threshold
+    return Evidence(
+        step=int(row["step"]),
+        site=str(row["site"]),
+        quantity=name,
+        value=value,
+        threshold=threshold if reached else None,
+        source=source if reached else "the scale is from here" if name == "staleness" else "",
+        at_most=at_most,
     )

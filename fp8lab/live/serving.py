@@ -111,9 +111,15 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def serve(
-    runs: Iterable[Path], page: Path, *, port: int = 0, say: Callable[[str], object] = print
+    runs: Iterable[Path],
+    page: Path,
+    *,
+    twin: Path | None = None,
+    port: int = 0,
+    say: Callable[[str], object] = print,
 ) -> NoReturn:
-    """Write the report about `runs` to `page` and serve it, anew whenever they have grown.
+    """Write the report about `runs`, and their `twin`, to `page` and serve it, anew whenever they
+    have grown.
 
     It ends with Ctrl-C. `port` 0 is any that is free. `say` is told the address, and why a page
     could not be written; the last good one then stays. Raises ValueError if `page` is no .html,
@@ -128,10 +134,10 @@ def serve(
         written: object = None
         while True:
             began = time.monotonic()
-            stamps = _stamps(runs)
+            stamps = _stamps(runs if twin is None else [*runs, twin])
             if stamps != written:
                 try:
-                    report = write_report(runs, page).read_bytes()
+                    report = write_report(runs, page, twin=twin).read_bytes()
                 except Exception as error:  # the last good page is better than none
                     failed = _failed(server.current, error)
                     if failed.told != server.current.told:

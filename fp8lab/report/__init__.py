@@ -36,13 +36,16 @@ if TYPE_CHECKING:
 PAGES = ((b"<!doctype html", b"<html"), (b"fp8lab report",))  # how they begin: HTML, Markdown
 
 
-def write_report(runs: Iterable[str | Path], path: str | Path) -> Path:
+def write_report(
+    runs: Iterable[str | Path], path: str | Path, *, twin: str | Path | None = None
+) -> Path:
     """Write a page about `runs` to `path`, which appears whole or not at all.
 
     `path` ends in .html or .htm, or in .md: then the pictures lie beside it as PNG, named as the
     page and the picture. `runs` are run directories, or folders of them, which may have an
-    experiment.json at their top. The same runs and the same versions of the libraries give the
-    same bytes. Returns `path`.
+    experiment.json at their top; `twin` is the same training in high precision, where no experiment
+    says which that is. The same runs and the same versions of the libraries give the same bytes.
+    Returns `path`.
 
     Raises RunError if one of `runs` holds neither a run nor an experiment, TypeError if `runs` is a
     single path, ValueError for another suffix or if the page or a picture would replace a file that
@@ -52,7 +55,7 @@ def write_report(runs: Iterable[str | Path], path: str | Path) -> Path:
     from fp8lab.report.interactive import payload
     from fp8lab.report.sections import document_of
 
-    return _write(runs, Path(path), document_of, payload)
+    return _write(runs, Path(path), document_of, payload, twin)
 
 
 def write_comparison(
@@ -70,7 +73,7 @@ def write_comparison(
     return _write(runs, Path(path), lambda story: document_of(story, by, against), lambda _: {})
 
 
-def report_data(runs: Iterable[str | Path]) -> dict[str, Any]:
+def report_data(runs: Iterable[str | Path], *, twin: str | Path | None = None) -> dict[str, Any]:
     """What the page about `runs` says, as data without pictures, see `data.as_data`; numbers may be
     NaN. Raises as `write_report` does."""
     from fp8lab.report.data import as_data
@@ -79,7 +82,7 @@ def report_data(runs: Iterable[str | Path]) -> dict[str, Any]:
     from fp8lab.report.story import load
 
     with style():
-        return as_data(document_of(load(runs)))
+        return as_data(document_of(load(runs, twin)))
 
 
 def write_pictures(runs: Iterable[str | Path], folder: str | Path) -> list[Path]:
@@ -120,6 +123,7 @@ def _write(
     path: Path,
     document_of: Callable[[Story], Document],
     charts_of: Callable[[Story], Mapping[str, Any]],
+    twin: str | Path | None = None,
 ) -> Path:
     from fp8lab.report.drawing import style
     from fp8lab.report.page import render
@@ -131,7 +135,7 @@ def _write(
     if suffix not in (".html", ".htm", ".md"):
         raise ValueError(f"{path}: expected a name that ends in .html, .htm or .md")
     demand_replaceable(path)
-    story = load(runs)
+    story = load(runs, twin)
     with style():
         document = document_of(story)
         if suffix == ".md":

@@ -1,9 +1,10 @@
 """The question that a report is opened with, answered in its first line: is it FP8?
 
-Yes, no, or cannot say, of the run in the most trouble: its worst finding above "low" decides. Its
-cause is one that low precision brings, or one that it has no part in; where a run went wrong and no
-rule says why, or nothing was recorded, the answer is that this page cannot say. How sure is the
-finding's own confidence, and what would look the same in these rows is said beside it.
+Yes, no, not yet, or cannot say, of the run in the most trouble: its worst finding above "low"
+decides. Its cause is one that low precision brings, or one that it has no part in; not yet is said
+of the former while the loss has told nothing; where a run went wrong and no rule says why, or
+nothing was recorded, the answer is that this page cannot say. How sure is the finding's own
+confidence, and what would look the same in these rows is said beside it.
 
 Rejected: an answer over all runs. Of an experiment half are made to fail, and it would be neither.
 """
@@ -19,7 +20,7 @@ from fp8lab.report.story import Seen, Story
 from fp8lab.report.verdict import in_words
 
 QUESTION = "Is it FP8?"
-Word = Literal["Yes", "No", "Cannot say"]
+Word = Literal["Yes", "No", "Not yet", "Cannot say"]
 
 _OF_PRECISION = frozenset(rule.__name__.rpartition(".")[2] for rule in OF_PRECISION)
 _TWIN = "its twin in high precision"
@@ -103,42 +104,27 @@ def _nothing(story: Story, run: Seen) -> Answer:
 
 
 def _found(story: Story, run: Seen, finding: Finding) -> Answer:
-    name, twin = named(story, run), story.twin_of(run)
-    clauses = [_ended(run) or "the loss itself never told"]
-    excluded = [finding.cannot_exclude]
-    is_precision = finding.cause in _OF_PRECISION
+    name, is_precision = named(story, run), finding.cause in _OF_PRECISION
     word: Word = "Yes" if is_precision else "No"
-    confidence = finding.confidence
     if finding.cause == "precision_label":
         word = "Cannot say"  # what is called FP8 is not all FP8, and was not tried
-    if twin is None and is_precision:
-        excluded.append("that it goes wrong in high precision too: no such run is here")
-    elif twin is not None and _ended(twin):
-        how, step = _end_of(twin)
-        clauses.append(f"{_TWIN} {how}{' too,' if _ended(run) else ''} at step {step}")
-        if is_precision and _no_later(twin, run):
-            word, confidence = "Cannot say", "low"
-            clauses[-1] += ", so that FP8 need not have been what did it"
-        elif is_precision:
-            confidence = _LESS[confidence]
-            excluded.append("that FP8 did but hasten what high precision does as well")
-    elif twin is not None and not _reached_its_end(twin, run):
-        what = "it goes wrong in high precision too" if is_precision else "FP8 has a part in it"
-        excluded.append(f"that {what}: {_TWIN} ended before it did")
-    elif twin is not None:
-        clauses.append(f"{_TWIN} neither diverged nor gave an alarm")
-        if not is_precision and _ended(run):
-            word, confidence = "Cannot say", "low"
-            clauses[-1] += ", and nothing but precision tells the two apart"
+    elif is_precision and not _ended(run):
+        word = "Not yet"
+    word, confidence, clauses, excluded = _beside_twin(story, run, finding, word)
+    saved = _saved(story, run) if is_precision else []
+    if saved:
+        others = f" and {len(saved) - 2} more" if len(saved) > 2 else ""
+        clauses.append(f"with the same seed it survives as {', '.join(saved[:2])}{others}")
     since = "" if finding.since is None else run.when(finding.since)
     where = "" if finding.site is None else f" at {finding.site}"
     where += "" if finding.channel is None else f", channel {finding.channel},"
     where += f" since {since}," if since else ""
+    clauses.insert(0, _ended(run) or "the loss itself never told")
     return Answer(
         word=word,
         because="; ".join([f"{in_words(finding.cause)}{where} in {name}", *clauses]),
         confidence=confidence,
-        cannot_exclude="; ".join(one for one in excluded if one),
+        cannot_exclude="; ".join(one for one in (finding.cannot_exclude, *excluded) if one),
         run=name,
         cause=in_words(finding.cause),
         site=finding.site,
@@ -147,6 +133,55 @@ def _found(story: Story, run: Seen, finding: Finding) -> Answer:
         summary=finding.summary,
         remedy=finding.remedy,
     )
+
+
+def _beside_twin(
+    story: Story, run: Seen, finding: Finding, word: Word
+) -> tuple[Word, Severity, list[str], list[str]]:
+    """What the twin makes of the word and of its confidence; what it tells, and what it leaves
+    open."""
+    twin, is_precision = story.twin_of(run), finding.cause in _OF_PRECISION
+    confidence, told, excluded = finding.confidence, "", ""
+    if twin is None:
+        if is_precision:
+            excluded = f"that it goes wrong in high precision too: {_no_twin(story)}"
+    elif _ended(twin):
+        how, step = _end_of(twin)
+        told = f"{_TWIN} {how}{' too,' if _ended(run) else ''} at step {step}"
+        if is_precision and _no_later(twin, run):
+            word, confidence = "Cannot say", "low"
+            told += ", so that FP8 need not have been what did it"
+        elif is_precision:
+            confidence = _LESS[confidence]
+            excluded = "that FP8 did but hasten what high precision does as well"
+    elif not _reached_its_end(twin, run):
+        what = "it goes wrong in high precision too" if is_precision else "FP8 has a part in it"
+        excluded = f"that {what}: {_TWIN} ended before it did"
+    else:
+        told = f"{_TWIN} neither diverged nor gave an alarm"
+        if not is_precision and _ended(run):
+            word, confidence = "Cannot say", "low"
+            told += ", and nothing but precision tells the two apart"
+    return word, confidence, [told] if told else [], [excluded] if excluded else []
+
+
+def _saved(story: Story, run: Seen) -> list[str]:
+    """Of a run that diverged, the other arms with FP8 in which its seed did not."""
+    return [
+        arm.title
+        for part in story.parts
+        if run.diverged_at is not None and run in part.runs
+        for arm in part.arms
+        if arm.uses_fp8 and run not in arm.runs
+        if any(one.seed == run.seed and one.decided for one in arm.runs)
+        if all(one.diverged_at is None for one in arm.runs if one.seed == run.seed)
+    ]
+
+
+def _no_twin(story: Story) -> str:
+    if any(not run.is_empty and not run.uses_fp8 for run in story.runs):
+        return "no run in high precision that is here is known to be its twin"
+    return "no such run is here"
 
 
 def _ended(run: Seen) -> str:

@@ -12,7 +12,7 @@ const drawing = (() => {
   const COARSE = matchMedia("(pointer: coarse)"); // there a drag scrolls the page
   const NARROW = matchMedia("(max-width: 680px)");
   const LOST = 30; // a line beyond this multiple of its start leaves the first view
-  const COLOURS = ["--c1", "--c2", "--c3", "--c4", "--c5", "--c6", "--c7", "--c8"];
+  const COLOURS = ["--c1", "--c2", "--c3", "--c4", "--c5", "--c6", "--c7"];
   const DASHES = ["solid", "dash", "dot", "dashdot"];
   const MAGMA = ["#0d0829", "#3b0f70", "#8c2981", "#de4968", "#fe9f6d", "#fcfdbf"];
 
@@ -26,6 +26,7 @@ const drawing = (() => {
   const sup = (k) => String(k).replace(/[-0-9]/g, (c) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(c)]);
   const fit = (long, brief) => (NARROW.matches ? brief : long);
   const ending = (name) => (NARROW.matches && name.length > 16 ? `…${name.slice(-15)}` : name);
+  const grey = (position) => ({ color: colour("--c8"), dash: DASHES[position % DASHES.length] });
   const styled = (position) => ({
     color: colour(COLOURS[position % COLOURS.length]),
     dash: DASHES[Math.floor(position / COLOURS.length) % DASHES.length],
@@ -167,7 +168,7 @@ const drawing = (() => {
   };
 
   return {
-    CONFIG, DARK, NARROW, MAGMA, text, colour, number, percent, sup, fit, ending, styled, made,
+    CONFIG, DARK, NARROW, MAGMA, text, colour, number, percent, sup, fit, ending, grey, styled, made,
     choice, slider, layout, axis, growing, extent, logarithmic, curve, signs, stacked,
   };
 })();

@@ -26,17 +26,9 @@ from fp8lab.record import CLIPPED_STALENESS
 from fp8lab.report import longest
 from fp8lab.report.answer import named
 from fp8lab.report.drawing import plain
+from fp8lab.report.picked import ranged_rows, starved_row, weight_rows
 from fp8lab.report.pictures_of_layers import hot_channels, telling_statistic
-from fp8lab.report.story import (
-    Part,
-    Place,
-    Seen,
-    Story,
-    place_of,
-    ranged_rows,
-    starved_row,
-    weight_rows,
-)
+from fp8lab.report.story import Part, Place, Seen, Story, place_of
 from fp8lab.report.verdict import in_words
 
 if TYPE_CHECKING:

@@ -212,7 +212,7 @@ def _findings(found: list[Sighting]) -> Iterator[str]:
         if finding.evidence:
             head = ("step", "quantity", "value", "threshold", "threshold from")
             rows = (
-                (str(e.step), e.quantity, number(e.value), number(e.threshold), e.source or "–")
+                (str(e.step), e.quantity, number(e.value), e.bound or "–", e.source or "–")
                 for e in finding.evidence
             )
             yield _rows(head, rows)

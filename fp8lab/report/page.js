@@ -7,7 +7,7 @@
 
 (() => {
   const {
-    CONFIG, DARK, NARROW, MAGMA, text, colour, number, percent, sup, fit, ending, styled, made,
+    CONFIG, DARK, NARROW, MAGMA, text, colour, number, percent, sup, fit, ending, grey, styled, made,
     choice, slider, layout, axis, growing, extent, logarithmic, curve, signs, stacked,
   } = drawing;
 
@@ -17,8 +17,9 @@
     const arm = choice("Arms", ["all", ...data.arms]);
     const below = data.quantities.slice(1);
     const second = choice("Below the loss", below.map(([, label]) => label));
-    /* What runs in high precision is grey, in every chart. */
-    const look = (at) => (data.precise[at] ? { color: colour("--c8") } : styled(at));
+    /* What runs in high precision is grey, in every chart, and nothing else is. */
+    const before = (at) => data.precise.slice(0, at).filter((one) => one === data.precise[at]).length;
+    const look = (at) => (data.precise[at] ? grey(before(at)) : styled(before(at)));
     const drawn = (key, runs, legend) => runs.filter((run) => run.lines[key]).map((run) =>
       curve(run.lines[key], data.arms[run.arm], look(run.arm), {
         legendgroup: `arm ${run.arm}`, opacity: 0.85, text: run.lines[key][0].map(() => text(run.name)),

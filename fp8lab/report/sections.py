@@ -28,17 +28,9 @@ from fp8lab.report.blocks import (
     Points,
     Section,
 )
+from fp8lab.report.picked import clipped_row, starved_row, weight_rows
 from fp8lab.report.provenance import provenance
-from fp8lab.report.story import (
-    Part,
-    Place,
-    Seen,
-    Story,
-    clipped_row,
-    place_of,
-    starved_row,
-    weight_rows,
-)
+from fp8lab.report.story import Part, Place, Seen, Story, place_of
 from fp8lab.report.tables import meaning_of
 from fp8lab.report.verdict import contradictions, counts, sightings, unfinished, verdicts
 from fp8lab.report.what_if import what_if
@@ -90,6 +82,7 @@ def _sections(story: Story) -> list[Section]:
         Section("whatif", "What other recipes would have met", [_what_if(story, shown)]),
         Section("findings", "All findings", _finding_blocks(story)),
         Section("limits", "What does not follow", _limit_blocks(story)),
+        Section("words", "What the words mean", [Points(WORDS)]),
         Section("provenance", "Provenance", provenance(story)),
     ]
     return _with_the_missing_last(sections)
@@ -110,6 +103,22 @@ def _with_the_missing_last(sections: list[Section]) -> list[Section]:
     return shown
 
 
+WORDS = [
+    "gate, up, product, down: of a gated feed-forward, down(act(gate) ⊙ up); the product is "
+    "what down takes, and a channel is one of its columns.",
+    "amax: the largest magnitude of a tensor. Staleness: amax now over the amax that the "
+    "delayed scale was made for; beyond 1 the largest values are clipped (saturated).",
+    "flushed: the share of what is not zero that the cast makes zero. Bulk error: the "
+    "relative error of the cast outside outlier channels, which the error of the whole hides.",
+    "alignment: cosine of a channel's gate row and up row. Amplification: how much more "
+    "peaked the product is than the more peaked of its factors.",
+    "twin: the same training in high precision, of the same seed.",
+    "the loss told, the loss's own alarm: the first step at which the loss itself says that "
+    "something is wrong; a lead is how many steps before that a finding was there.",
+    "loss gap: the final loss less that of the arm compared with. common_loss: the loss "
+    "without the rare tokens, whose error is the rare error.",
+    "function kept or changed: whether a mitigation leaves the trained function what it was.",
+]
 _NOT_SHOWN = "Not shown: "
 _NO_RUN = "no run is here"
 _MISSING_TRAINING = Note("no training run is here.", missing=True)
@@ -183,8 +192,8 @@ def _timeline(story: Story, run: Seen | None, place: Place | None) -> Picture | 
         f"Shown is {named(story, run)}: {why}. From the top: do the rows of channel "
         f"{place.channel} of {place.module} align, does multiplying them amplify their peaks, does "
         "the product jump, was the scale in force made without the jump, what did the cast lose, "
-        "and when do gradients and loss tell? Where a line is absent, nothing of it was recorded."
-        + _not_finite([run], place),
+        "and when do gradients and loss tell? Where a line is absent, or runs straight past steps, "
+        "nothing of it was recorded." + _not_finite([run], place),
     )
 
 
@@ -342,7 +351,10 @@ def _twin(story: Story, worst: list[Seen]) -> Picture | Note:
             continue
         parted = run.diagnosis.divergence
         site = parted.site if parted is not None else "" if place is None else place.site
-        told = "Of the tensors that both recorded, none parted for long by more than rounding does."
+        lost = run.diverged_at
+        until = "" if lost is None else f", until the run diverged at {run.when(lost)}"
+        told = "Of the tensors that both recorded, none parted for long by more than rounding does"
+        told += f"{until}."
         if parted is not None:
             told = (
                 f"They first parted by more than rounding explains at step {parted.step} at "

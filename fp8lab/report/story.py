@@ -31,7 +31,7 @@ import pyarrow.compute
 from fp8lab.comparison import lost_at
 from fp8lab.diagnosis import Diagnosis, diagnose
 from fp8lab.diagnosis.not_fp8 import uses_fp8
-from fp8lab.diagnosis.rows import Loaded
+from fp8lab.diagnosis.rows import Loaded, facts_of
 from fp8lab.record import SEVERITIES, TABLES
 from fp8lab.report import longest
 from fp8lab.runs import hottest
@@ -196,13 +196,23 @@ class Story:
     experiments: tuple[dict[str, Any], ...]
     parts: tuple[Part, ...]
     unread: tuple[Unread, ...]
+    given_twin: Seen | None = None  # of runs that are no arms of anything
 
     @property
     def runs(self) -> tuple[Seen, ...]:
         return tuple(run for part in self.parts for run in part.runs)
 
     def twin_of(self, run: Seen) -> Seen | None:
-        """The same training in high precision, if it is here and the run itself is not that."""
+        """The same training in high precision, if it is here and the run itself is not that.
+
+        Of runs that are no arms of anything it is the one that was given, or the only one on a
+        model of the same layers with the same learning rates.
+        """
+        if "arm" not in run.config:
+            if run is self.given_twin or not run.uses_fp8:
+                return None
+            alike = [one for one in self.runs if one is not run and _may_be_twin(one, run)]
+            return self.given_twin or (alike[0] if len(alike) == 1 else None)
         for part in self.parts:
             for arm in part.arms:
                 reference = part.reference_of(arm) if run in arm.runs else None
@@ -222,12 +232,32 @@ def _badness(run: Seen) -> tuple[int, bool, bool, int, float]:
     findings = run.diagnosis.findings
     severity = min((SEVERITIES.index(f.severity) for f in findings), default=len(SEVERITIES))
     placed = [found.evidence for found in findings if found.site is not None]
-    beyond = [one.value / one.threshold for told in placed for one in told if one.threshold]
+    beyond = [one.beyond for told in placed for one in told]
     worst = max((ratio for ratio in beyond if isfinite(ratio)), default=0.0)
     silent = run.diagnosis.loss_alarm is None
     survived = run.diverged_at is None
     order = 1 if run.doses else 2 if survived and run.is_empty else 0
     return (order, survived, silent, severity, -worst)
+
+
+def _may_be_twin(other: Seen, run: Seen) -> bool:
+    """Whether nothing that was recorded tells their trainings apart but the precision."""
+    if "arm" in other.config or other.is_empty or other.uses_fp8:
+        return False
+    layers = [_sizes(one) for one in (other, run)]
+    rates = [
+        one.steps.dropna(subset="learning_rate").set_index("step")["learning_rate"]
+        for one in (other, run)
+    ]
+    mine, its = rates[0].align(rates[1], join="inner")
+    alike = bool(layers[0]) and layers[0] == layers[1] and _setting(other) == _setting(run)
+    return alike and len(mine) > 0 and bool((mine == its).all())
+
+
+def _sizes(run: Seen) -> dict[str, Any]:
+    """Linear layer -> its sizes, whatever class it has become."""
+    layers = facts_of(run.run.info, "linears")
+    return {name: (facts.get("in"), facts.get("out")) for name, facts in layers.items()}
 
 
 def _setting(run: Seen) -> dict[str, Any]:
@@ -261,13 +291,15 @@ def superscript(number: int) -> str:
     return str(number).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def load(paths: Iterable[str | Path]) -> Story:
-    """Read and judge every run at or below `paths`.
+def load(paths: Iterable[str | Path], twin: str | Path | None = None) -> Story:
+    """Read and judge every run at or below `paths`, and `twin`: that in high precision of those
+    which are no arms of an experiment.
 
-    Raises RunError if a path holds neither a run nor an experiment.
+    Raises RunError if a path holds neither a run nor an experiment, or `twin` cannot be read.
     """
     if isinstance(paths, str | Path):
         raise TypeError(f"runs: {str(paths)!r}, expected a list of paths")
+    paths = [*paths] if twin is None else [*paths, open_run(twin).path]
     experiments: list[dict[str, Any]] = []
     found: dict[Path, None] = {}
     unread: list[Unread] = []
@@ -281,10 +313,15 @@ def load(paths: Iterable[str | Path]) -> Story:
         found |= dict.fromkeys(below)
     runs = list(_read(list(found), unread))
     parts = tuple(_arranged(experiments, runs))
-    story = Story(experiments=tuple(experiments), parts=parts, unread=tuple(unread))
+    given = None
+    if twin is not None:
+        given = next((one for one in runs if one.run.path == Path(twin).resolve()), None)
+    story = Story(
+        experiments=tuple(experiments), parts=parts, unread=tuple(unread), given_twin=given
+    )
     for run in runs:
-        twin = story.twin_of(run)
-        judged = diagnose(run.run, None if twin is None else twin.run)
+        its = story.twin_of(run)
+        judged = diagnose(run.run, None if its is None else its.run)
         run.diagnosis = replace(judged, run=run.label)
     return story
 
@@ -421,48 +458,3 @@ def _told_places(run: Seen) -> Iterator[Place]:
     for finding in run.diagnosis.findings:
         if finding.site is not None and finding.channel is not None:
             yield Place(finding.site, finding.channel)
-
-
-def weight_rows(run: Seen, place: Place) -> list[pd.Series]:
-    """The first and the last channel row that holds the place's weights; one or none if fewer."""
-    rows = run.channels[
-        (run.channels["site"] == place.module)
-        & (run.channels["channel"] == place.channel)
-        & run.channels["gate_weights"].notna()
-        & run.channels["up_weights"].notna()
-        & run.channels["alignment"].notna()  # weights that are numbers
-    ]
-    picked = [0, len(rows) - 1] if len(rows) > 1 else range(len(rows))
-    return [rows.iloc[position] for position in picked]
-
-
-def clipped_row(run: Seen, place: Place) -> pd.Series | None:
-    """The histogram recorded where the scale in force was most stale."""
-    rows = ranged_rows(run.products[run.products["site"] == place.site])
-    return None if rows.empty else rows.nlargest(1, "staleness").iloc[0]
-
-
-def starved_row(runs: Iterable[Seen]) -> tuple[Seen, pd.Series] | None:
-    """The histogram with the largest bulk error under a scale that was made just in time."""
-    best: tuple[Seen, pd.Series] | None = None
-    for run in runs:
-        rows = ranged_rows(run.products).dropna(subset="bulk_error")
-        rows = rows[rows["recipe"] == "Float8CurrentScaling"]
-        if len(rows):
-            row = rows.nlargest(1, "bulk_error").iloc[0]
-            if best is None or row["bulk_error"] > best[1]["bulk_error"]:
-                best = run, row
-    return best
-
-
-def ranged_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows that hold a histogram, and a scale that is the product's own: amax / staleness is then
-    the magnitude that the scale maps to the format's largest. With a scale a channel it is not,
-    and of a format that has an unknown name it cannot be told."""
-    from fp8lab import formats
-
-    rows = rows[rows["histogram"].notna() & rows["format"].notna() & (rows["scale"] > 0)]
-    known = {k: one for k, one in vars(formats).items() if isinstance(one, formats.FloatFormat)}
-    largest = rows["format"].map({name: one.max for name, one in known.items()}).astype(float)
-    off = rows["cur_amax"] / rows["staleness"] * rows["scale"] / largest - 1.0
-    return rows[off.abs() < 1e-3]
