@@ -225,6 +225,9 @@ def converted_downs(model: nn.Module, who: str) -> list[tuple[str, Fp8Linear]]:
                 f"{who}: {gate.name} computes with down's weight itself, no layer does"
             )
         if not isinstance(gate.down.module, Fp8Linear):
-            raise ValueError(f"{who}: {gate.name}: down is not converted, expected convert() first")
+            kind, expected = type(gate.down.module), "not converted, expected convert() first"
+            if kind is not nn.Linear:
+                expected = f"a {kind.__name__}, expected convert() with backend='emulated'"
+            raise ValueError(f"{who}: {gate.name}: down is {expected}")
         downs.append((gate.name, gate.down.module))
     return downs

@@ -97,10 +97,12 @@ def trained(
     bias: bool = True,
     wide_head: bool = False,
     accumulate: int = 1,
+    recompute: bool = False,
     path: str | None = None,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Losses and final parameters of AdamW steps of `accumulate` micro-batches, the optimizer made
-    before the conversion. `by`: "convert", or "hand", where TE's own autocast is around a step."""
+    before the conversion. `by`: "convert", or "hand", where TE's own autocast is around a step.
+    `recompute`: the second feed-forward runs in TE's checkpoint."""
     import transformer_engine.pytorch as te
 
     import fp8lab

@@ -306,6 +306,7 @@ def test_a_watch_of_torchao(tmp_path: Path) -> None:
         {"dtype": BF16, "bias": False},
         {"wide_head": True},
         {"accumulate": 2},
+        {"recompute": True},
     ],
     ids=str,
 )
