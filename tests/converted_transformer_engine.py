@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -46,10 +47,15 @@ class Model(nn.Module):
         return self.head(x)
 
 
-def plain(dtype: torch.dtype, bias: bool = True) -> Model:
+def _fresh() -> None:
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-    FP8GlobalStateManager.reset()
+    FP8GlobalStateManager.reset()  # it would go on to move the scales of another model
+
+
+def plain(dtype: torch.dtype, bias: bool = True) -> Model:
+    if sys.modules.get("transformer_engine.pytorch") is not None:
+        _fresh()
     torch.manual_seed(0)
 
     def linear(inputs: int, outputs: int) -> nn.Module:
@@ -101,20 +107,21 @@ def trained(
     path: str | None = None,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Losses and final parameters of AdamW steps of `accumulate` micro-batches, the optimizer made
-    before the conversion. `by`: "convert", or "hand", where TE's own autocast is around a step.
+    before the conversion. `by`: "convert", or "hand", where TE's own autocast is around a step, or
+    "both".
     `recompute`: the second feed-forward runs in TE's checkpoint."""
     import transformer_engine.pytorch as te
 
     import fp8lab
 
-    model = plain(dtype, bias) if by == "convert" else written(dtype, bias, wide_head)
+    model = written(dtype, bias, wide_head) if by == "hand" else plain(dtype, bias)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     region: Callable[[], Any] = contextlib.nullcontext
-    if by == "convert":
+    if by != "hand":
         exclude = ["head"] if wide_head else []
         fp8lab.convert(model, recipe, exclude=exclude, backend="te")
         region = fp8lab.autocast if accumulate > 1 else region
-    else:
+    if by != "convert":
         theirs = _te_recipe(recipe)
 
         def region() -> Any:
