@@ -32,6 +32,7 @@ from fp8lab.recipe import (
     operand_format,
     recipe_in_words,
 )
+from fp8lab.rounding import dtype_name
 from fp8lab.scaling import absolute_maximum, scales_for
 
 # Which of a module's quantizers casts which operand: TE's `FP8FwdTensorIdx`, `FP8BwdTensorIdx`.
@@ -39,7 +40,6 @@ _FIRST_GEMM = {"input": 0, "weight": 1, "grad_output": 0}
 _SECOND_GEMM = {"input": 3, "weight": 4, "grad_output": 2}
 # TE's layers that are one linear map, or several alike.
 LINEARS = ("Linear", "LayerNormLinear", "GroupedLinear", "BasicLinear")
-_WIDE = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
 
 
 def te_name(module: Any) -> str | None:
@@ -173,8 +173,8 @@ def precision(module: Any) -> dict[str, str] | None:
         recipe = module.fp8_meta["recipe"] if module.fp8 else None
     uses = [(operand, gemm) for gemm, operands in GEMMS.items() for operand in operands]
     if recipe is None:
-        dtype = _dtype(module)
-        return {f"{o}@{gemm}": f"{_WIDE.get(dtype, str(dtype))} HighPrecision" for o, gemm in uses}
+        wide = f"{dtype_name(_dtype(module))} HighPrecision"
+        return {f"{o}@{gemm}": wide for o, gemm in uses}
     try:
         ours = from_te(recipe)
     except ValueError:

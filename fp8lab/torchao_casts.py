@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp8lab import formats
 from fp8lab.casting import Cast, cast_for
 from fp8lab.formats import FloatFormat
 from fp8lab.recipe import (
@@ -24,16 +23,10 @@ from fp8lab.recipe import (
     Recipe,
     RowwiseScaling,
 )
+from fp8lab.rounding import FORMAT_OF, dtype_name
 
 # What has a field of its own in torchao's config, `cast_config_OPERAND_for_GEMM`.
 _SECOND = {("input", "grad_weight"), ("weight", "grad_input"), ("grad_output", "grad_weight")}
-_NARROW = {
-    torch.float8_e4m3fn: formats.E4M3,
-    torch.float8_e5m2: formats.E5M2,
-    torch.float8_e4m3fnuz: formats.E4M3FNUZ,
-    torch.float8_e5m2fnuz: formats.E5M2FNUZ,
-}
-_WIDE = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
 
 
 def is_torchao(module: Any) -> bool:
@@ -51,9 +44,8 @@ def precision(module: Any) -> dict[str, str]:
     for gemm, operands in GEMMS.items():
         for operand in operands:
             kind, fmt = _cast(module, operand, gemm)
-            own = _WIDE.get(module.weight.dtype, str(module.weight.dtype))
-            cast = f"{own} HighPrecision" if fmt is None else f"{fmt.name} {kind.__name__}"
-            uses[f"{operand}@{gemm}"] = cast
+            wide = f"{dtype_name(module.weight.dtype)} HighPrecision"
+            uses[f"{operand}@{gemm}"] = wide if fmt is None else f"{fmt.name} {kind.__name__}"
     return uses
 
 
@@ -79,4 +71,4 @@ def _cast(module: Any, operand: Operand, gemm: Gemm) -> tuple[type[Recipe], Floa
     second = f"_for_{gemm}" if (operand, gemm) in _SECOND else ""
     cast = getattr(module.config, f"cast_config_{operand}{second}")
     kind = RowwiseScaling if cast.scaling_granularity.name == "AXISWISE" else Float8CurrentScaling
-    return kind, None if cast.scaling_type.name == "DISABLED" else _NARROW[cast.target_dtype]
+    return kind, None if cast.scaling_type.name == "DISABLED" else FORMAT_OF[cast.target_dtype]

@@ -10,6 +10,7 @@ import logging
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import converted_transformer_engine as worker
@@ -22,6 +23,7 @@ from transformer_engine_on_cpu import assert_same_bits
 import fp8lab
 from fp8lab import formats
 from fp8lab.diagnosis.not_fp8 import uses_fp8
+from fp8lab.engines import torchao
 from fp8lab.recipe import OPERANDS, Format, Operand
 from fp8lab.sites import cast_in_force
 
@@ -229,6 +231,25 @@ def test_what_torchao_refuses(what: str) -> None:
     assert "\n" not in said
     assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
     assert not model._forward_pre_hooks
+
+
+def test_where_torchao_cannot_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another device, an old GPU, and on a new one sizes that it does not take."""
+    model = nn.Sequential(nn.Linear(32, 40, device="meta"))
+    with pytest.raises(RuntimeError, match="0 is on meta, expected a CPU or a GPU with FP8"):
+        fp8lab.convert(model, CURRENT, backend="torchao")
+    assert type(model[0]) is nn.Linear
+    on_gpu: Any = SimpleNamespace(
+        weight=SimpleNamespace(device=torch.device("cuda")), in_features=32, out_features=40
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    with pytest.raises(
+        RuntimeError, match=r"head: a GPU of compute capability 8\.6, expected 8\.9"
+    ):
+        torchao._require_device("head", on_gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with pytest.raises(ValueError, match="head: 32 → 40 features, expected multiples of 16: excl"):
+        torchao._require_device("head", on_gpu)
 
 
 @pytest.mark.parametrize(

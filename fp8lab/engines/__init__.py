@@ -11,17 +11,17 @@ hooks in silence, and leaves whoever holds the old layer with one that no longer
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from fp8lab.plan import Plan
 from fp8lab.recipe import GEMMS, Gemm, HighPrecision, Operand, Recipe
+from fp8lab.rounding import dtype_name
 
 Use = tuple[Operand, Gemm]
-_NAMES = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
 
 
 def become(layer: nn.Module, made: nn.Module) -> None:
@@ -42,7 +42,7 @@ def uses_of(plan: Plan, layer: str) -> dict[Use, Recipe]:
 
 def require_own_dtype(where: str, recipe: HighPrecision, linear: nn.Linear) -> None:
     """Raises ValueError if what an engine leaves as it is, is not in the format that was asked."""
-    own = _NAMES.get(linear.weight.dtype, str(linear.weight.dtype))
+    own = dtype_name(linear.weight.dtype)
     if recipe.format.name != own:
         raise ValueError(
             f"{where}: {recipe.format.name}, expected {own}, the layer's own: the engine leaves "
@@ -72,6 +72,11 @@ def narrow(
     if not kept:
         raise ValueError(f"{where}: every layer is HighPrecision, expected a recipe in FP8")
     return kept
+
+
+def why(error: BaseException) -> str:
+    """The reason for which a library cannot be imported, in one line that is not too long."""
+    return textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" …")
 
 
 def shown_use(layer: str, use: Any) -> str:

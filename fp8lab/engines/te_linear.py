@@ -33,8 +33,8 @@ class CheckedLinear(te.Linear):  # type: ignore[misc]
             expected = type(self.declared).__name__
             got = "without FP8" if found is None else f"under another {type(found).__name__}"
             raise RuntimeError(
-                f"{self.name}: Transformer Engine runs it {got}, expected the {expected} that it "
-                f"was converted to{_reason(found)}"
+                f"{self.name or 'the model'}: Transformer Engine runs it {got}, expected the "
+                f"{expected} that it was converted to{_reason(found)}"
             )
         return super().forward(inp, *args, **kwargs)
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from fp8lab import formats
-from fp8lab.engines import Use, become, narrow, require_own_dtype, shown_use
+from fp8lab.engines import Use, become, narrow, require_own_dtype, shown_use, why
 from fp8lab.plan import Plan
 from fp8lab.recipe import (
     GEMMS,
@@ -34,11 +34,12 @@ from fp8lab.recipe import (
     operand_format,
     recipe_in_words,
 )
+from fp8lab.rounding import NATIVE
 
 _WHERE = "convert: backend='torchao'"
 _LEAST_CAPABILITY = (8, 9)
 _SIZES = 16
-_DTYPES = {formats.E4M3: torch.float8_e4m3fn, formats.E5M2: torch.float8_e5m2}
+_FORMATS = (formats.E4M3, formats.E5M2)
 # Operand -> the GEMM of torchao's main field for it, and the field and GEMM of the other.
 _SECOND: dict[Operand, tuple[str, str]] = {
     "input": ("output", "grad_weight"),
@@ -108,7 +109,7 @@ def _recipe(
 def _require_fields(name: str, recipe: Float8CurrentScaling | RowwiseScaling) -> None:
     for operand in OPERANDS:
         fmt = operand_format(recipe, operand)
-        if fmt not in _DTYPES or recipe.fp8_format.has_copies:
+        if fmt not in _FORMATS or recipe.fp8_format.has_copies:
             raise ValueError(
                 f"{_WHERE}: {name}: {recipe.fp8_format}, expected Format.E4M3 or Format.HYBRID"
             )
@@ -120,9 +121,8 @@ def _imported() -> Callable[..., nn.Module]:
     try:
         from torchao.float8 import convert_to_float8_training
     except (ImportError, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise ImportError(
-            f"{_WHERE}: torchao cannot be imported: {reason[0]}; pip install torchao"
+            f"{_WHERE}: torchao cannot be imported: {why(error)}; pip install torchao"
         ) from None
     swap: Callable[..., nn.Module] = convert_to_float8_training
     return swap
@@ -170,7 +170,7 @@ def _config(recipe: Float8CurrentScaling | RowwiseScaling, uses: Mapping[Use, Re
         return CastConfig(
             scaling_type=ScalingType.DISABLED if wide else ScalingType.DYNAMIC,
             scaling_granularity=ScalingGranularity.TENSORWISE if wide else granularity,
-            target_dtype=_DTYPES[operand_format(recipe, operand)],
+            target_dtype=NATIVE[operand_format(recipe, operand)],
         )
 
     fields = {}

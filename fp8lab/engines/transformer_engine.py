@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp8lab.engines import become, narrow, shown_use
+from fp8lab.engines import become, narrow, shown_use, why
 from fp8lab.plan import Plan, to_te
 from fp8lab.recipe import HighPrecision, MXFP8BlockScaling, Recipe, recipe_in_words
 from fp8lab.regions import steps
@@ -92,9 +92,8 @@ def _imported() -> ModuleType:
     try:
         import transformer_engine.pytorch as te
     except (ImportError, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise ImportError(
-            f"{_WHERE}: Transformer Engine cannot be imported: {reason[0]}; "
+            f"{_WHERE}: Transformer Engine cannot be imported: {why(error)}; "
             f"pip install 'transformer-engine[pytorch]'"
         ) from None
     assert isinstance(te, ModuleType)

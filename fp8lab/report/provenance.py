@@ -1,7 +1,7 @@
 """What it takes to do it again: versions, machine, command, data, and the precision in force.
 
 Facts are told as the runs recorded them, each once; what no run says is named as not recorded. What
-layers computed in is what they said of themselves when recording began, not what was asked for; the
+layers computed in is what they said of themselves (Transformer Engine after a forward), not what was asked for; the
 plan that was declared stands beside it.
 """
 
