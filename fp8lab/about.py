@@ -17,20 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fp8lab.precision import known_from_birth, linears
 from fp8lab.probes import how_seen
-from fp8lab.ranks import watched_modules
 from fp8lab.sites import FeedForwardSite, GateSite
 
 
 def describe(model: nn.Module, sites: Sequence[GateSite | FeedForwardSite]) -> dict[str, Any]:
-    """JSON-able: versions, machine, command, the precision of every layer that says it, all linear
-    layers, sites."""
-    # A method of the class: a module of that name, or a text, is somebody else's.
-    precision = {
-        name: module.precision()  # type: ignore[operator]
-        for name, module in watched_modules(model)
-        if callable(getattr(type(module), "precision", None))
-    }
+    """JSON-able: versions, machine, command, the precision of every layer that says it already, all
+    linear layers, sites."""
     return {
         "created": time.time(),
         "versions": {
@@ -40,18 +34,9 @@ def describe(model: nn.Module, sites: Sequence[GateSite | FeedForwardSite]) -> d
         },
         "machine": f"{platform.system()} {platform.machine()}, {_device_name(model)}",
         "command": " ".join([Path(sys.argv[0]).name, *map(_without_place, sys.argv[1:])]),
-        "precision": precision,
-        "linears": _linears(model),
+        "precision": known_from_birth(model),
+        "linears": linears(model),
         "sites": [_describe_site(site) for site in sites],
-    }
-
-
-def _linears(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Linear layer -> its class and its sizes, whatever its precision."""
-    return {
-        name: {"class": type(module).__name__, "in": module.in_features, "out": module.out_features}
-        for name, module in watched_modules(model)
-        if isinstance(module, nn.Linear)
     }
 
 

@@ -1,8 +1,13 @@
-"""`convert`: a model's `nn.Linear`s become `Fp8Linear`s, in place.
+"""`convert`: a model's `nn.Linear`s become FP8 layers, in place.
+
+Three engines: `Fp8Linear`, which emulates on any device, and Transformer Engine's and torchao's own
+layers (`engines`), which need a machine that can. The plan is the same; what an engine cannot do of
+it is refused by name.
 
 Loud or nothing. A pattern that names no layer is an error, as is a model in which nothing matched,
 and a layer that would carry the label FP8 without ever running in FP8: a feed-forward that computes
-with its children's weights instead of calling them is refused by name.
+with its children's weights instead of calling them is refused by name, and the first forward looks
+whether what was converted is still there.
 
 Rejected: returning a converted copy. The optimizer, the hooks and the user's own references point
 at the layers that exist; they must be the layers that train.
@@ -11,15 +16,19 @@ at the layers that exist; they must be the layers that train.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Literal, get_args
 
 from torch import nn
 
 from fp8lab.casting import FusedProduct
+from fp8lab.engines import torchao, transformer_engine
 from fp8lab.linear import Fp8Linear, check_recipes
 from fp8lab.plan import Plan, as_recipe
 from fp8lab.recipe import GEMMS, OPERANDS, Accumulation, Gemm, Operand, Recipe, shown
 from fp8lab.regions import close_region, open_region
 from fp8lab.sites import GateSite, find_gates
+
+Backend = Literal["emulated", "te", "torchao"]
 
 
 def convert(
@@ -30,23 +39,57 @@ def convert(
     exclude: Iterable[str] = (),
     overrides: Mapping[str, Recipe] | None = None,
     accumulation: Accumulation | None = None,
+    backend: Backend = "emulated",
 ) -> nn.Module:
-    """Emulate FP8 in the linear layers of `model`; returns the same model.
+    """Run the linear layers of `model` in FP8; returns the same model.
 
     `include`, `exclude`, `overrides` and `accumulation` are those of `Plan` (`"*.down:input"` is an
     operand of a layer, `"*.down:input@output"` that of one GEMM); they are not given when `recipe`
     is a plan already. `recipe` may be one of Transformer Engine's own objects.
 
-    Where gate, up and down of a gated feed-forward are all converted, their product is computed
-    and rounded as Transformer Engine's fused kernel does it (`casting.FusedProduct`), which makes a
-    difference in BF16 and FP16 models. The model's outermost forward is the region after which
-    delayed scales move, unless `fp8lab.autocast` is used. A checkpoint from before the conversion
-    loads into the converted model, whose scales then start afresh.
+    `backend` is who computes. "emulated": `Fp8Linear`, on any device. Where gate, up and down of a
+    gated feed-forward are all converted, their product is computed and rounded as Transformer
+    Engine's fused kernel does it (`casting.FusedProduct`), which makes a difference in BF16 and
+    FP16 models. "te": `te.Linear`, the model's outermost forward under `te.autocast`; one recipe of
+    TE's and which layers; a forward of a layer without FP8 is an error. "torchao": `Float8Linear`,
+    `Float8CurrentScaling` or `RowwiseScaling`; both operands of a GEMM may be in high precision.
 
-    Raises ValueError if no layer matched, a pattern matched none, a layer is converted already,
-    or a matching layer cannot be converted.
+    The model's outermost forward is the region after which delayed scales move, unless
+    `fp8lab.autocast` is used. A checkpoint from before the conversion loads into the converted
+    model, whose scales then start afresh.
+
+    Raises ValueError if no layer matched, a pattern matched none, a layer is converted already, a
+    matching layer cannot be converted, or the backend cannot do what the plan says; ImportError
+    without the backend's library, RuntimeError without the device that it needs. Then nothing is
+    converted.
     """
+    if backend not in get_args(Backend):
+        choice = ", ".join(map(repr, get_args(Backend)))
+        raise ValueError(f"convert: backend={shown(backend)}, expected one of {choice}")
     plan = _plan(recipe, tuple(include), tuple(exclude), overrides or {}, accumulation)
+    chosen = _chosen(model, plan)
+    _refuse_layers_of_other_kinds(chosen)
+    gates = _gates(model)
+    _refuse_layers_that_never_run(gates, chosen)
+    if backend == "te":
+        converted = transformer_engine.convert(model, chosen, plan)
+    elif backend == "torchao":
+        converted = torchao.convert(chosen, plan)
+    else:
+        converted = _emulate(chosen, plan)
+        _fuse_products(gates)
+        model.register_forward_pre_hook(open_region, prepend=True)
+        model.register_forward_hook(close_region, always_call=True)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.register_forward_hook(_nothing)  # keeps it off the path around its layers
+    names = {id(layer): name for name, layer in chosen.items()}
+    label = Label({names[id(layer)]: layer for layer in converted}, backend)
+    model.register_forward_pre_hook(label)
+    return model
+
+
+def _chosen(model: nn.Module, plan: Plan) -> dict[str, nn.Linear]:
     linears = {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear)}
     unmatched = plan.patterns_without_match(linears)
     if unmatched and linears:
@@ -58,9 +101,10 @@ def convert(
             f"convert: nothing to convert in {type(model).__name__}: "
             f"{len(linears)} linear layers, none included"
         )
-    _refuse_layers_of_other_kinds(chosen)
-    gates = _gates(model)
-    _refuse_layers_that_never_run(gates, chosen)
+    return chosen
+
+
+def _emulate(chosen: dict[str, nn.Linear], plan: Plan) -> list[nn.Module]:
     told = {}
     for name in chosen:
         recipes: dict[Operand, Recipe] = {o: plan.recipe_for(name, o) for o in OPERANDS}
@@ -72,15 +116,33 @@ def convert(
         }
         check_recipes(recipes, singled_out, f"convert: {name}")
         told[name] = recipes, singled_out
-    for name, linear in chosen.items():
-        Fp8Linear.adopt(linear, *told[name], plan.accumulation)
-    _fuse_products(gates)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.register_forward_hook(_nothing)  # keeps it off the path around its layers
-    model.register_forward_pre_hook(open_region, prepend=True)
-    model.register_forward_hook(close_region, always_call=True)
-    return model
+    return [
+        Fp8Linear.adopt(linear, *told[name], plan.accumulation) for name, linear in chosen.items()
+    ]
+
+
+class Label:
+    """Forward pre-hook of a converted model: in its first forward the layers that were converted
+    must be there, and be what they became.
+
+    Raises RuntimeError, naming the first one that is not.
+    """
+
+    def __init__(self, layers: dict[str, nn.Module], backend: str) -> None:
+        self._unseen = {name: (layer, type(layer)) for name, layer in layers.items()}
+        self._backend = backend
+
+    def __call__(self, model: nn.Module, *_: object) -> None:
+        if not self._unseen:
+            return
+        there = {id(module) for module in model.modules()}
+        for name, (layer, kind) in self._unseen.items():
+            if id(layer) not in there or not isinstance(layer, kind):
+                raise RuntimeError(
+                    f"convert: {name} was converted to FP8 (backend={self._backend!r}) and has "
+                    f"been replaced since: convert last, or exclude it"
+                )
+        self._unseen = {}
 
 
 def _nothing(*_: object) -> None:
@@ -163,6 +225,9 @@ def converted_downs(model: nn.Module, who: str) -> list[tuple[str, Fp8Linear]]:
                 f"{who}: {gate.name} computes with down's weight itself, no layer does"
             )
         if not isinstance(gate.down.module, Fp8Linear):
-            raise ValueError(f"{who}: {gate.name}: down is not converted, expected convert() first")
+            kind, expected = type(gate.down.module), "not converted, expected convert() first"
+            if kind is not nn.Linear:
+                expected = f"a {kind.__name__}, expected convert() with backend='emulated'"
+            raise ValueError(f"{who}: {gate.name}: down is {expected}")
         downs.append((gate.name, gate.down.module))
     return downs

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from fp8lab.about import describe
 from fp8lab.casting import Cast
+from fp8lab.precision import PrecisionProbe
 from fp8lab.probes import FeedForwardProbe
 from fp8lab.ranks import (
     Reduction,
@@ -188,6 +189,7 @@ class Watch:
         self._burst = burst
         self._flush_seconds = flush_seconds
         self._rank = writer.rank
+        self._precision = PrecisionProbe(model, recorder)
         self._optimizer: OptimizerProbe | None = None
         self._handles: list[Any] = []
         self._held: deque[StepRows] = deque()
@@ -206,6 +208,7 @@ class Watch:
         parts: list[Any] = [
             *self._probes,
             self._taps,
+            self._precision,
             OutputProbe(self._model, self._recorder),
         ]
         if optimizer is not None:
@@ -302,6 +305,7 @@ class Watch:
         if merged is not None:
             self._write_merged(step, merged)
         self._note_failures(step)
+        self._note_precision()
         if rows.is_full:
             self._tell(rows)
         self._recorder.advance()
@@ -412,6 +416,15 @@ class Watch:
             self.event(step, "not_recorded", reason, layer)
             self._warn(f"{layer}: not recorded: {reason}")
         self._recorder.failures.clear()
+
+    def _note_precision(self) -> None:
+        """What layers say that know their precision only when they have run."""
+        if told := self._precision.news():
+            self._writer.info["precision"] |= told
+            try:
+                self._writer.set_state("running")
+            except OSError as error:  # it is written again when the run ends
+                self._warn(f"run.json cannot be written: {error}", once="info")
 
     def _note_unseen(self, step: int, collected: dict[str, Kinds]) -> None:
         """Once, after a step that trained: which feed-forwards no hook has seen."""

@@ -77,6 +77,7 @@ class Steps:
         self.forward_layers: dict[Layer, None] = {}
         self.backward_layers: dict[Layer, None] = {}
         self.end_of_backward: Callable[[], object] = lambda: None
+        self._at_close: list[Callable[[], object]] = []
 
     def open(self) -> None:
         if self.depth == 0:
@@ -89,6 +90,15 @@ class Steps:
         if self.depth == 0 and self.opened_with_gradients and not inside_backward():
             self._move_forward()
             self._move_backward()
+        if self.depth == 0:
+            ends, self._at_close = self._at_close, []
+            for end in reversed(ends):
+                end()
+
+    def at_close(self, end: Callable[[], object]) -> None:
+        """Call `end` when the region that is open closes, the last one first: another engine's
+        region that is to last as long."""
+        self._at_close.append(end)
 
     def forward_counts(self) -> bool:
         """Whether the amaxes of the forward that now begins enter the history."""

@@ -29,6 +29,12 @@ NATIVE: dict[FloatFormat, torch.dtype] = {
     formats.FP16: torch.float16,
     formats.FP32: torch.float32,
 }
+FORMAT_OF = {dtype: fmt for fmt, dtype in NATIVE.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What a dtype is called in reports: the name of its format, or torch's."""
+    return FORMAT_OF[dtype].name if dtype in FORMAT_OF else str(dtype).removeprefix("torch.")
 
 
 def round_to(

@@ -35,6 +35,8 @@ from fp8lab.probing import numbers, probe, proposals
 from fp8lab.recipe import Operand
 from fp8lab.te_casts import cast_in_force as cast_in_force_of_te
 from fp8lab.te_casts import te_name
+from fp8lab.torchao_casts import cast_in_force as cast_in_force_of_torchao
+from fp8lab.torchao_casts import is_torchao
 from fp8lab.tracing import Source
 from fp8lab.tracing import output_of as output_of
 
@@ -404,4 +406,6 @@ def cast_in_force(module: nn.Module | None, operand: Operand, tensor: Tensor) ->
     ask: Callable[[str, Tensor], Any] | None = getattr(module, "cast_in_force", None)
     if ask is None and module is not None and te_name(module) is not None:
         return cast_in_force_of_te(module, operand, tensor)
+    if ask is None and is_torchao(module):
+        return cast_in_force_of_torchao(module, operand, tensor)
     return None if ask is None else ask(operand, tensor)

@@ -7,7 +7,8 @@ TE's kernel has written beside it. The recipe is that of the region, not the one
 remembers: a layer that has not run yet remembers none.
 
 Cost: none beyond what `casting.cast_for` costs. TE is recognised by the names of its modules and
-never imported before the model has done so. Rejected: `amax_history` for the scale of a step that
+never imported before the model has done so. What a layer computes in it does not know before its
+first forward: the region decides. Rejected: `amax_history` for the scale of a step that
 is over; its rows have moved by then.
 """
 
@@ -21,12 +22,24 @@ from torch import Tensor
 
 from fp8lab.casting import Cast, cast_for
 from fp8lab.plan import from_te
-from fp8lab.recipe import DelayedScaling, Float8CurrentScaling, Operand, Recipe, operand_format
+from fp8lab.recipe import (
+    GEMMS,
+    DelayedScaling,
+    Float8CurrentScaling,
+    Operand,
+    Recipe,
+    direction_of,
+    operand_format,
+    recipe_in_words,
+)
+from fp8lab.rounding import dtype_name
 from fp8lab.scaling import absolute_maximum, scales_for
 
 # Which of a module's quantizers casts which operand: TE's `FP8FwdTensorIdx`, `FP8BwdTensorIdx`.
 _FIRST_GEMM = {"input": 0, "weight": 1, "grad_output": 0}
 _SECOND_GEMM = {"input": 3, "weight": 4, "grad_output": 2}
+# TE's layers that are one linear map, or several alike.
+LINEARS = ("Linear", "LayerNormLinear", "GroupedLinear", "BasicLinear")
 
 
 def te_name(module: Any) -> str | None:
@@ -122,3 +135,52 @@ def amax_and_scale(module: Any) -> tuple[Tensor, Tensor] | None:
     if not _is_delayed(quantizer):
         return None
     return quantizer.amax.reshape(()), quantizer.scale.reshape(())
+
+
+def linears_in(module: Any) -> dict[str, tuple[int, int]]:
+    """The linear maps that a module of TE itself is: what is put behind its name -> (in, out); a
+    LayerNormMLP's are .fc1 and .fc2. Empty for every other module."""
+    kind = te_name(module)
+    if kind == "LayerNormMLP":
+        pairs = {".fc1": module.fc1_weight, ".fc2": module.fc2_weight}
+        return {name: (weight.shape[1], weight.shape[0]) for name, weight in pairs.items()}
+    if kind not in LINEARS:
+        return {}
+    module = _linear_op(module)
+    return {"": (module.in_features, module.out_features)}
+
+
+def _linear_op(module: Any) -> Any:
+    """The operation in a linear layer of te.ops; any other module as it is."""
+    return getattr(module, "basic_ops", [module])[0]
+
+
+def precision(module: Any) -> dict[str, str] | None:
+    """What each operand of each GEMM of a linear layer of TE, or of both of a LayerNormMLP, was in
+    its last forward (`input@output` -> format, recipe), as `Fp8Linear.precision` says it; None
+    before its first.
+
+    A recipe that we have no word for is "unknown" and its name. What TE's debug features switch off
+    in one GEMM is not known here.
+    """
+    module = _linear_op(module)
+    if hasattr(module, "get_quantizer"):  # of te.ops
+        metas = module._fp8_metas
+        recipe = None if metas is None else metas["forward"]["recipe"]
+    elif not getattr(module, "forwarded_at_least_once", False):
+        return None
+    else:
+        recipe = module.fp8_meta["recipe"] if module.fp8 else None
+    uses = [(operand, gemm) for gemm, operands in GEMMS.items() for operand in operands]
+    if recipe is None:
+        wide = f"{dtype_name(_dtype(module))} HighPrecision"
+        return {f"{o}@{gemm}": wide for o, gemm in uses}
+    try:
+        ours = from_te(recipe)
+    except ValueError:
+        return {f"{o}@{gemm}": f"unknown {type(recipe).__name__}" for o, gemm in uses}
+    return {
+        f"{o}@{gemm}": f"{operand_format(ours, o, direction_of(o, gemm)).name} "
+        f"{recipe_in_words(ours)}"
+        for o, gemm in uses
+    }

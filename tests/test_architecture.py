@@ -30,11 +30,12 @@ ARITHMETIC |= {"scaling", "optim", "accumulation", "rewriting"}
 STORE = {"store", "runs", "segments", "wanted"}
 NECK = {"formats", "recipe", "sketch", "record"} | STORE
 SITES = {"sites", "tracing", "probing", "gating", "te_modules", "te_inside", "te_casts"}
+SITES |= {"torchao_casts"}
 MONITOR = {"monitor", "probes", "taps", "step_probes", "recorder", "ranks", "selection"}
-MONITOR |= {"measure", "statistics", "observe", "about"}
+MONITOR |= {"measure", "statistics", "observe", "about", "precision"}
 LAB = (
     (ARITHMETIC | NECK | SITES | MONITOR)
-    | {"ffn", "conversion", "mitigations"}
+    | {"ffn", "engines", "conversion", "mitigations"}
     | {"forecast"}
     | {"diagnosis", "guard", "checkpoint"}
 )
@@ -63,12 +64,15 @@ TABLE: dict[str, set[str]] = {
     "tracing": set(),
     "gating": {"ffn", "tracing"},
     "probing": {"ffn", "tracing", "te_modules", "te_casts"},
-    "sites": {"ffn", "recipe", "gating", "probing", "tracing", "te_modules", "te_casts"},
-    "te_casts": {"recipe", "plan", "casting", "scaling"},
+    "sites": {"ffn", "recipe", "gating", "probing", "tracing", "te_modules", "te_casts"}
+    | {"torchao_casts"},
+    "te_casts": {"recipe", "plan", "rounding", "casting", "scaling"},
+    "torchao_casts": {"formats", "recipe", "rounding", "casting"},
     "te_inside": {"recipe", "observe", "sites", "te_casts"},
     "te_modules": {"observe", "sites", "te_casts", "te_inside"},
     "observe": {"gating", "hooking", "sites", "tracing", "te_modules"},
-    "conversion": ARITHMETIC | {"sites", "ffn"},
+    "engines": {"formats", "recipe", "plan", "rounding", "regions"},
+    "conversion": ARITHMETIC | {"sites", "ffn", "engines"},
     "mitigations": ARITHMETIC | {"sites", "ffn", "conversion", "hooking"},
     "measure": {"formats", "recipe", "sketch", "kernels", "scaling", "casting"},
     "statistics": {"formats", "recipe", "rounding", "scaling", "casting"},
@@ -79,7 +83,8 @@ TABLE: dict[str, set[str]] = {
     "taps": {"casting", "measure", "observe", "probes", "recipe", "recorder", "selection", "sites"}
     | {"hooking", "rewriting", "step_probes"},
     "step_probes": {"hooking", "observe", "probes", "recorder"},
-    "about": {"probes", "ranks", "sites"},
+    "precision": {"observe", "probes", "ranks", "recorder", "te_casts", "torchao_casts"},
+    "about": {"precision", "probes", "sites"},
     "monitor": NECK | SITES | (MONITOR - {"measure", "statistics", "observe"}) | {"casting"},
     "wanted": {"record"},
     "segments": {"record", "wanted"},

@@ -1,8 +1,8 @@
 """What it takes to do it again: versions, machine, command, data, and the precision in force.
 
 Facts are told as the runs recorded them, each once; what no run says is named as not recorded. What
-layers computed in is what they said of themselves when recording began, not what was asked for; the
-plan that was declared stands beside it.
+layers computed in is what they said of themselves (Transformer Engine's after a forward), not what
+was asked for; the plan that was declared stands beside it.
 """
 
 from __future__ import annotations

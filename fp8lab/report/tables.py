@@ -219,7 +219,7 @@ def dose_numbers(part: Part, quantity: str, title: str) -> Table:
 
 
 def precision(arm: Arm, title: str) -> Table:
-    """Layer by GEMM, as the layers said it when recording began; equal layers share a row."""
+    """Layer by GEMM, as the layers said it; equal layers share a row."""
     layers: dict[str, Any] = {}
     for run in arm.runs:
         layers |= facts_of(run.run.info, "precision")

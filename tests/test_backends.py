@@ -1,0 +1,350 @@
+"""`convert(backend=…)`: a model in another engine's FP8 is that engine's model, or it stops.
+
+torchao's real classes train on a CPU; the oracle is the emulation, which has no part in them.
+Transformer Engine has a file of its own, `test_backends_te`; what needs a GPU of both is here.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import converted_transformer_engine as worker
+import pytest
+import torch
+from converted_transformer_engine import plain
+from torch import Tensor, nn
+from transformer_engine_on_cpu import assert_same_bits
+
+import fp8lab
+from fp8lab import formats
+from fp8lab.diagnosis.not_fp8 import uses_fp8
+from fp8lab.engines import torchao
+from fp8lab.recipe import OPERANDS, Format, Operand
+from fp8lab.sites import cast_in_force
+
+logging.getLogger("torchao").setLevel(logging.ERROR)
+BF16, FP32 = torch.bfloat16, torch.float32
+OPERANDS_OF_GEMMS = (
+    *("input@output", "weight@output", "grad_output@grad_input"),
+    *("weight@grad_input", "grad_output@grad_weight", "input@grad_weight"),
+)
+DELAYED = fp8lab.DelayedScaling(amax_history_len=3)
+CURRENT = fp8lab.Float8CurrentScaling()
+ROWS = fp8lab.RowwiseScaling()
+WIDE = {"FP32": fp8lab.HighPrecision(format=formats.FP32), "BF16": fp8lab.HighPrecision()}
+
+
+def test_an_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="backend='xe', expected one of 'emulated', 'te', 'torcha"):
+        fp8lab.convert(plain(FP32), CURRENT, backend="xe")  # type: ignore[arg-type]
+
+
+def test_a_layer_replaced_after_the_conversion_stops_the_first_forward() -> None:
+    for backend in ("emulated", "torchao"):
+        model = fp8lab.convert(plain(FP32), CURRENT, backend=backend)
+        model.layers[1].up = nn.Linear(worker.DIM, worker.HIDDEN)
+        with pytest.raises(RuntimeError, match=r"layers\.1\.up was converted to FP8 .* replaced"):
+            model(torch.ones(16, worker.DIM))
+
+
+# --- torchao -----------------------------------------------------------------------------------
+
+
+def ran(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Output and all gradients of a step."""
+    generator = torch.Generator().manual_seed(1)
+    given = torch.randn(24, worker.DIM, generator=generator).to(dtype).requires_grad_()
+    output = model(given)
+    output.backward(torch.randn(output.shape, generator=generator).to(dtype))
+    assert given.grad is not None
+    seen = {"output": output.detach(), "input.grad": given.grad}
+    return seen | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    [
+        (CURRENT, FP32),
+        (CURRENT, BF16),
+        (fp8lab.Float8CurrentScaling(use_power_2_scales=True), FP32),
+        (fp8lab.Float8CurrentScaling(fp8_format=Format.E4M3), FP32),
+        (ROWS, BF16),
+        (fp8lab.RowwiseScaling(fp8_format=Format.HYBRID), BF16),
+        (fp8lab.RowwiseScaling(high_precision_grad_weight=True), BF16),
+    ],
+    ids=str,
+)
+def test_a_layer_of_torchao_is_the_emulation(recipe: fp8lab.Recipe, dtype: torch.dtype) -> None:
+    """Output and gradients equal to the bit; torchao multiplies the codes on a CPU too."""
+    ours, theirs = layers_of_both(recipe, dtype)
+    for mine, other in zip(ran_one(ours), ran_one(theirs), strict=True):
+        assert_same_bits(mine, other)
+    assert type(theirs[0]).__module__ == "torchao.float8.float8_linear"
+    assert not theirs[0].config.emulate
+
+
+def layers_of_both(recipe: fp8lab.Recipe, dtype: torch.dtype) -> list[nn.Module]:
+    layer = nn.Sequential(nn.Linear(64, 48, bias=False, dtype=dtype))
+    backends: tuple[Any, ...] = ("emulated", "torchao")
+    return [fp8lab.convert(deepcopy(layer), recipe, backend=backend) for backend in backends]
+
+
+def ran_one(model: nn.Module) -> list[Tensor]:
+    """Output and gradients of one layer."""
+    (weight,) = model.parameters()
+    generator = torch.Generator().manual_seed(3)
+    given = torch.randn(24, 64, generator=generator).to(weight.dtype)
+    given[3] *= 100
+    output = model(given.requires_grad_())
+    output.backward(torch.randn(24, 48, generator=generator).to(weight.dtype))
+    assert given.grad is not None and weight.grad is not None
+    return [output.detach(), given.grad, weight.grad]
+
+
+def test_rows_in_fp32_are_rounded_to_bf16_by_torchao() -> None:
+    """Of an FP32 model too its GEMMs of rows give BF16."""
+    ours, theirs = layers_of_both(ROWS, FP32)
+    for mine, other in zip(ran_one(ours), ran_one(theirs), strict=True):
+        assert_same_bits(mine.bfloat16().float(), other)
+
+
+def test_rows_with_other_scales_than_powers_of_two() -> None:
+    """torchao rounds a gradient to BF16 before its scales are put on, and after: a second half of
+    a unit in the last place. The output is the emulation's, bit for bit."""
+    recipe = fp8lab.RowwiseScaling(round_scales_to_power_of_2=False)
+    (output, *ours), (same, *theirs) = map(ran_one, layers_of_both(recipe, BF16))
+    assert_same_bits(output, same)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert not torch.equal(mine, other)
+        torch.testing.assert_close(mine.float(), other.float(), rtol=2**-7, atol=0)
+
+
+def test_a_model_of_torchao_is_the_emulation() -> None:
+    """In FP32, where a fused product is not rounded: losses and parameters of ten steps of AdamW,
+    made before the conversion, equal to the bit, with a bias."""
+    results = []
+    for backend in ("emulated", "torchao"):
+        model = plain(FP32)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        fp8lab.convert(model, CURRENT, exclude=["head"], backend=backend)
+        generator, losses = torch.Generator().manual_seed(1), []
+        for _ in range(10):
+            loss = model(torch.randn(24, worker.DIM, generator=generator)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        results.append([*losses, *(parameter.detach() for parameter in model.parameters())])
+    for mine, theirs in zip(*results, strict=True):
+        assert_same_bits(mine, theirs)
+
+
+def test_a_gemm_of_torchao_in_high_precision() -> None:
+    """Both operands of one GEMM as they are: equal to the emulation of that plan."""
+    overrides = {"*.down@grad_weight": WIDE["FP32"], "head": WIDE["FP32"]}
+    ours, theirs = (
+        fp8lab.convert(plain(FP32), CURRENT, overrides=overrides, backend=backend)
+        for backend in ("emulated", "torchao")
+    )
+    mine, other = ran(ours, FP32), ran(theirs, FP32)
+    assert mine.keys() == other.keys()
+    for name, tensor in mine.items():
+        assert_same_bits(tensor, other[name])
+    assert type(theirs.head) is nn.Linear
+
+
+def test_what_torchao_keeps() -> None:
+    """Parameters, hooks and references; a checkpoint from before loads."""
+    model, calls = plain(FP32), []
+    before = deepcopy(model.state_dict())
+    down, parameters = model.layers[0].down, list(model.parameters())
+    down.register_forward_hook(lambda *_: calls.append("forward"))
+    assert fp8lab.convert(model, CURRENT, backend="torchao") is model
+    calls.clear()
+    ran(model, FP32)
+    assert calls == ["forward"]
+    assert model.layers[0].down is down
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    model.load_state_dict(before)
+    ran(deepcopy(model), FP32)
+
+
+TORCHAO_REFUSES: dict[str, tuple[dict[str, Any], str]] = {
+    "delayed": (
+        {"recipe": DELAYED},
+        "layers.0.gate:input@output: torchao has no DelayedScaling, expected Float8CurrentScaling, "
+        "RowwiseScaling or HighPrecision",
+    ),
+    "blocks": (
+        {"recipe": fp8lab.MXFP8BlockScaling(scale_rounding="ceil")},
+        "layers.0.gate:input@output: torchao has no MXFP8BlockScaling, scales rounded ceil, "
+        "expected Float8CurrentScaling, RowwiseScaling or HighPrecision",
+    ),
+    "nothing": (
+        {"recipe": WIDE["FP32"]},
+        "every layer is HighPrecision, expected a recipe in FP8",
+    ),
+    "one operand": (
+        {"recipe": CURRENT, "overrides": {"*.down:input@output": WIDE["FP32"]}},
+        "layers.0.down@output: one operand in high precision, expected both or none: torchao's "
+        "GEMMs take no other",
+    ),
+    "another format": (
+        {"recipe": CURRENT, "overrides": {"head": WIDE["BF16"]}},
+        "head: BF16, expected FP32, the layer's own: the engine leaves such operands as they are",
+    ),
+    "two recipes": (
+        {"recipe": CURRENT, "overrides": {"*.up:weight": ROWS}},
+        "layers.0.up:weight@output: ",
+    ),
+    "formats": (
+        {"recipe": fp8lab.Float8CurrentScaling(fp8_format=Format.GAUDI2)},
+        "layers.0.gate: Format.GAUDI2, expected Format.E4M3 or Format.HYBRID",
+    ),
+    "stochastic": (
+        {"recipe": fp8lab.Float8CurrentScaling(stochastic_rounding=True)},
+        "layers.0.gate: torchao rounds no gradient stochastically",
+    ),
+    "accumulation": (
+        {"recipe": CURRENT, "accumulation": fp8lab.Accumulation()},
+        "accumulation: Accumulation(bits=14",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TORCHAO_REFUSES)
+def test_what_torchao_refuses(what: str) -> None:
+    """By name, in one line, and nothing is converted."""
+    convert, message = TORCHAO_REFUSES[what]
+    model = plain(FP32)
+    with pytest.raises(ValueError) as refused:
+        fp8lab.convert(model, backend="torchao", **convert)
+    said = str(refused.value)
+    assert said.startswith(f"convert: backend='torchao': {message}")
+    assert "\n" not in said
+    assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    assert not model._forward_pre_hooks
+
+
+def test_where_torchao_cannot_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another device, an old GPU, and on a new one sizes that it does not take."""
+    model = nn.Sequential(nn.Linear(32, 40, device="meta"))
+    with pytest.raises(RuntimeError, match="0 is on meta, expected a CPU or a GPU with FP8"):
+        fp8lab.convert(model, CURRENT, backend="torchao")
+    assert type(model[0]) is nn.Linear
+    on_gpu: Any = SimpleNamespace(
+        weight=SimpleNamespace(device=torch.device("cuda")), in_features=32, out_features=40
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    with pytest.raises(
+        RuntimeError, match=r"head: a GPU of compute capability 8\.6, expected 8\.9"
+    ):
+        torchao._require_device("head", on_gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with pytest.raises(ValueError, match="head: 32 → 40 features, expected multiples of 16: excl"):
+        torchao._require_device("head", on_gpu)
+
+
+@pytest.mark.parametrize(
+    ("backend", "library", "message"),
+    [
+        ("torchao", "torchao.float8", "torchao cannot be imported: .*; pip install torchao$"),
+        ("te", "transformer_engine.pytorch", "Transformer Engine cannot be imported: .*; pip inst"),
+    ],
+)
+def test_without_the_library(
+    backend: Any, library: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=f"^convert: backend='{backend}': {message}"):
+        fp8lab.convert(plain(FP32), CURRENT, backend=backend)
+
+
+@pytest.mark.parametrize("powers", [True, False])
+@pytest.mark.parametrize("fmt", [Format.E4M3, Format.HYBRID])
+@pytest.mark.parametrize("operand", OPERANDS)
+def test_torchao_says_how_it_casts(operand: Operand, fmt: Format, powers: bool) -> None:
+    """The same values as the emulation, whose own test of them is against torchao's quantiser."""
+    tensor = torch.randn(48, 64) * torch.logspace(-3, 3, 48)[:, None]
+    for recipe in (
+        fp8lab.RowwiseScaling(fp8_format=fmt, round_scales_to_power_of_2=powers),
+        fp8lab.Float8CurrentScaling(fp8_format=fmt, use_power_2_scales=powers),
+    ):
+        ours, theirs = (cast_in_force(m[0], operand, tensor) for m in layers_of_both(recipe, FP32))
+        assert (type(theirs.recipe), theirs.format) == (type(recipe), ours.format)
+        assert_same_bits(theirs.fake_quantized(), ours.fake_quantized())
+    wide = {"*@output": WIDE["FP32"], "*@grad_input": WIDE["FP32"]}
+    model = fp8lab.convert(plain(FP32), CURRENT, overrides=wide, backend="torchao")
+    assert cast_in_force(model.head, operand, tensor) is None
+
+
+def test_a_watch_of_torchao(tmp_path: Path) -> None:
+    """The precision of each operand in the words of the emulation, and the same rows."""
+    for backend in ("emulated", "torchao"):
+        overrides = {"*.down@grad_weight": WIDE["FP32"]}
+        model = fp8lab.convert(plain(FP32), CURRENT, overrides=overrides, backend=backend)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        select = fp8lab.Selection(layers=("layers.*.down",), tensors=("input", "weight"))
+        path = tmp_path / backend
+        with fp8lab.watch(model, path, optimizer=optimizer, every=1, select=select) as watch:
+            for step in range(2):
+                ran(model, FP32)
+                optimizer.step()
+                watch.step(step)
+    ours, theirs = (fp8lab.open_run(tmp_path / name) for name in ("emulated", "torchao"))
+    assert ours.info["precision"] == theirs.info["precision"]
+    assert theirs.info["precision"]["layers.0.down"] == dict(
+        zip(
+            OPERANDS_OF_GEMMS,
+            ["E4M3 Float8CurrentScaling"] * 2
+            + ["E5M2 Float8CurrentScaling", "E4M3 Float8CurrentScaling"]
+            + ["FP32 HighPrecision"] * 2,
+            strict=True,
+        )
+    )
+    assert uses_fp8(theirs)
+    assert list(theirs.events()["kind"]) == []
+    mine, other = ours.tensors(), theirs.tensors()
+    assert {"layers.0:gate", "layers.0:up", "layers.0:product"} <= set(other["site"])
+    product = other["site"] == "layers.1:product"
+    assert (other.loc[product, "scale"] > 0).all()
+    assert mine.equals(other)
+
+
+# --- the real thing ----------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["te", "torchao"])
+@pytest.mark.parametrize("recipe", [DELAYED, CURRENT], ids=lambda r: type(r).__name__)
+def test_on_a_gpu(backend: Any, recipe: Any, tmp_path: Path) -> None:
+    """Five watched steps in BF16 fall like those of the emulation, within what the order of sums
+    and the rounding of the product make, and say what they are."""
+    if backend == "torchao" and recipe is DELAYED:
+        pytest.skip("torchao has none")
+    pytest.importorskip("torchao" if backend == "torchao" else "transformer_engine_torch")
+    losses = []
+    for engine in ("emulated", backend):
+        model = plain(BF16).cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        fp8lab.convert(model, recipe, backend=engine)
+        generator = torch.Generator().manual_seed(1)
+        with fp8lab.watch(model, tmp_path / engine, optimizer=optimizer, every=1) as watch:
+            for step in range(5):
+                batch = torch.randn(32, worker.DIM, generator=generator).to("cuda", BF16)
+                loss = model(batch).float().square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                watch.step(step, loss=loss)
+                losses.append(loss.detach())
+    mine, theirs = (fp8lab.open_run(tmp_path / engine) for engine in ("emulated", backend))
+    assert mine.info["precision"] == theirs.info["precision"]
+    torch.testing.assert_close(torch.stack(losses[:5]), torch.stack(losses[5:]), rtol=0.05, atol=0)
