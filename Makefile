@@ -71,6 +71,7 @@ clean: ## Remove the environments, the build outputs and the caches; keep runs/
 .venv-lowest/.installed: pyproject.toml constraints-lowest.txt
 %/.installed:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fp8lab needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@echo "setting up $*: torch and other libraries, some minutes"
 	$(PYTHON) -m venv $*
 	$*/bin/pip install -q -c $(filter constraints%,$^) torch
 	$*/bin/pip install -q -c $(filter constraints%,$^) -e ".[dev]"

@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,8 +60,23 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Why an FP8 training run diverges: which tensor, layer and channel, since when.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fp8lab {version('fp8lab')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def program(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    """Why an FP8 training run diverges: which tensor, layer and channel, since when."""
 
 
 class Alignment(StrEnum):
@@ -128,6 +144,7 @@ def run(
             settings=Settings(
                 steps=steps, text=None if text is None else str(text.resolve()), quick=quick
             ),
+            on_plan=progress.planned,
             on_start=progress.started,
             on_report=progress.reported,
             on_end=progress.ended,
@@ -210,7 +227,8 @@ def diagnose_runs(
     twin: Twin = None,
     as_json: Json = False,
 ) -> None:
-    """Name the cause, the place and the hour; exit code 1 if a finding is of high severity."""
+    """Name the cause, the place and the hour; exit code 1 if a finding is of high severity, 2 if
+    nothing was recorded."""
     from fp8lab.diagnosis import diagnose
 
     diagnoses = [diagnose(path, twin) for path in _expand(runs)]
@@ -221,6 +239,8 @@ def diagnose_runs(
             _echo(one)
     if any(finding.severity == "high" for one in diagnoses for finding in one.findings):
         raise typer.Exit(1)
+    if any(one.is_empty for one in diagnoses):
+        raise typer.Exit(2)
 
 
 @app.command("bisect")

@@ -78,12 +78,24 @@ def _grid(title: str, arms: dict[str, str], part: str, runs: list[Run]) -> Table
 
 
 def print_rows(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table, whose first column names the row; where it is too wide, a paragraph a row.
+    """A table, whose first column names the row; where it is too wide, its rows are columns, and
+    where it is then still too wide, each is a paragraph.
 
     Headings wrap, and cells of several words; others do not: half of a number is none.
     """
     names = [name.replace("_", " ") for name in (rows[0] if rows else ())]
     cells = [[printable(cell_of(value)) for value in row.values()] for row in rows]
+    turned = [list(line) for line in zip(names, *cells, strict=True)]
+    if _print_table(console, names, cells) or _print_table(console, turned[0], turned[1:]):
+        return
+    for row in cells:
+        told = (f"{name} {cell}" for name, cell in zip(names[1:], row[1:], strict=True))
+        console.print(row[0], highlight=False)
+        console.print(Padding(", ".join(told), (0, 0, 0, 2)), highlight=False)
+
+
+def _print_table(console: Console, names: list[str], cells: list[list[str]]) -> bool:
+    """Whether there was room for it; else nothing is printed."""
     table, width = Table(box=None), 0
     for position, name in enumerate(names):
         column = [row[position] for row in cells]
@@ -95,11 +107,7 @@ def print_rows(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(*(Text(cell, no_wrap=not _wraps(cell)) for cell in row))
     if width <= console.width:
         console.print(table)
-        return
-    for row in cells:
-        told = (f"{name} {cell}" for name, cell in zip(names[1:], row[1:], strict=True))
-        console.print(row[0], highlight=False)
-        console.print(Padding(", ".join(told), (0, 0, 0, 2)), highlight=False)
+    return width <= console.width
 
 
 def _wraps(cell: str) -> bool:

@@ -468,6 +468,7 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        is_forgotten = self._last_time is None and self._recorder.has_measured
         self._recorder.close()
         for rows in self._held:  # what led to an error is wanted in full
             rows.is_full = rows.is_full or kind is not None
@@ -475,6 +476,8 @@ class Watch:
         self._held.clear()
         if kind is None:
             self._close("finished")
+            if is_forgotten:
+                self._warn("nothing is recorded: call watch.step(step, loss=loss) in the loop")
         elif issubclass(kind, KeyboardInterrupt):
             self._close("interrupted")
         else:

@@ -128,7 +128,8 @@ def as_recipe(recipe: Any, where: str) -> Recipe:
         return recipe
     if type(recipe).__module__.startswith("transformer_engine"):
         return from_te(recipe)
-    raise ValueError(f"{named(where)}: {shown(recipe)}, expected one of {', '.join(RECIPES)}")
+    choice = ", ".join(f"{name}()" for name in RECIPES)  # neither a name nor a class
+    raise ValueError(f"{named(where)}: {shown(recipe)}, expected one of {choice}")
 
 
 # What TE keeps beside a recipe's fields: its `QParams` per operand, and what they are by default.

@@ -40,6 +40,10 @@ class Bars:
         if self._console.is_terminal:
             self._bars.stop()
 
+    def planned(self, total: int) -> None:
+        self._at_most = total
+        self._bars.update(self._all, total=total)
+
     def started(self, index: int, label: str) -> None:
         self._jobs[index] = (label, None, 0.0)
         self._bars.update(self._all, total=max(len(self._jobs), self._at_most))
@@ -66,4 +70,7 @@ class Bars:
             self._bars.remove_task(task)
         self._bars.advance(self._all)
         if not self._console.is_terminal:
-            self._console.print(error or f"done: {label}", highlight=False, soft_wrap=True)
+            overall = self._bars.tasks[0]
+            which = f"{overall.completed:.0f}/{overall.total:.0f}"
+            told = error or f"done: {label} ({which})"
+            self._console.print(told, highlight=False, soft_wrap=True)

@@ -211,6 +211,11 @@ class Recorder:
         """`tensor_row` of a tensor that was measured here."""
         return tensor_row(site, kinds, self.names_of(site))
 
+    @property
+    def has_measured(self) -> bool:
+        """Whether anything was, since the last call of `collect`."""
+        return bool(self._vectors or self._jobs)
+
     def collect(self) -> dict[str, Kinds]:
         """Everything measured since the last call, on the host, by site and kind."""
         self.settle()

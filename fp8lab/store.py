@@ -312,7 +312,8 @@ class _Backlog:
 
 def _refuse_taken(path: Path, info: Mapping[str, Any], rank: int) -> None:
     """An empty folder is free; so is what other ranks of this training made."""
-    taken = RunError(f"{path}: exists already, expected a new run directory")
+    expected = "expected a new run directory; watch(resume_at=STEP) goes on with one"
+    taken = RunError(f"{path}: exists already, {expected}")
     if not path.is_dir():
         if path.exists():
             raise taken

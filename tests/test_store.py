@@ -269,7 +269,7 @@ def test_create_refuses_what_exists_and_touches_nothing(kind: str, tmp_path: Pat
     else:
         path.write_text("mine")
     before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
-    with pytest.raises(RunError, match=r"run: exists already, expected a new run directory$"):
+    with pytest.raises(RunError, match=r"run: exists already, expected a new run directory; watch"):
         RunWriter.create(path, {})
     assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
 

@@ -41,6 +41,8 @@ print("done", flush=True)
 sys.stdin.readline()
 """
 
+NEW = "expected a new run directory; watch(resume_at=STEP) goes on with one"
+
 
 def start(path: Path, rank: int, steps: int, job: str = "", end: str = "close") -> Writer:
     return subprocess.Popen(
@@ -194,7 +196,7 @@ def test_what_an_earlier_training_left_is_not_joined(rank: int, tmp_path: Path) 
     before = sorted((p, p.stat().st_mtime_ns) for p in path.rglob("*"))
     with pytest.raises(RunError) as error:
         RunWriter.create(path, {"job": "two"}, rank=rank)
-    assert one_line(error) == f"{path}: exists already, expected a new run directory"
+    assert one_line(error) == f"{path}: exists already, {NEW}"
     for file in (*path.glob("run.json"), *path.glob("ranks/*/rank.json")):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"pid": 2**22 + 1}))
     with pytest.raises(RunError, match="exists already"):

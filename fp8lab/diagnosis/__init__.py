@@ -76,12 +76,14 @@ OF_SETUP = frozenset(
 class Diagnosis:
     """The findings on one run, worst first; `loss_alarm` is the step at which its loss or a
     recorded event said by itself that something is wrong, None if it never did; `divergence` is
-    where the run first parted from its twin, None without one or if it never did."""
+    where the run first parted from its twin, None without one or if it never did; `is_empty` where
+    no step was recorded, and nothing can be said."""
 
     run: str
     findings: tuple[Finding, ...]
     loss_alarm: int | None
     divergence: Divergence | None = None
+    is_empty: bool = False
 
     @property
     def first_alarm(self) -> int | None:
@@ -93,6 +95,7 @@ class Diagnosis:
         """JSON-able."""
         return {
             "run": self.run,
+            "is_empty": self.is_empty,
             "loss_alarm": self.loss_alarm,
             "first_alarm": self.first_alarm,
             "divergence": None if self.divergence is None else self.divergence.to_dict(),
@@ -101,6 +104,8 @@ class Diagnosis:
 
     def __str__(self) -> str:
         parted = "" if self.divergence is None else f"\n{self.divergence}"
+        if self.is_empty:
+            return f"{self.run}: nothing was recorded: is watch.step called in the loop?"
         if not self.findings:
             told = "" if self.loss_alarm is None else f"; the loss told at step {self.loss_alarm}"
             return f"{self.run}: nothing found{told}{parted}"
@@ -143,6 +148,7 @@ def judge(rows: Rows, twin: Rows | None = None) -> Diagnosis:
         findings=ranked([*findings, *others], alarm),
         loss_alarm=alarm,
         divergence=None if twin is None else first_divergence(rows, twin),
+        is_empty=rows.steps(("loss",)).empty and not findings and not others,
     )
 
 

@@ -306,6 +306,7 @@ def run_experiment(
     arms: Iterable[str] | None = None,
     seeds: Iterable[int] | None = None,
     settings: Settings | None = None,
+    on_plan: Callable[[int], None] = lambda total: None,
     on_start: Callable[[int, str], None] = lambda index, label: None,
     on_report: Callable[[Report], None] = lambda report: None,
     on_end: Callable[[int, str | None], None] = lambda index, error: None,
@@ -352,6 +353,7 @@ def run_experiment(
         for work in runs:
             if work.path.exists():
                 shutil.rmtree(work.path)
+        on_plan(len(preparations) + len(runs))
         do(preparations)
         unprepared = {(begun[index].part.name, begun[index].seed) for index in failures}
         do([work for work in runs if (work.part.name, work.seed) not in unprepared])

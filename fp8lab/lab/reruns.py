@@ -63,6 +63,8 @@ def training_of(
     recipe, checkpoint = of_script
     script, colon, function = training.rpartition(":")
     is_script = bool(colon) and script.endswith(".py")
+    if colon and not is_script:
+        raise ValueError(f"bisect: {named(training)}: expected a file, SCRIPT.py:FUNCTION")
     mine = {"--arm": arm, "--part": part, "--steps": steps, "--from": start_at}
     theirs = {"--recipe": recipe, "--checkpoint": checkpoint}
     for option, value in (mine if is_script else theirs).items():
