@@ -29,6 +29,7 @@ from torch import Tensor
 NORM_EPSILON = 1e-5
 FLOAT32_MAX = torch.finfo(torch.float32).max
 GEMM_BLOCK: int | None = None  # see `generic_gemm`
+CURRENT_BEHIND_A_NORM = False  # see `rmsnorm_fwd`
 
 E4M3, E5M2 = 7, 8  # as DType below
 TORCH_DTYPES = {
@@ -338,7 +339,9 @@ def rmsnorm_fwd(
     sm_margin: int,
     zero_centered: bool,
 ) -> tuple[Any, None, Tensor]:
-    """normalization.cpp: delayed scaling casts the FP32 result of the norm."""
+    """normalization.cpp: delayed scaling casts the FP32 result of the norm. What current scaling
+    casts in BF16 is not known here; with CURRENT_BEHIND_A_NORM a run goes on with the rounded one,
+    and shows that it runs, nothing more."""
     if epsilon != NORM_EPSILON or zero_centered or out is not None:
         raise NotImplementedError("rmsnorm_fwd: not in the stand-in")
     normed = _norm(tensor, weight)
@@ -346,7 +349,9 @@ def rmsnorm_fwd(
     if quantizer is None:
         return normed.to(tensor.dtype), None, rsigma
     if type(quantizer).__name__ != "Float8Quantizer" and tensor.dtype != torch.float32:
-        raise NotImplementedError("a fused norm under current scaling: not in the stand-in")
+        if not CURRENT_BEHIND_A_NORM:
+            raise NotImplementedError("a fused norm under current scaling: not in the stand-in")
+        normed = normed.to(tensor.dtype).float()
     return _cast(normed, quantizer, tensor.dtype, _amax(normed)), None, rsigma
 
 

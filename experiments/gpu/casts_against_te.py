@@ -167,7 +167,8 @@ def delayed(te: Any, device: str, fmt: str, dtype: torch.dtype) -> Iterator[Comp
 
 def block(te: Any, device: str, dtype: torch.dtype, size: int, power: bool) -> Iterator[Compared]:
     """Both directions; TE keeps columnwise codes transposed, and pads and turns scales."""
-    recipe = Float8BlockScaling(use_f32_scales=not power, x_block_scaling_dim=size)
+    recipe = Float8BlockScaling(use_f32_scales=not power)
+    operand: Operand = "input" if size == 1 else "weight"
     for name, tensor in tensors(device).items():
         source = tensor.to(dtype)
         theirs = te.Float8BlockQuantizer(
@@ -183,7 +184,7 @@ def block(te: Any, device: str, dtype: torch.dtype, size: int, power: bool) -> I
             ("rowwise", theirs._rowwise_data, row.t() if size == 1 else row),
             ("columnwise", theirs._columnwise_data.t(), column if size == 1 else column.t()),
         ):
-            ours = quantize(source, recipe, "input", direction=way)  # type: ignore[arg-type]
+            ours = quantize(source, recipe, operand, direction=way)  # type: ignore[arg-type]
             down, across = ours.scale_inv.shape
             codes = data.contiguous().view(torch.float8_e4m3fn)
             yield (
@@ -273,7 +274,8 @@ tensor / its largest element",
 def apart(ours: Tensor | None, theirs: Tensor | None) -> float:
     """The largest difference / the largest element of `theirs`."""
     assert ours is not None and theirs is not None
-    return float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
+    mine, other = ours.detach().float(), theirs.detach().float()
+    return float((mine - other).abs().max() / other.abs().max())
 
 
 def linear(te: Any, setting: Setting, recipe: Recipe, chosen: Any) -> Iterator[object]:
@@ -316,9 +318,10 @@ def linear(te: Any, setting: Setting, recipe: Recipe, chosen: Any) -> Iterator[o
 
 
 def nearest(codes: Tensor, candidates: list[Tensor]) -> int:
-    """How many bytes differ from the candidate of that shape that is most like it: which direction
-    TE has kept is its own affair."""
-    same = [c.view(torch.uint8) for c in candidates if c.shape == codes.shape]
+    """How many bytes differ from the candidate that is most like it: which direction TE has kept,
+    and of a square matrix whether transposed, is its own affair."""
+    both = [turned for c in candidates for turned in (c, c.t())]
+    same = [c.contiguous().view(torch.uint8) for c in both if c.shape == codes.shape]
     return min(int((c != codes).sum()) for c in same)
 
 

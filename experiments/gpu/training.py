@@ -105,7 +105,7 @@ class Arm:
     ) -> None:
         self.te, self.setting, self.sizes, self.recipe = te, setting, sizes, recipe
         self.model = Model(te, sizes, setting.device, smooth_recipe() if smooth else None)
-        self.is_watched = is_watched
+        self.is_watched, self.is_smooth = is_watched, smooth
         self.parameters = list(self.model.parameters())
         self.masters = [p.detach().float().clone().requires_grad_() for p in self.parameters]
         how = {"betas": (0.9, 0.95), "weight_decay": 0.1, "fused": setting.device == "cuda"}
@@ -116,11 +116,9 @@ class Arm:
         end, losses, took = time.monotonic() + 0.9 * seconds, [], []
         with ExitStack() as stack:
             folder = self.setting.out / "runs" / f"{time.monotonic_ns()}"
-            watch = None
-            if self.is_watched:
-                import fp8lab
-
-                watch = stack.enter_context(fp8lab.watch(self.model, folder, every=10))
+            watch = self.watch(folder)
+            if watch is not None:
+                stack.enter_context(watch)
             for step in range(self.sizes.steps):
                 begun = time.perf_counter()
                 loss = self.step(step, data)
@@ -135,7 +133,16 @@ class Arm:
         yield from (len(numbers), numbers[0], numbers[len(numbers) // 2])
         yield statistics.fmean(numbers[-last:])
         yield f"{1e3 * unwatched:.1f}"
-        yield found_in(folder) if self.is_watched else ""
+        yield "not watched" if watch is None else found_in(folder)
+
+    def watch(self, folder: Path) -> Any:
+        """None where it cannot be watched: a product that a mitigation balances is not the one that
+        gate and up explain, and fp8lab knows its own mitigations alone."""
+        if not self.is_watched or self.is_smooth:
+            return None
+        import fp8lab
+
+        return fp8lab.watch(self.model, folder, every=10)
 
     def unwatched(self, data: Tensor, first: int) -> float:
         """Median seconds of a step that nobody watches."""
