@@ -100,8 +100,8 @@ from fp8lab.kernels import gpu, gpu_casts
 
 pointers = {"x": "*i32", "out": "*fp32", "scale": "*fp32", "scale_inv": "*fp32", "amax": "*i32"}
 pointers |= {"counts": "*i64", "tables": "*i64", "extremes": "*i32", "channels": "*i32"}
-pointers |= {"tokens": "*i32", "largest": "fp32", "limit": "fp32", "zero": "fp32"}
-values = {"HALF": True, "SIZE": 4096, "COUNTS": True, "ROWS": 32, "COLUMNS": 128}
+pointers |= {"tokens": "*i32", "largest": "fp32", "limit": "fp32"}
+values = {"HALF": True, "SIZE": 4096, "COUNTS": True, "ONE_ZERO": True, "ROWS": 32, "COLUMNS": 128}
 for function in (*gpu_casts._kernels(), gpu._kernel()[1]):
     for half in (True, False):
         types = {name: pointers.get(name, "i32") for name in function.arg_names}

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,17 @@ def stood_in_for() -> list[str]:
 @cache
 def load(rehearsal: bool) -> Any:
     """`transformer_engine.pytorch`. Raises ImportError, or whatever its loading raises."""
-    for name in stood_in_for():
-        sys.modules[name] = mock.MagicMock()
+    absent = stood_in_for()
+    for name in absent:
+        sys.modules[name] = mock.MagicMock(__spec__=ModuleSpec(name, None))
+    try:
+        return _imported(rehearsal)
+    finally:
+        for name in absent:  # others must go on to find that these are not here
+            del sys.modules[name]
+
+
+def _imported(rehearsal: bool) -> Any:
     if rehearsal:
         os.environ |= {"NVTE_PROJECT_BUILDING": "1", "NVTE_TORCH_COMPILE": "0"}
         sys.path.insert(0, str(TESTS))

@@ -54,9 +54,9 @@ def _kernels() -> Any:
         count,
         largest,
         limit,
-        zero,
         smallest_exponent,
         shift,
+        ONE_ZERO: tl.constexpr,
         HALF: tl.constexpr,
         COUNTS: tl.constexpr,
         SIZE: tl.constexpr,
@@ -75,8 +75,10 @@ def _kernels() -> Any:
         step = tl.maximum(exponent, smallest_exponent) + shift
         step = step.to(tl.float32, bitcast=True)
         rounded = (size + step) - step
+        if ONE_ZERO:  # a -0.0 to be added, as in C, arrives as +0.0 in some releases
+            sign = tl.where(rounded == 0.0, 0, sign)
         signed = (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-        tl.store(out + place, (signed + zero) * tl.load(scale_inv), mask=inside)
+        tl.store(out + place, signed * tl.load(scale_inv), mask=inside)
         if COUNTS:
             bits = code & 0x7FFFFFFF
             tl.atomic_max(amax, tl.max(tl.where(bits <= 0x7F800000, bits, 0)))
@@ -161,10 +163,11 @@ def _cast(
             expected = f"{count} contiguous float32 on {tensor.device}"
             raise ValueError(f"{name}: {got}, expected {expected}")
     how = kernels.format_of(fmt)
-    numbers = how.largest, how.limit, how.zero, how.smallest_exponent, how.shift
+    numbers = how.largest, how.limit, how.smallest_exponent, how.shift
     counted = out if found is None else found, out if counts is None else counts
     arguments = out, scale, scale_inv, *counted, tensor.numel(), *numbers
-    done = _launch(1, tensor, arguments, {"COUNTS": counts is not None})
+    options = {"COUNTS": counts is not None, "ONE_ZERO": fmt.top == "fnuz"}
+    done = _launch(1, tensor, arguments, options)
     if done:
         torch.autograd.graph.increment_version(out)
     return done
