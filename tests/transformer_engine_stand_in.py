@@ -209,8 +209,8 @@ def _cast(values: Tensor, quantizer: Any, dtype: torch.dtype, amax: Tensor) -> A
 
 
 def _cast_in_blocks(values: Tensor, quantizer: Any, dtype: torch.dtype) -> Any:
-    """quantize_transpose_vector_blockwise.cu, quantize_transpose_square_blockwise.cu, and the scales
-    as the quantizer's `get_scale_shape` lays them out; shapes are whole blocks."""
+    """quantize_transpose_vector_blockwise.cu, quantize_transpose_square_blockwise.cu; the scales as
+    the quantizer's `get_scale_shape` lays them out. Shapes are whole blocks."""
     from transformer_engine.pytorch.tensor import float8_blockwise_tensor as blockwise
 
     rows, columns = values.shape

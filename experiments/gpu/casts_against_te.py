@@ -393,4 +393,3 @@ def _saved(output: Tensor) -> list[Tensor]:
     while not hasattr(node, "saved_tensors"):
         node = node.next_functions[0][0]
     return [t for t in node.saved_tensors if t is not None and t.dtype is torch.bfloat16]
-

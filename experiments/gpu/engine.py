@@ -4,8 +4,8 @@ On a bare machine TE's folder is on PYTHONPATH and little else. What TE imports 
 uses (ONNX export, the einops of its inference) is stood in for, by name and with a note, rather
 than asked for: there is no network. torch comes first, whose libraries TE's own ask for.
 
-A rehearsal changes this process for good (`tests/transformer_engine_stand_in.py`): torch then claims
-to have a GPU. So nothing that runs afterwards in the process may be called a measurement.
+A rehearsal changes this process for good (`tests/transformer_engine_stand_in.py`): torch then
+claims to have a GPU. So nothing that runs afterwards in it may be called a measurement.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def rows(setting: Setting, table: Table, works: dict[str, Work], plain: Work) ->
             table.add(name, f"no result: {last_line(error)}")
         else:
             alive[name] = work
-    for name, found in ratios(setting, alive, plain, setting.pick(31, 2)).items():
+    for name, found in ratios(setting, alive, plain, setting.pick(21, 2)).items():
         low, median, high = found
         goal = next((GOALS[g] for g in GOALS if name.startswith("fp8lab") and g in name), "")
         table.add(name, f"{median:.4f}", f"{low:.4f}–{high:.4f}", goal)

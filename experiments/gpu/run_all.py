@@ -15,6 +15,7 @@ which the machine may not have.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -114,6 +115,7 @@ def run(
     part: str, rehearsal: bool, out: Path, missing: frozenset[str], absent: frozenset[str]
 ) -> str:
     """How a part ended; its page lies in `out`, whatever happened."""
+    import torch
     from suite import Page, Setting, last_line
 
     seconds = PARTS[part][0]
@@ -144,6 +146,9 @@ def run(
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         page.seconds = time.monotonic() - begun
+        gc.collect()  # what a part leaves on the device is not the next one's
+        if not rehearsal:
+            torch.cuda.empty_cache()
         page.save()
         print(f"{part}: {page.ended}, {page.seconds:.0f} s", flush=True)
     return page.ended

@@ -1,9 +1,9 @@
 """What the parts of the suite are given, and what becomes of what they find.
 
-A part is given a `Setting` (the device, sizes, how much time is left) and a `Page`, on which it puts
-tables row by row. The page is written after every row, so that what was measured is kept whatever
-happens next: a part that raises, runs out of its time or dies with the process leaves its rows, and
-the last line of the error. A row that cannot be had says why and the next is tried.
+A part is given a `Setting` (the device, sizes, how much time is left) and a `Page`, on which it
+puts tables row by row. The page is written after every row, so that what was measured is kept
+whatever happens next: a part that raises, runs out of its time or dies with the process leaves its
+rows, and the last line of the error. A row that cannot be had says why and the next is tried.
 
 Times on a GPU are CUDA events around the work; works that are compared take turns in one process,
 in another order each turn, and the ratio is taken within a turn. Rejected: seconds side by side

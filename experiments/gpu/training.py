@@ -1,16 +1,17 @@
 """A language model of a hundred million parameters trained by Transformer Engine, four times.
 
-BF16, FP8 with delayed scaling, FP8 with current scaling, and delayed scaling with Smooth-SwiGLU, from
-the same weights on the same bytes (the running Python's own standard library); losses, step times,
-and what `fp8lab.diagnose` finds in the recorded runs. Weights are BF16 for TE, with FP32 masters
-that AdamW moves.
+BF16, FP8 with delayed scaling, FP8 with current scaling, and delayed scaling with Smooth-SwiGLU,
+from the same weights on the same bytes (the running Python's own standard library); losses, step
+times, and what `fp8lab.diagnose` finds in the recorded runs. Weights are BF16 for TE, with FP32
+masters that AdamW moves.
 
 Llama's shape: RMSNorm, rotary attention without biases, te.LayerNormMLP with SwiGLU. In the fourth
 arm the feed-forward is three te.Linear: `fp8lab.mitigations.SmoothSwiGLU` rewrites fp8lab's own
-layers and refuses TE's, so the paper's algorithm, a scale per channel of the product and its inverse
-in down's columns, is written here around TE's down projection, which is cast just in time (a weight
-that changes with every step's scales cannot be cast by old ones). Gate, up and their casts are then
-not TE's fused kernel, and step times of that arm say what this form costs, not what a kernel would.
+layers and refuses TE's, so the paper's algorithm, a scale per channel of the product and its
+inverse in down's columns, is written here around TE's down projection, which is cast just in time
+(a weight that changes with every step's scales cannot be cast by old ones). Gate, up and their
+casts are then not TE's fused kernel, so step times of that arm say what this form costs, not what a
+kernel would; nor is it watched, for fp8lab knows the products of its own mitigations alone.
 
 A few hundred steps show that it trains and what it costs. A divergence as in the paper's takes two
 hundred billion tokens.
@@ -193,6 +194,8 @@ def found_in(folder: Path) -> str:
 
     try:
         findings = fp8lab.diagnose(folder).findings
+    except TimeoutError:
+        raise
     except Exception as error:
         return f"no diagnosis: {last_line(error)}"
     words = [f"{f.severity} {f.cause} at {f.site}, since {f.since}" for f in findings]
