@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,20 @@ def test_without_a_gpu_it_does_not_pretend(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_run_of_the_tests_says_what_only_a_gpu_would_add() -> None:
+    asked = ["-q", "-p", "no:cacheprovider", "tests/test_gpu_casts.py", "tests/test_devices.py"]
+    done = suite_run("-m", "pytest", *asked, "-k", "not_on_a_gpu_is_not or on_the_gpu_only")
+    said = next(line for line in done.stdout.splitlines() if line.startswith("no GPU here"))
+    counts = re.fullmatch(
+        r"no GPU here: one would add (\d+) tests: (\d+) of test_devices.py, 1 of test_gpu_casts.py; "
+        "and what experiments/gpu measures",
+        said,
+    )
+    assert counts is not None, said
+    assert int(counts[1]) == int(counts[2]) + 1 > 100
+
+
 # --- what is kept --------------------------------------------------------------------------------
 
 
@@ -188,6 +203,31 @@ def test_what_is_missing_is_named(
     ended = suite.run_all.run("a_part", True, tmp_path, absent, absent)
     assert ended == "left out: numpy, pandas missing"
     assert json.loads((tmp_path / "a_part.json").read_text())["ended"] == ended
+
+
+def test_on_a_gpu_events_around_the_work_tell_the_time(
+    suite: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("record")
+
+        def synchronize(self) -> None:
+            order.append("synchronize")
+
+        def elapsed_time(self, end: Event) -> float:
+            assert isinstance(end, Event) and end is not self
+            return 12.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    setting = SimpleNamespace(device="cuda")
+    assert suite.suite.seconds_of(setting, lambda: order.append("work"), 3) == 0.004
+    assert order == ["record", "work", "work", "work", "record", "synchronize"]
 
 
 def test_ratios_are_those_of_turns(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:

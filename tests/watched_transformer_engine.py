@@ -411,7 +411,7 @@ def refused(
 
 
 def sites_around(build: Callable[..., nn.Module]) -> list[list[str]]:
-    """The sites that are found in a feed-forward of TE, and in modules that hold it, near and far."""
+    """The sites found in a feed-forward of TE, and in modules that hold it, near and far."""
     from fp8lab.sites import survey
 
     _fresh()

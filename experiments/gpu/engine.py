@@ -1,8 +1,9 @@
 """Transformer Engine for the suite: the real one, or in a rehearsal the tests' stand-in for it.
 
 On a bare machine TE's folder is on PYTHONPATH and little else. What TE imports and the suite never
-uses (ONNX export, the einops of its inference) is stood in for, by name and with a note, rather
-than asked for: there is no network. torch comes first, whose libraries TE's own ask for.
+uses (ONNX export, the einops of its inference, numpy) is stood in for while TE is imported, rather
+than asked for: there is no network. Its `packaging` is torch's own copy where there is no other.
+torch comes first, whose libraries TE's own ask for.
 
 A rehearsal changes this process for good (`tests/transformer_engine_stand_in.py`): torch then
 claims to have a GPU. So nothing that runs afterwards in it may be called a measurement.
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +28,7 @@ from torch import Tensor
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 # Imported by TE, unused by what runs here.
-UNUSED = ("onnx", "onnxscript", "einops")
+UNUSED = ("onnx", "onnxscript", "einops", "numpy")
 
 
 def stood_in_for() -> list[str]:
@@ -37,6 +39,10 @@ def stood_in_for() -> list[str]:
 @cache
 def load(rehearsal: bool) -> Any:
     """`transformer_engine.pytorch`. Raises ImportError, or whatever its loading raises."""
+    if find_spec("packaging") is None:
+        for name in ("packaging", "packaging.version"):
+            sys.modules[name] = import_module(f"torch._vendor.{name}")
+    import_module("torch._dynamo")  # TE imports it, and it must find numpy as it is
     absent = stood_in_for()
     for name in absent:
         sys.modules[name] = mock.MagicMock(__spec__=ModuleSpec(name, None))
