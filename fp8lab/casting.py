@@ -9,9 +9,9 @@ amax (`scaling`), and in what is done to the tensor before.
 A `Cast` is everything that decides the codes of one operand. The layer builds it to compute and
 the monitor asks for the same one to measure, so what is reported is what was done.
 
-Cost: one pass through `kernels` (on a GPU where a scale is that of the whole tensor), which equals
-the plain torch path here bit for bit; that path takes five. Rejected: arithmetic on bit patterns in
-eager torch, slower than torch's own casts.
+Cost: one pass through `kernels` (on a GPU under one scale, or where the scales of tiles are made in
+the same pass), which equals the plain torch path here bit for bit; that path takes five. Rejected:
+arithmetic on bit patterns in eager torch, slower than torch's own casts.
 """
 
 from __future__ import annotations
@@ -304,12 +304,15 @@ def _in_one_pass(
     source = tensor.detach()
     rows, size = tile_of(recipe, operand, direction, tensor.shape) or (0, 0)
     whole = rows == 1 and size > 1 and matrix_shape(tensor.shape)[1] % size == 0
-    if not (whole and kernels.usable(source) and _is_writable(out)):
-        return False
     fmt, most = operand_format(recipe, operand, direction), torch.finfo(tensor.dtype).max
-    matrix = source.view(matrix_shape(tensor.shape))
-    kernels.fake_quantize_blocks(matrix, fmt, size, kind, most, out)
-    return True
+    if whole and kernels.usable(source) and _is_writable(out):
+        matrix = source.view(matrix_shape(tensor.shape))
+        kernels.fake_quantize_blocks(matrix, fmt, size, kind, most, out)
+        return True
+    if whole and gpu_casts.usable(source) and gpu_casts.usable(out):
+        matrix = source.view(matrix_shape(tensor.shape))
+        return gpu_casts.fake_quantize_blocks(matrix, fmt, size, kind, most, out)
+    return False
 
 
 class FusedProduct:

@@ -26,6 +26,7 @@ from fp8lab.kernels import gpu_casts
 from tests.test_devices import (
     DIRECTIONS, OPERANDS, RECIPES, absolute_maximum, adversarial, assert_same, plain, scale_given
 )
+from fp8lab.formats import E4M3FNUZ
 from tests.test_kernels import (
     INF, NAN, ROUNDED, TORCH, assert_equal, edges, fake_quantized_by_torch, values_of_all_kinds
 )
@@ -89,6 +90,23 @@ for name, recipe in RECIPES.items():
             is_whole = is_whole and how.format is not formats.SIGN
             assert (launched.count(1) == 3) == is_whole, (name, launched)
             launched.clear()
+# Amax, scales and cast of tiles in one pass, by way of `fake_quantize`.
+kernels.usable = lambda tensor: False
+for name in ("block", "block, any scale", "MXFP8, up"):
+    recipe, size = RECIPES[name], 32 if name == "MXFP8, up" else 128
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (1, 40):
+            wide = adversarial(rows + 6, 384)[6 if rows == 1 else 0 :].to(dtype).contiguous()
+            gpu_casts.usable = lambda tensor: False
+            out, expected = torch.empty(wide.shape), torch.empty(wide.shape)
+            casting.fake_quantize(wide, recipe, "input", out=expected)
+            gpu_casts.usable = lambda tensor: is_plain(tensor)
+            launched.clear()
+            casting.fake_quantize(wide, recipe, "input", out=out)
+            assert launched == [2], (name, launched)
+            assert_same(out, expected)
+            assert gpu_casts.fake_quantize_blocks(wide, E4M3FNUZ, size, "any", 1e30, out)
+            assert not ((out == 0) & out.signbit()).any()
 print("equal")
 """
 
@@ -101,7 +119,9 @@ from fp8lab.kernels import gpu, gpu_casts
 pointers = {"x": "*i32", "out": "*fp32", "scale": "*fp32", "scale_inv": "*fp32", "amax": "*i32"}
 pointers |= {"counts": "*i64", "tables": "*i64", "extremes": "*i32", "channels": "*i32"}
 pointers |= {"tokens": "*i32", "largest": "fp32", "limit": "fp32"}
-values = {"HALF": True, "SIZE": 4096, "COUNTS": True, "ONE_ZERO": True, "ROWS": 32, "COLUMNS": 128}
+pointers |= {"reciprocal": "fp32", "most": "fp32"}
+values = {"HALF": True, "SIZE": 128, "COUNTS": True, "ONE_ZERO": True, "BLOCKS": 32, "KIND": 1}
+values |= {"ROWS": 32, "COLUMNS": 128}
 for function in (*gpu_casts._kernels(), gpu._kernel()[1]):
     for half in (True, False):
         types = {name: pointers.get(name, "i32") for name in function.arg_names}

@@ -87,7 +87,7 @@ def test_what_it_compares_is_equal(rehearsed: Path) -> None:
         assert int(row[1]) > 10_000 and row[2] == "0"
         assert row[3] == "0" or name == "te.LayerNormMLP, DelayedScaling"  # TE casts the FP32 norm
     equal, *_ = tables_of(rehearsed, "kernels")
-    assert len(equal["rows"]) == 8
+    assert len(equal["rows"]) == 12
     assert {row[2] for row in equal["rows"]} == {"0"}
 
 
@@ -108,6 +108,29 @@ def test_who_is_compared_with_whom(rehearsed: Path) -> None:
     losses = [[float(cell) for cell in row[2:5]] for row in arms["rows"]]
     assert all(abs(cell - 5.55) < 0.2 for row in losses for cell in row)  # ln 256
     assert len({tuple(row) for row in losses}) > 1  # FP8 is not BF16
+
+
+SMOOTH = """
+import torch
+import engine, training
+te = engine.load(True)
+torch.manual_seed(0)
+made = {"bias": False, "params_dtype": torch.float32, "device": "cpu"}
+fused = te.LayerNormMLP(32, 48, activation="swiglu", normalization="RMSNorm", **made)
+smooth = training.Smooth(te, fused, "cpu", training.smooth_recipe()).float()
+x = torch.randn(64, 32) * 30
+x[:, 3] *= 100
+torch.testing.assert_close(smooth(x), fused(x), rtol=1e-4, atol=1e-4)
+product = torch.nn.functional.silu(smooth.gate(smooth.norm(x))) * smooth.up(smooth.norm(x))
+balanced = (product * smooth.down.divisor).abs().amax(0)
+assert ((balanced > 0.5) & (balanced <= 1.0)).all(), balanced
+print("the same")
+"""
+
+
+def test_smooth_swiglu_around_te_changes_nothing_but_the_cast(suite: Any) -> None:
+    done = suite_run("-W", "ignore", "-c", SMOOTH, PYTHONPATH=f"{ROOT}{os.pathsep}{SUITE}")
+    assert done.stdout == "the same\n", done.stderr
 
 
 def test_a_rehearsal_says_that_it_is_one_and_is_not_reported(suite: Any, rehearsed: Path) -> None:

@@ -16,8 +16,16 @@ from casts_against_te import differing, tensors
 from suite import Page, Setting, Work, seconds_of
 from torch import Tensor
 
-from fp8lab import Float8CurrentScaling, MXFP8BlockScaling, casting, formats
+from fp8lab import (
+    Float8BlockScaling,
+    Float8CurrentScaling,
+    MXFP8BlockScaling,
+    RowwiseScaling,
+    casting,
+    formats,
+)
 from fp8lab.kernels import gpu_casts
+from fp8lab.recipe import Recipe
 
 try:
     from fp8lab.kernels import gpu
@@ -44,7 +52,7 @@ def run(setting: Setting, page: Page) -> None:
     for reason in reasons():
         page.note(f"Triton fails: {reason}")
     for name, dtype in (("BF16", torch.bfloat16), ("FP32", torch.float32)):
-        shape = setting.pick((8192, 11008), (8, 200))
+        shape = setting.pick((8192, 11008), (8, 256))
         table = page.table(
             f"Speed, {name} {shape[0]} × {shape[1]}: medians of interleaved turns",
             *("pass", "GB/s", "bandwidth / that of a copy", "time / that of a copy", "goal"),
@@ -73,8 +81,15 @@ def comparisons() -> dict[str, tuple[Kernel, Kernel]]:
         flushed = ((rounded == 0) & (tensor != 0)).sum()
         return rounded * scale.reciprocal(), amax, saturated, flushed
 
-    def current(tensor: Tensor) -> tuple[Tensor, ...]:
-        return (casting.cast_for(tensor, Float8CurrentScaling(), "input").fake_quantized(),)
+    def by(recipe: Recipe) -> Kernel:
+        def cast(tensor: Tensor) -> tuple[Tensor, ...]:
+            out = torch.empty_like(tensor, dtype=torch.float32)
+            return (casting.fake_quantize(tensor, recipe, "input", out=out),)
+
+        return cast
+
+    recipes = {"current scaling": Float8CurrentScaling(), "MXFP8": MXFP8BlockScaling()}
+    recipes |= {"block scaling, 1 × 128": Float8BlockScaling()}
 
     of_sketch = {} if gpu is None else {"the sketch": (lambda x: worked(gpu.summary(x)), plain)}
     return of_sketch | {
@@ -83,7 +98,7 @@ def comparisons() -> dict[str, tuple[Kernel, Kernel]]:
             lambda tensor: (expected(tensor)[1],),
         ),
         "a cast, with its counts": (counted, expected),
-        "current scaling": (current, current),
+        **{name: (by(recipe), by(recipe)) for name, recipe in recipes.items()},
     }
 
 
@@ -105,7 +120,7 @@ def compared(setting: Setting, dtype: torch.dtype, there: Kernel, here: Kernel) 
     wrong, given = 0, tensors("cpu")
     for tensor in given.values():
         source = tensor.to(dtype)
-        source = source[:8, :200].contiguous() if setting.rehearsal else source
+        source = source[:8, :256].contiguous() if setting.rehearsal else source
         found, expected = there(source.to(setting.device)), here(source)
         wrong += any(
             differing(a.cpu(), b) if a.is_floating_point() else not torch.equal(a.cpu(), b)
@@ -127,8 +142,8 @@ def speeds(
     how = formats.E4M3, scale, scale.reciprocal()
     read, written = x.numel() * x.element_size(), 4 * x.numel()
 
-    def cast(recipe: object) -> Work:
-        return lambda: casting.fake_quantize(x, recipe, "input", out=out)  # type: ignore[arg-type]
+    def cast(recipe: Recipe) -> Work:
+        return lambda: casting.fake_quantize(x, recipe, "input", out=out)
 
     passes: dict[str, tuple[Work, int, str]] = {
         "copy": (lambda: warm.copy_(x), 2 * read, ""),
@@ -147,12 +162,12 @@ def speeds(
             cast(Float8CurrentScaling()),
             *(2 * read + written, ""),
         ),
-        "MXFP8 (plain torch)": (cast(MXFP8BlockScaling()), read + written, ""),
+        "block scaling, 1 × 128": (cast(Float8BlockScaling()), read + written, "copy speed"),
+        "MXFP8": (cast(MXFP8BlockScaling()), read + written, "copy speed"),
+        "row-wise (plain torch)": (cast(RowwiseScaling()), read + written, ""),
     }
     if gpu is None:
         del passes["the sketch"]
-    if setting.rehearsal:
-        del passes["MXFP8 (plain torch)"]  # 200 columns
     alive = {name: work for name, (work, _, _) in passes.items() if runs(row, name, work)}
     took: dict[str, list[float]] = {name: [] for name in alive}
     for _ in range(setting.pick(15, 1)):
