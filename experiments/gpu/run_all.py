@@ -136,7 +136,8 @@ def run(
             page.ended = f"left out: {', '.join(sorted(absent))} missing"
             return page.ended
         page.save()
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        # And every ten seconds: who goes on whatever a hook raises may have swallowed the first.
+        signal.setitimer(signal.ITIMER_REAL, seconds, 10.0)
         module = importlib.import_module(part)
         page.title = module.TITLE
         device = "cpu" if rehearsal else "cuda"
