@@ -10,7 +10,7 @@ export OMP_NUM_THREADS := 1
 PYTEST := -m pytest -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reports test test-full test-lowest check fmt bench bench-diagnosis experiments experiments-quick clean
+.PHONY: help demo reports test test-full test-lowest check fmt bench gpu bench-diagnosis experiments experiments-quick clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,11 @@ fmt: $(SETUP) ## Format, and fix what ruff can fix
 bench: $(SETUP) ## Time the casts, the watching and the mitigations
 	$(BIN)/python tests/bench.py
 	$(BIN)/python tests/bench_mitigations.py
+
+# What is measured lies in runs/gpu; TE's folder, if it is not installed, belongs on PYTHONPATH.
+gpu: $(SETUP) ## Run the GPU suite on a Hopper (ten minutes), and write reports/gpu.md
+	-$(BIN)/python experiments/gpu/run_all.py --out runs/gpu
+	$(BIN)/python experiments/gpu/write_report.py runs/gpu
 
 bench-diagnosis: $(SETUP) ## Diagnose trainings whose cause is known, and count what is right
 	$(BIN)/python tests/bench_diagnosis.py

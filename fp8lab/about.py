@@ -10,7 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def describe(model: nn.Module, sites: Sequence[GateSite | FeedForwardSite]) -> d
     return {
         "created": time.time(),
         "versions": {
-            "fp8lab": version("fp8lab"),
+            "fp8lab": _own_version(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
@@ -38,6 +38,13 @@ def describe(model: nn.Module, sites: Sequence[GateSite | FeedForwardSite]) -> d
         "linears": linears(model),
         "sites": [_describe_site(site) for site in sites],
     }
+
+
+def _own_version() -> str:
+    try:
+        return version("fp8lab")
+    except PackageNotFoundError:
+        return "not installed, run from its source"
 
 
 def _describe_site(site: GateSite | FeedForwardSite) -> dict[str, Any]:

@@ -9,8 +9,9 @@ amax (`scaling`), and in what is done to the tensor before.
 A `Cast` is everything that decides the codes of one operand. The layer builds it to compute and
 the monitor asks for the same one to measure, so what is reported is what was done.
 
-Cost: on a CPU one pass through `kernels`, which equals the plain torch path here bit for bit; that
-path takes five. Rejected: arithmetic on bit patterns in eager torch, slower than torch's own casts.
+Cost: one pass through `kernels` (on a GPU under one scale, or where the scales of tiles are made in
+the same pass), which equals the plain torch path here bit for bit; that path takes five. Rejected:
+arithmetic on bit patterns in eager torch, slower than torch's own casts.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from fp8lab import formats, kernels
 from fp8lab.formats import FloatFormat, Rounding
+from fp8lab.kernels import gpu_casts
 from fp8lab.plan import as_recipe
 from fp8lab.recipe import (
     BitNetScaling,
@@ -88,6 +90,11 @@ class Cast(NamedTuple):
             arguments = matrix, self.format, self.scale, self.scale_inv, self.tile, target
             kernels.fake_quantize(*arguments)
             return target
+        if self._has_gpu_kernel(tensor) and (out is None or gpu_casts.usable(out)):
+            target = torch.empty_like(tensor, dtype=torch.float32) if out is None else out
+            how = self.format, self.scale, self.scale_inv
+            if target.dtype is torch.float32 and gpu_casts.fake_quantize(tensor, *how, target):
+                return target
         rounded = self.rounded()
         return _into(out, rounded * spread(self.scale_inv, self.tile, tensor.shape))
 
@@ -103,12 +110,27 @@ class Cast(NamedTuple):
             how = self.format, self.scale, self.scale_inv
             amax, _, _ = kernels.fake_quantize_and_count(tensor, *how, out)
             return out, amax
+        if self._has_gpu_kernel(tensor):
+            out = torch.empty_like(tensor, dtype=torch.float32)
+            assert self.scale is not None and self.scale_inv is not None
+            how = self.format, self.scale, self.scale_inv
+            found = gpu_casts.fake_quantize_and_count(tensor, *how, out)
+            if found is not None:
+                return out, found[0]
         amax = absolute_maximum(tensor)
         return self.fake_quantized(), amax.full_tensor() if hasattr(amax, "full_tensor") else amax
 
     def _has_kernel(self, tensor: Tensor) -> bool:
-        nearest = self.rounding == "nearest" and self.format is not formats.SIGN
-        return self.scale is not None and nearest and kernels.usable(tensor)
+        return self.scale is not None and self._is_nearest() and kernels.usable(tensor)
+
+    def _has_gpu_kernel(self, tensor: Tensor) -> bool:
+        # Of a tensor on a GPU plain torch takes a scale that lies on the CPU, too.
+        there = self.scale is not None and self.scale.device == tensor.device
+        whole = there and self.tile is None and self._is_nearest()
+        return whole and gpu_casts.usable(tensor)
+
+    def _is_nearest(self) -> bool:
+        return self.rounding == "nearest" and self.format is not formats.SIGN
 
     def scaled(self) -> Tensor:
         """The values that meet the format's grid, float32."""
@@ -282,12 +304,15 @@ def _in_one_pass(
     source = tensor.detach()
     rows, size = tile_of(recipe, operand, direction, tensor.shape) or (0, 0)
     whole = rows == 1 and size > 1 and matrix_shape(tensor.shape)[1] % size == 0
-    if not (whole and kernels.usable(source) and _is_writable(out)):
-        return False
     fmt, most = operand_format(recipe, operand, direction), torch.finfo(tensor.dtype).max
-    matrix = source.view(matrix_shape(tensor.shape))
-    kernels.fake_quantize_blocks(matrix, fmt, size, kind, most, out)
-    return True
+    if whole and kernels.usable(source) and _is_writable(out):
+        matrix = source.view(matrix_shape(tensor.shape))
+        kernels.fake_quantize_blocks(matrix, fmt, size, kind, most, out)
+        return True
+    if whole and gpu_casts.usable(source) and gpu_casts.usable(out):
+        matrix = source.view(matrix_shape(tensor.shape))
+        return gpu_casts.fake_quantize_blocks(matrix, fmt, size, kind, most, out)
+    return False
 
 
 class FusedProduct:

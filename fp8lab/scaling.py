@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fp8lab import kernels
 from fp8lab.formats import FloatFormat
+from fp8lab.kernels import gpu_casts
 from fp8lab.recipe import (
     DelayedScaling,
     Direction,
@@ -47,6 +48,8 @@ def absolute_maximum(tensor: Tensor) -> Tensor:
         return torch.zeros((), device=tensor.device)
     if kernels.usable(tensor):
         return kernels.amax(tensor)
+    if gpu_casts.usable(tensor) and (found := gpu_casts.amax(tensor)) is not None:
+        return found
     amax = tensor.abs().amax().float()
     if tensor.device.type == "cpu" and not amax.isnan():
         return amax

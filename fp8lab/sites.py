@@ -275,6 +275,8 @@ def _matrices(module: nn.Module) -> list[_Matrix]:
     for name, parameter in module.named_parameters():
         owner = module.get_submodule(name.rpartition(".")[0]) if "." in name else module
         own, depth = owner is module, name.count(".")
+        if not own and te_name(owner) == "LayerNormMLP":
+            continue  # a feed-forward of its own, whatever its kernels show of themselves
         if parameter.dim() not in (2, 3) or depth > 1 or (parameter.dim() == 3 and not own):
             continue
         *stack, rows, columns = parameter.shape

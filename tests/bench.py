@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from bench_ratio import Row, Work, ratio
-from bench_report import with_page
+from bench_report import with_kept
 from bench_watch import other_watching_rows, scaling_rows, size_lines, watching_rows
 from torch import Tensor
 
@@ -247,7 +247,7 @@ def main() -> None:
     lines += ["", "## What a run weighs, and what memory watching takes", "", *size_lines()]
     REPORT.parent.mkdir(exist_ok=True)
     before = REPORT.read_text(encoding="utf-8") if REPORT.exists() else ""
-    REPORT.write_text(with_page("\n".join(lines) + "\n", before), encoding="utf-8")
+    REPORT.write_text(with_kept("\n".join(lines) + "\n", before), encoding="utf-8")
     print(f"written: {REPORT.relative_to(REPORT.parents[1])}")
 
 

@@ -260,10 +260,13 @@ def replaced(text: str, title: str, section: str) -> str:
     return f"{before.rstrip()}\n\n{title}\n\n{section.strip()}\n{rest}"
 
 
-def with_page(text: str, before: str) -> str:
-    """The report `text` with the section of this file that `before` has, if it has one."""
-    section = before.partition(f"{TITLE}\n")[2].partition("\n## ")[0]
-    return replaced(text, TITLE, section) if section else text
+def with_kept(text: str, before: str) -> str:
+    """The report `text` with the sections that others write (this file, the GPU suite) and `before`
+    has."""
+    for title in (TITLE, "## On a GPU"):
+        section = before.partition(f"{title}\n")[2].partition("\n## ")[0]
+        text = replaced(text, title, section) if section else text
+    return text
 
 
 def main() -> None:

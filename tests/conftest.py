@@ -5,6 +5,7 @@ The alternative, a generator in every test, cannot reach modules that initialise
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,4 +40,7 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     if left_out := config.stash.get(GPU_TESTS, []):
-        terminalreporter.write_line(f"no GPU here: one would add {len(left_out)} tests")
+        counts = Counter(item.path.name for item in left_out)
+        of_files = ", ".join(f"{count} of {name}" for name, count in counts.most_common())
+        line = f"no GPU here: one would add {len(left_out)} tests: {of_files}"
+        terminalreporter.write_line(f"{line}; and what experiments/gpu measures")

@@ -12,6 +12,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,19 @@ def test_a_forward_that_raises_leaves_no_hook_and_no_torn_row(tmp_path: Path) ->
 
 
 # --- run.json and events ----------------------------------------------------------------------
+
+
+def test_from_a_source_tree_that_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("fp8lab.about.version", version)
+    with watch(plain(), tmp_path / "run"):
+        pass
+    said = open_run(tmp_path / "run").info["versions"]["fp8lab"]
+    assert said == "not installed, run from its source"
 
 
 def test_run_json_says_what_ran(tmp_path: Path) -> None:

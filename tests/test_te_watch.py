@@ -137,6 +137,11 @@ def test_what_te_computes_otherwise_is_refused(
     assert seen == ["output"] * 3
 
 
+def test_what_holds_a_feed_forward_of_te_is_none(te: TransformerEngine) -> None:
+    """Even where TE's kernels can be looked into: here they are torch's operations."""
+    assert te(worker.sites_around, worker.layernorm_mlp) == [["."], ["0"], ["0.0"], ["mlp"]]
+
+
 # --- nothing is changed ------------------------------------------------------------------------
 
 

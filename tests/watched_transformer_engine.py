@@ -410,6 +410,17 @@ def refused(
     return [str(warning.message) for warning in caught], receiver.order
 
 
+def sites_around(build: Callable[..., nn.Module]) -> list[list[str]]:
+    """The sites found in a feed-forward of TE, and in modules that hold it, near and far."""
+    from fp8lab.sites import survey
+
+    _fresh()
+    part = build({}, torch.bfloat16)
+    near = nn.Sequential(part)
+    models = part, near, nn.Sequential(near), nn.ModuleDict({"mlp": part})
+    return [[site.name for site in survey(model).gates] for model in models]
+
+
 def two_watches(build: Callable[..., nn.Module]) -> tuple[list[int], bool]:
     """Two receivers on one module, removed in the order in which they came."""
     from fp8lab import te_modules

@@ -98,15 +98,21 @@ class _Format(ctypes.Structure):
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether the kernels take it: plain, on a CPU, float32 or bfloat16, contiguous, not empty.
+    """Whether the kernels take it: plain (`is_plain`) and on a CPU. Costs one microsecond."""
+    return (
+        is_plain(tensor)
+        and tensor.is_cpu
+        and (_library is not None or (not _tried and why_unavailable() is None))
+    )
 
-    Plain: memory that can be read as it is, and nobody watching who would miss the call: no
-    subclass, no functorch wrapper, no compiler, tracer or dispatch mode. Costs one microsecond.
-    """
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is what a kernel can read: float32 or bfloat16, contiguous, not empty, memory that
+    holds the values as they are, and nobody watching who would miss the call: no subclass, no
+    functorch wrapper, no compiler, tracer or dispatch mode."""
     return (
         not torch.compiler.is_compiling()  # first: a compiler that traces this stops here
         and type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.is_cpu
         and tensor.dtype in (torch.float32, torch.bfloat16)
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
@@ -115,7 +121,6 @@ def usable(tensor: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
         and tensor.data_ptr() != 0  # empty, freed, or zeros that were never made
-        and (_library is not None or (not _tried and why_unavailable() is None))
     )
 
 

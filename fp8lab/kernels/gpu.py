@@ -116,9 +116,11 @@ def summary(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     tokens = torch.zeros(rows, dtype=torch.int32, device=device)
     codes = matrix.view(torch.int16 if half else torch.int32)
     arguments = codes, tables, extremes, channels, tokens, rows, columns, across, num_tables
+    options = {"HALF": half, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
+    options["enable_fp_fusion"] = False  # there are no floats; some releases warn if it is not said
     try:
         with torch.cuda.device(device) if matrix.is_cuda else torch.no_grad():
-            _kernel()[1][(programs,)](*arguments, HALF=half, ROWS=_ROWS, COLUMNS=_COLUMNS)
+            _kernel()[1][(programs,)](*arguments, **options)
     except Exception as error:  # a driver, compiler or device that Triton does not get along with
         _broken.append(str(error))
         return None
