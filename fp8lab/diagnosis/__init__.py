@@ -148,7 +148,7 @@ def judge(rows: Rows, twin: Rows | None = None) -> Diagnosis:
         findings=ranked([*findings, *others], alarm),
         loss_alarm=alarm,
         divergence=None if twin is None else first_divergence(rows, twin),
-        is_empty=rows.steps(("loss",)).empty and not findings and not others,
+        is_empty=alarm is None and rows.steps(("loss",)).empty and not findings + others,
     )
 
 
