@@ -25,10 +25,25 @@ reports: demo ## Renew what reports/ holds, from a demo
 	cp runs/demo/pictures/timeline.png reports/swiglu_divergence.png
 
 test: $(SETUP) ## Run the tests that take seconds
-	$(BIN)/python $(PYTEST) -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow and not long"
 
-test-full: $(SETUP) experiments-quick ## Run every test
-	$(BIN)/python $(PYTEST)
+# A stamp a file of tests, older than what it was run on or not: a run that was stopped goes on.
+SOURCES = $(shell find fp8lab experiments tests docs -type f ! -path '*/__pycache__/*')
+PASSED := build/passed
+test-full: $(SETUP) ## Run every test; what was stopped or failed goes on where it was
+	$(MAKE) --no-print-directory --keep-going --output-sync --jobs 2 \
+	  $(patsubst tests/%.py,$(PASSED)/%,$(sort $(wildcard tests/test_*.py))) $(PASSED)/experiments
+
+.SECONDEXPANSION:
+$(PASSED)/test_%: tests/test_%.py $$(SOURCES)
+	@mkdir -p $(@D)
+	$(BIN)/python -m pytest -q $<
+	@touch $@
+
+$(PASSED)/experiments: $$(SOURCES)
+	@mkdir -p $(@D)
+	$(MAKE) --no-print-directory experiments-quick
+	@touch $@
 
 test-lowest: $(LOWEST)/.installed ## Run the tests on the oldest libraries that pyproject.toml allows
 	$(LOWEST)/bin/python $(PYTEST) -m "not slow"

@@ -593,6 +593,7 @@ print(bisect(training, FP8, path=sys.argv[1]).guilty, training.calls)
 """
 
 
+@pytest.mark.long
 def test_a_killed_bisection_goes_on_where_it_stopped(tmp_path: Path) -> None:
     folder = tmp_path / "b"
 
@@ -858,6 +859,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.long
 def test_an_arm_is_bisected_from_the_command_line(experiment: Path, tmp_path: Path) -> None:
     asked = (experiment, "--arm", "fp8", "--part", "second", "--seed", "2", "--out", tmp_path / "b")
     code, told, _ = invoke(*asked, "--workers", "2")
@@ -879,6 +881,7 @@ def open_reruns(folder: Path) -> list[Run]:
     return [open_run(path) for path in sorted((folder / "reruns").iterdir())]
 
 
+@pytest.mark.long
 def test_an_arm_starts_from_a_checkpoint_of_its_own(experiment: Path, tmp_path: Path) -> None:
     asked = (experiment, "--arm", "delayed", "--part", "third", "--site", "*.down:input")
     code, told, _ = invoke(*asked, "--from", "3", "--out", tmp_path / "b")
@@ -893,6 +896,7 @@ def test_an_arm_starts_from_a_checkpoint_of_its_own(experiment: Path, tmp_path: 
     assert errors.splitlines()[-1].endswith("the plan as it is: the arm ended before step 9")
 
 
+@pytest.mark.long
 def test_a_script_is_bisected_from_the_command_line(experiment: Path, tmp_path: Path) -> None:
     recipe = ("--recipe", "DelayedScaling")
     code, told, _ = invoke(f"{experiment}:script", *recipe, "--out", tmp_path / "b")
@@ -954,6 +958,7 @@ def test_a_function_that_is_none_ends_in_one_line(experiment: Path, tmp_path: Pa
 # --- real trainings ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("planted", "guilty"),
     [

@@ -263,6 +263,7 @@ def saved(model: nn.Module, path: Path) -> Path:
 NAMELESS = {"einsum", "seed 000", "seed 002", "plain, uncalled", "torchao Float8Linear"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NAMELESS])
 def test_every_family_reads_from_a_file_as_from_the_live_model(name: str, tmp_path: Path) -> None:
     model = FAMILIES[name].build().bfloat16()

@@ -552,6 +552,7 @@ def check_the_healthy(run: Run) -> None:
     assert diagnosis.loss_alarm is None and run.info["result"]["diverged_at"] is None
 
 
+@pytest.mark.long
 def test_the_rare_token_diverges_and_is_named(short: Path) -> None:
     check_the_diverged(open_run(short / "fp8-delayed" / "seed-3"), 3)
 

@@ -769,6 +769,7 @@ def test_a_run_lists_its_linear_layers_and_forgets_a_cast_that_is_gone(tmp_path:
 PLANTED = {one.name: one for m in (blocks, gradients, labels, ranks) for one in m.SCENARIOS}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     [

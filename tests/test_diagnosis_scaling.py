@@ -549,6 +549,7 @@ DRAWS = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "number"), DRAWS)
 def test_the_cause_of_a_training_is_named(tmp_path: Path, name: str, number: int) -> None:
     draw, scenario = draw_of("development", name, number, tmp_path), scenarios()[name]

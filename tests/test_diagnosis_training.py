@@ -480,6 +480,7 @@ DRAWS = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "seed"), DRAWS)
 def test_the_cause_of_a_real_training_is_found(name: str, seed: int, tmp_path: Path) -> None:
     torch.manual_seed(seed)

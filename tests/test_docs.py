@@ -120,6 +120,7 @@ def test_every_page_can_be_found() -> None:
     assert {*documents.DOCS.glob("*.md"), *reports} <= linked
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", documents.pages(), ids=lambda page: page.stem)
 def test_a_page_prints_what_it_says(page: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")

@@ -38,6 +38,8 @@ from fp8lab.recipe import Float8CurrentScaling, HighPrecision
 from fp8lab.record import TABLES
 from fp8lab.store import Run, RunError, RunWriter, find_runs, open_run
 
+pytestmark = pytest.mark.long
+
 TINY = Path(__file__).with_name("tiny_experiment.py")
 ARMS = {"first": ("bf16", "current"), "second": ("bf16", "hot")}
 LABELS = [f"{part}/{arm}/seed-{seed}" for part in ARMS for seed in (0, 1) for arm in ARMS[part]]

@@ -49,6 +49,7 @@ def train(
     return [*losses, *(parameter.detach().clone() for parameter in model.parameters())]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FAMILIES)
 def test_twenty_watched_steps_are_those_without(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]

@@ -168,6 +168,7 @@ def test_after_an_alarm_steps_are_recorded_in_full(tmp_path: Path) -> None:
     assert rows["step"].tolist() == [0, *range(alarm + 1, alarm + 8)]
 
 
+@pytest.mark.long
 def test_a_window_that_has_forgotten_the_onset_does_not_keep_what_came_after(
     tmp_path: Path,
 ) -> None:
@@ -189,6 +190,7 @@ def test_an_alarm_before_the_first_checkpoint_says_so(tmp_path: Path) -> None:
     assert "no_checkpoint" in [kind for _, kind, _ in events(tmp_path / "run")]
 
 
+@pytest.mark.long
 def test_both_bursts_are_recorded(tmp_path: Path) -> None:
     training, path = Training(), tmp_path / "run"
     with watch(training.model, path, optimizer=training.optimizer, every=1000, burst=2) as w:
@@ -200,6 +202,7 @@ def test_both_bursts_are_recorded(tmp_path: Path) -> None:
     assert set(range(alarm - 2, alarm + 8)) <= set(rows["step"])
 
 
+@pytest.mark.long
 def test_what_gets_worse_is_an_alarm_again(tmp_path: Path) -> None:
     _, _, guard = train(tmp_path / "run", every=1)
     severities = [f.severity for f in guard.findings if f.cause == "delayed_saturation"]

@@ -53,6 +53,7 @@ def losses(folder: Path) -> list[float]:
     return list(fp8lab.open_run(folder / "run").steps()["loss"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scenario", [s for s in ALL if s.name in QUICK], ids=lambda s: s.name)
 def test_a_draw_is_repeated_to_the_bit(scenario: Scenario, tmp_path: Path) -> None:
     run(scenario, 1, 1.0, tmp_path / "once")

@@ -257,6 +257,7 @@ if watched.args.process_index == 0:
 """
 
 
+@pytest.mark.long
 def test_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO.format(path=str(tmp_path), tests=str(Path(__file__).parent)))
@@ -273,6 +274,7 @@ def test_two_processes(tmp_path: Path) -> None:
 # --- checkpoints --------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_resumed_training_goes_on_in_the_same_run(tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 4}
     whole = WatchCallback(tmp_path / "whole", every=2)
@@ -302,6 +304,7 @@ def test_a_resumed_training_goes_on_in_the_same_run(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(run.steps()[numbers], expected.steps()[numbers])
 
 
+@pytest.mark.long
 def test_resuming_what_was_not_watched_begins_a_run(tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 4}
     trainer(tmp_path, max_steps=4, **options).train()
@@ -411,6 +414,7 @@ trainer(path, WatchCallback(path / "run"), Fork(2, None), Stop(3, OSError("disk"
 """
 
 
+@pytest.mark.long
 def test_a_process_that_dies_of_an_exception_closes_its_run(tmp_path: Path) -> None:
     code = DIES.format(path=str(tmp_path), tests=str(Path(__file__).parent))
     died = in_process("-W", "ignore", "-c", code, returns=1)

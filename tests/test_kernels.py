@@ -336,6 +336,7 @@ def compiler(path: Path, script: str) -> str:
     return str(path)
 
 
+@pytest.mark.long
 @needs_kernels
 def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
     script = """
@@ -361,6 +362,7 @@ assert kernels.amax(torch.arange(6.0)) == 5
     assert {path.suffix for path in (tmp_path / "fp8lab").iterdir()} == {".so"}
 
 
+@pytest.mark.long
 @needs_kernels
 def test_a_truncated_library_is_built_again_and_a_whole_one_is_not(
     untried: Path, monkeypatch: pytest.MonkeyPatch
@@ -429,6 +431,7 @@ def test_the_environment_switches_kernels_off(
     assert not untried.exists()
 
 
+@pytest.mark.long
 def test_a_library_that_others_could_have_written_is_not_loaded(
     untried: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -355,6 +355,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.long
 def test_same_batches_in_every_process_and_on_any_number_of_threads() -> None:
     printed = {
         subprocess.run(

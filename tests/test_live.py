@@ -212,6 +212,7 @@ def add(writer: RunWriter, steps: range, **row: Any) -> None:
 # --- a training and those who watch it ------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_training_is_followed_in_a_terminal_and_in_a_pipe_beside_tensorboard(
     tmp_path: Path,
 ) -> None:
@@ -249,6 +250,7 @@ def test_a_training_is_followed_in_a_terminal_and_in_a_pipe_beside_tensorboard(
     ]
 
 
+@pytest.mark.long
 def test_a_killed_training_is_told(tmp_path: Path) -> None:
     training = Training(tmp_path)
     screen = Watcher("tail", training.run, "--interval", "0.1", terminal=True)
@@ -262,6 +264,7 @@ def test_a_killed_training_is_told(tmp_path: Path) -> None:
         assert screen.errors() == ""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("terminal", [True, False])
 def test_ctrl_c_ends_it_and_nothing_else(tmp_path: Path, terminal: bool) -> None:
     writer = going_on(tmp_path / "run")
@@ -680,6 +683,7 @@ class Page:
         return dict(said)
 
 
+@pytest.mark.long
 def test_a_page_that_renews_itself(tmp_path: Path) -> None:
     writer = going_on(tmp_path / "run", steps=12)
     file = tmp_path / "page.html"

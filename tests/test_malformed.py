@@ -79,6 +79,7 @@ def none_wrong(found: Iterator[dict[str, Any]]) -> None:
     assert not wrong, "\n".join(json.dumps(one, indent=1) for one in wrong[:5])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", FEW)
 def test_malformed_inputs(valid: Path, kind: str) -> None:
     none_wrong(cases(valid, kind, 0, FEW[kind]))
@@ -295,6 +296,7 @@ def test_a_text_that_does_not_fit_into_memory(
         read_text(tmp_path / "text")
 
 
+@pytest.mark.long
 def test_what_lies_in_the_cache_of_kernels_and_is_no_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

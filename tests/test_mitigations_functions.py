@@ -404,6 +404,7 @@ def test_state_dict_and_copies() -> None:
     assert not torch.equal(plain(x), model(x))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("compiled_first", [False, True])
 @pytest.mark.parametrize("name", ["before", "after", "situ", "powlu", "relu"])
 def test_a_compiled_model_computes_the_same_without_a_break(
@@ -467,6 +468,7 @@ SWIGLU = ("llama", "mistral", "qwen3", "phi3", "torchao Float8Linear", "torchtit
 SWIGLU += ("megatron", "liger", "seed 000")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["before", "after", "gpt-oss", "situ", "powlu", "relu_squared"])
 @pytest.mark.parametrize("family", SWIGLU)

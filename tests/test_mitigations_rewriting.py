@@ -568,6 +568,7 @@ def test_no_tokens_a_dead_channel_and_what_is_not_finite(name: str, recipe: Reci
         assert output[0].isfinite().all() and output[1, :2].isfinite().all()
 
 
+@pytest.mark.long
 @every
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_nothing(name: str, reentrant: bool) -> None:
@@ -708,6 +709,7 @@ def test_copies_of_value_and_model(name: str) -> None:
 CALLED = ["llama", "gemma2", "phi3", "torchtitan", "litgpt"]
 
 
+@pytest.mark.long
 @every
 @pytest.mark.parametrize("family", [n for n in CALLED if n in FAMILIES])
 def test_families_with_a_down_that_is_called(family: str, name: str) -> None:
@@ -1082,6 +1084,7 @@ def of_one_process() -> tuple[GatedFeedForward, Tensor, Tensor]:
     return model, x, upstream
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", PARALLEL)
 def test_two_tensor_parallel_processes_are_one(how: str, ranks: list[Any]) -> None:
     model, x, upstream = of_one_process()

@@ -831,6 +831,7 @@ def test_the_split_is_torchs_own_and_keeps_every_option() -> None:
     assert str(twin.state_dict()) == str(optimizer.state_dict())
 
 
+@pytest.mark.long
 def test_no_decay_is_refused_where_it_cannot_be_and_nothing_changes() -> None:
     model = LanguageModel(CONFIG, 0)
 
@@ -1029,6 +1030,7 @@ def test_qk_clip_is_refused_where_it_cannot_be() -> None:
         refused(torch.optim.SGD(model.parameters(), lr=1.0), model, reason)
 
 
+@pytest.mark.long
 def test_qk_clip_is_on_once_and_says_when_it_sees_nothing() -> None:
     model = LanguageModel(CONFIG, 0)
     optimizer = QKClip().apply(torch.optim.SGD(model.parameters(), lr=0.0), model)
@@ -1326,6 +1328,7 @@ ARCHITECTURES: list[Any] = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mitigation", ARCHITECTURES, ids=repr)
 def test_an_architecture_learns_and_is_watched(mitigation: Any, tmp_path: Path) -> None:
     config = mitigation.apply(CONFIG)

@@ -26,6 +26,8 @@ import fp8lab
 from fp8lab.report import write_report
 from fp8lab.report.interactive import thin
 
+pytestmark = pytest.mark.long
+
 SHOTS = Path(__file__).parents[1] / "build" / "screenshots"
 AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
 HOSTILE = ("<script>alert(1)</script>", '<a href="javascript:alert(1)">x</a>', "<b>&lt;%{y}</b>")

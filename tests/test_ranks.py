@@ -21,6 +21,8 @@ from ranks_on_cpu import CONFIG, PARALLEL, SELECT, batches, loss_of
 import fp8lab
 from fp8lab.lab.model import LanguageModel
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

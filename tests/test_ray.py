@@ -18,6 +18,8 @@ from fp8lab.lab.experiment import load_experiment, run_experiment
 from fp8lab.lab.ray_workers import RayWorkers
 from fp8lab.store import find_runs, open_run
 
+pytestmark = pytest.mark.long
+
 pytest.importorskip("ray")
 TINY = Path(__file__).with_name("tiny_experiment.py")
 KILLED = "second/bf16/seed-1"

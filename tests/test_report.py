@@ -210,6 +210,7 @@ def test_nothing_of_the_machine_is_told(page: str, experiment: Path) -> None:
     assert str(experiment.parent.name) not in page
 
 
+@pytest.mark.long
 def test_same_runs_same_bytes_and_no_torch(page: str, experiment: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from fp8lab.report import write_report\n"

@@ -189,6 +189,7 @@ def training(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+@pytest.mark.long
 def test_a_run_that_is_written_and_then_killed(
     training: subprocess.Popen[str], tmp_path: Path
 ) -> None:

@@ -435,6 +435,7 @@ def test_a_name_adds_no_element_to_the_page(tmp_path: Path) -> None:
     assert not [tag for tag in tags if "script" in tag.lower() or "foreign" in tag.lower()]
 
 
+@pytest.mark.long
 def test_the_three_say_the_same(runs: Path, page: Path, tmp_path: Path) -> None:
     """Every cell, caption, note and summary of the data is on both pages."""
     data = json.loads(invoke("report", runs, "--json").stdout, parse_constant=pytest.fail)
@@ -591,6 +592,7 @@ def test_the_page_is_whole_or_not_at_all(
     assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == before
 
 
+@pytest.mark.long
 def test_same_runs_same_bytes(runs: Path, tmp_path: Path) -> None:
     """In another process, time zone, order of hashes and language."""
     code = (

@@ -87,6 +87,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 READ: dict[Table, float] = {"tensors": 5.0, "channels": 3.0}
 
 
+@pytest.mark.long
 def test_what_is_read_is_a_few_times_what_was_recorded(run: Path) -> None:
     told = counted(run)
     for table, times in READ.items():

@@ -195,6 +195,7 @@ def test_a_dial_runs_between_two_numbers_by_factors() -> None:
     assert draws == [2.0, 8.0, 32.0]
 
 
+@pytest.mark.long
 def test_a_killed_generation_goes_on_where_it_was(tmp_path: Path) -> None:
     name = "healthy-plain-gelu"
     code = (
@@ -311,6 +312,7 @@ def test_a_lead_is_counted_from_the_first_alarm_to_the_loss() -> None:
     assert least is None
 
 
+@pytest.mark.long
 def test_scores_know_no_step_that_is_to_come(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     losses, norms = rng.normal(5.0, 1.0, 60), rng.normal(2.0, 0.1, 60)
@@ -398,6 +400,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drawn]:
     return {drawn.scenario.name: drawn for drawn in draws}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", QUICK)
 def test_the_weakest_draw_is_diagnosed_right(drawn: dict[str, Drawn], name: str) -> None:
     one = drawn[name]

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from sharded_on_cpu import RECIPES, losses
 
+pytestmark = pytest.mark.long
+
 SCRIPT = Path(__file__).with_name("sharded_on_cpu.py")
 
 

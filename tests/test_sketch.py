@@ -229,6 +229,7 @@ def joined(*names: str) -> Tensor:
     return torch.cat([TENSORS[name].detach().float().flatten() for name in names])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("one", "other"), list(itertools.product(MERGED, MERGED)))
 def test_two_sketches_merge_into_that_of_both_tensors(one: str, other: str) -> None:
     merged = sketch(TENSORS[one]).merge(sketch(TENSORS[other]))

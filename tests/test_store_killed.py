@@ -137,6 +137,7 @@ def listing(folder: Path) -> list[dict[str, Any]]:
     return list(json.loads(done.stdout))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kills", [15, pytest.param(200, marks=pytest.mark.slow, id="200 times")], ids=str
 )
@@ -245,6 +246,7 @@ def killed_while_closing(path: Path, monkeypatch: pytest.MonkeyPatch, before: in
     assert cut_off(monkeypatch, before, writer.close)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("first", ["closed", "killed", "killed while closing", "resumed"])
 def test_resume_cut_off_anywhere_loses_and_doubles_nothing(
     first: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
