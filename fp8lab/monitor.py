@@ -35,13 +35,14 @@ from torch import Tensor, nn
 
 from fp8lab.about import describe
 from fp8lab.casting import Cast
-from fp8lab.precision import PrecisionProbe
+from fp8lab.precision import PrecisionProbe, in_full
 from fp8lab.probes import FeedForwardProbe
 from fp8lab.ranks import (
     Reduction,
     job_at,
     plain_name,
     rank_of,
+    require_alike,
     unwrapped,
     watched_modules,
     world_size,
@@ -102,8 +103,9 @@ def watch(
     step on; what differs then (precision, `every`, versions) replaces what run.json said.
     With `inference` the run is one of a model in use: forwards without gradients are recorded too.
 
-    Raises ValueError if the model has no feed-forward that can be seen, a selection is none, or an
-    optimizer is given with `inference`; RunError if `path` exists.
+    Raises ValueError if the model has no feed-forward that can be seen, a selection is none, an
+    optimizer is given with `inference`, or another process that watches into `path` casts a layer
+    otherwise (layers are told apart by name and sizes); RunError if `path` exists.
     """
     _check_numbers(every=(every, 1), channels=(channels, 1), burst=(burst, 0))
     model = unwrapped(model)
@@ -112,6 +114,7 @@ def watch(
     sites = _feed_forwards(model)
     taps = TensorTaps(watched_modules(model), recorder, optimizer)
     _check_selections(recorder, sites, taps)
+    require_alike(str(path), in_full(model))
     of_watch = {"every": every, "inference": inference, "config": dict(config or {})}
     writer = _writer(path, describe(model, sites) | of_watch, resume_at)
     reduction = None if group is None else Reduction(group)

@@ -1,0 +1,115 @@
+"""One process of a distributed training, for test_distributed: run by torchrun.
+
+    torchrun --nproc-per-node N tests/distributed_on_cpu.py SCENARIO FOLDER
+
+SCENARIO is one of the functions below. What a process has to tell is FOLDER/told-RANK.json; what
+befalls the training befalls the process with the highest rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import fp8lab
+from fp8lab import DelayedScaling, Float8CurrentScaling, HighPrecision, Plan
+from fp8lab.lab.model import LanguageModel, ModelConfig
+
+CONFIG = ModelConfig(dim=32, layers=2, heads=2, context=16)
+SEQUENCES = 4
+SCENARIOS: dict[str, Callable[[Path], Any]] = {}
+
+
+def scenario(function: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def tokens_of(step: int) -> Tensor:
+    """The step's sequences, of all processes."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, 256, (SEQUENCES, CONFIG.context + 1), generator=generator)
+
+
+def model_of(plan: Any, layers: int = CONFIG.layers) -> LanguageModel:
+    model = LanguageModel(ModelConfig(dim=32, layers=layers, heads=2, context=16), seed=0)
+    return fp8lab.convert(model, plan)
+
+
+# --- a mismatch -------------------------------------------------------------------------------
+
+DELAYED = DelayedScaling(amax_history_len=4)
+# What the first process and the others convert with, and how many layers the others have.
+MISMATCHES: dict[str, tuple[Any, Any, int]] = {
+    "recipe": (DELAYED, Float8CurrentScaling(), 2),
+    "setting": (DELAYED, DelayedScaling(amax_history_len=4, margin=1), 2),
+    "one operand": (
+        DELAYED,
+        Plan(recipe=DELAYED, overrides={"layers.1.mlp.down:input@output": HighPrecision()}),
+        3,
+    ),
+    "not converted": (DELAYED, Plan(recipe=DELAYED, exclude=("*.query",)), 2),
+    "none": (DELAYED, DELAYED, 2),
+    "other layers": (
+        Plan(recipe=DELAYED, overrides={"layers.1.*": HighPrecision()}, exclude=("head",)),
+        Plan(recipe=DELAYED, overrides={"layers.[12].*": HighPrecision()}, exclude=("head",)),
+        3,
+    ),
+}
+
+
+@scenario
+def mismatch(folder: Path) -> dict[str, str | None]:
+    """Each in turn: the first process watches, then the others, which are told; and at last one
+    that nobody catches, while the first process trains."""
+    told = {}
+    first = dist.get_rank() == 0
+    for name, (plan, other, layers) in MISMATCHES.items():
+        model = model_of(plan) if first else model_of(other, layers)
+        if not first:
+            dist.barrier()
+        try:
+            with fp8lab.watch(model, folder / name, group=dist.group.WORLD if first else None):
+                told[name] = None
+        except ValueError as error:
+            told[name] = str(error)
+        if first:
+            dist.barrier()
+        dist.barrier()
+    tell(folder, told)
+    model = model_of(MISMATCHES["setting"][0 if first else 1])  # of which DDP sees nothing
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    with fp8lab.watch(wrapped, folder / "uncaught", every=1, flush_seconds=0.0) as watching:
+        for step in range(1000):
+            loss = wrapped(tokens_of(step)[:, :-1]).square().mean()
+            loss.backward()
+            watching.step(step, loss=loss)
+    return told
+
+
+# --- the process ------------------------------------------------------------------------------
+
+
+def tell(folder: Path, told: Any) -> None:
+    (folder / f"told-{dist.get_rank()}.json").write_text(json.dumps(told))
+
+
+def main(name: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    tell(Path(folder), SCENARIOS[name](Path(folder)))
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # everything is closed; on a busy machine gloo's threads may abort what follows
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
