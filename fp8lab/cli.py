@@ -24,7 +24,14 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from fp8lab.comparison import side_by_side, told_of
-from fp8lab.listing import cell_of, print_grids, print_rows, summary_of
+from fp8lab.listing import (
+    cell_of,
+    print_grids,
+    print_rows,
+    rank_in_words,
+    ranks_of,
+    summary_of,
+)
 from fp8lab.progress import Bars
 from fp8lab.recipe import GEMMS, gemm_in_words
 from fp8lab.store import Run, RunError, find_runs, open_run
@@ -188,22 +195,26 @@ def list_runs(
 
 @app.command()
 def show(run: RunPath, as_json: Json = False) -> None:
-    """What a run is: versions, precision in force, sites, events, where it stands."""
+    """What a run is: versions, precision in force, sites, events, where its processes stand."""
     opened = open_run(run)
     info = {key: value for key, value in opened.info.items() if key != "pid"}
     info["state"] = opened.state
     info |= {key: value for key, value in summary_of(opened).items() if key not in info}
-    events = opened.events()[["step", "kind", "site", "detail"]].to_dict("records")
+    events = opened.events()[["step", "rank", "kind", "site", "detail"]].to_dict("records")
+    ranks = ranks_of(opened)
     if as_json:
-        _print_json(info | {"events": events})
+        _print_json(info | {"ranks": ranks, "events": events})
         return
     console = Console(markup=False)
     table = Table(show_header=False, box=None)
     for name, told in _of_a_run(opened, info):
         table.add_row(printable(name), printable(told))
+    for row in ranks if len(ranks) > 1 else []:
+        table.add_row(f"rank {row['rank']}", printable(rank_in_words(row)))
     for event in events:
         told = f"{event['kind']}: {event['detail']}"
-        table.add_row(f"step {event['step']}", printable(told))
+        where = f", rank {event['rank']}" if len(ranks) > 1 else ""
+        table.add_row(f"step {event['step']}{where}", printable(told))
     console.print(table)
 
 

@@ -5,10 +5,13 @@ Numbers are those that the run recorded; what it does not say is None.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute
 from rich.console import Console
@@ -41,6 +44,24 @@ def summary_of(run: Run) -> dict[str, Any]:
         "diverged_at": lost_at(run),
         "final_loss": result.get("final_loss"),
     }
+
+
+def ranks_of(run: Run) -> list[dict[str, Any]]:
+    """The processes of a run as rows, JSON-able but for NaN."""
+    rows = run.ranks().drop(columns=["pid", "host"]).to_dict("records")
+    return [
+        {str(k): v if k == "flushed" or pd.notna(v) else None for k, v in row.items()}
+        for row in rows
+    ]
+
+
+def rank_in_words(row: Mapping[str, Any]) -> str:
+    """Where a process stands, and since when nothing came of it."""
+    last, flushed, error = row["last_step"], row["flushed"], row["error"]
+    told = f"{row['state']}, " + ("no step" if last is None else f"last step {last}")
+    if math.isfinite(flushed) and last is not None:
+        told += f", written {datetime.fromtimestamp(flushed, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    return told if error is None else f"{told}: {error}"
 
 
 def print_grids(console: Console, parts: Iterable[Any], out: Path) -> None:

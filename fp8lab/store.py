@@ -21,6 +21,7 @@ import operator
 import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,9 @@ class RunWriter:
         written are in a temporary folder that the message names, uncompacted segments stay.
         """
         error: OSError | None = None
+        if more:  # what ended the training, lest nobody knows if this takes too long
+            with suppress(OSError):
+                self.set_state("running", **more)
         try:
             self.flush()
             segments.compact(self._folder)

@@ -39,6 +39,11 @@ def tokens_of(step: int) -> Tensor:
     return torch.randint(0, 256, (SEQUENCES, CONFIG.context + 1), generator=generator)
 
 
+def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    logits = model(tokens[:, :-1])
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
 def model_of(plan: Any, layers: int = CONFIG.layers) -> LanguageModel:
     model = LanguageModel(ModelConfig(dim=32, layers=layers, heads=2, context=16), seed=0)
     return fp8lab.convert(model, plan)
@@ -93,6 +98,28 @@ def mismatch(folder: Path) -> dict[str, str | None]:
             loss.backward()
             watching.step(step, loss=loss)
     return told
+
+
+# --- a process that is killed -----------------------------------------------------------------
+
+
+@scenario
+def killed(folder: Path) -> None:
+    """Trains until somebody ends it, and says which steps are on the disk."""
+    parallel = nn.parallel.DistributedDataParallel(model_of(DELAYED))
+    optimizer = torch.optim.AdamW(parallel.parameters(), lr=0.01)
+    watching = fp8lab.watch(
+        parallel, folder / "run", optimizer=optimizer, every=1, flush_seconds=0.0
+    )
+    with watching:
+        for step in range(100_000):
+            optimizer.zero_grad()
+            mine = tokens_of(step).chunk(dist.get_world_size())[dist.get_rank()]
+            loss = loss_of(parallel, mine)
+            loss.backward()
+            optimizer.step()
+            watching.step(step, loss=loss)
+            print(step, flush=True)
 
 
 # --- the process ------------------------------------------------------------------------------

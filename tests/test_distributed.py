@@ -7,15 +7,21 @@ seconds of CPU in each process, so that a start serves several tests.
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from distributed_on_cpu import MISMATCHES
+from typer.testing import CliRunner
 
 import fp8lab
+from fp8lab.cli import app
 
 SCRIPT = Path(__file__).with_name("distributed_on_cpu.py")
 
@@ -31,6 +37,32 @@ def told_in(folder: Path) -> list[Any]:
     """What each process told."""
     files = sorted(folder.glob("told-*.json"))
     return [json.loads(file.read_text()) for file in files]
+
+
+def processes_of(size: int, scenario: str, folder: Path) -> list[subprocess.Popen[str]]:
+    """The processes without torchrun, which would end those that are left."""
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    of_all = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), scenario, str(folder)],
+            env=os.environ | of_all | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def asked(*arguments: object) -> str:
+    """What the program prints."""
+    done = CliRunner().invoke(app, [str(one) for one in arguments])
+    assert done.exit_code in (0, 1), done.output
+    return done.stdout
 
 
 # --- a mismatch -------------------------------------------------------------------------------
@@ -70,3 +102,72 @@ def test_a_mismatch_ends_the_training_of_all_processes(mismatched: Any) -> None:
     assert len(told) == 1
     assert told[0].endswith("expected the same on both")
     assert len(fp8lab.open_run(folder / "uncaught").steps()) == 0
+
+
+# --- a process that is killed -----------------------------------------------------------------
+
+
+def until_step(process: subprocess.Popen[str], step: int) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip() == str(step):
+            return
+    raise AssertionError(process.communicate()[1][-4000:])
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def with_a_victim(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Any:
+    """The run of a training whose last process was killed, the last step that each told, and when
+    it was killed."""
+    folder = tmp_path_factory.mktemp("killed")
+    processes = processes_of(request.param, "killed", folder)
+    until_step(processes[-1], 5)
+    before = time.time()
+    processes[-1].send_signal(signal.SIGKILL)
+    told = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode == 0 for process in processes] == [False] * len(processes)
+    last = [max(int(step) for step in out.split()) for out, _ in told[:-1]]
+    assert all("Error" in error for _, error in told[:-1])
+    return folder / "run", [*last, 5], before
+
+
+def test_the_rows_of_a_killed_process_and_of_all_others_are_there(with_a_victim: Any) -> None:
+    path, last, _ = with_a_victim
+    run = fp8lab.open_run(path)
+    for rank, step in enumerate(last):
+        steps = run.steps(ranks=rank)["step"].tolist()
+        assert steps == list(range(len(steps)))
+        assert len(steps) > step
+        rows = run.tensors(ranks=rank)
+        assert rows.groupby("step").size().tolist() == [8] * len(steps)  # four a feed-forward
+        assert rows["cur_amax"].notna().all()
+
+
+def test_show_names_the_process_that_was_killed_and_when(with_a_victim: Any) -> None:
+    path, last, before = with_a_victim
+    ranks = json.loads(asked("show", path, "--json"))["ranks"]
+    *others, victim = ranks
+    assert [row["rank"] for row in ranks] == list(range(len(last)))
+    assert (victim["state"], victim["error"]) == ("killed", None)
+    assert victim["last_step"] >= 5
+    assert before - 60 < victim["flushed"] < before + 10
+    for row, step in zip(others, last[:-1], strict=True):
+        assert row["state"] == "failed"  # torch tells it that the connection is gone
+        assert "Error: " in row["error"]
+        assert row["last_step"] >= step
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(victim["flushed"]))
+    text = asked("show", path)
+    told = f"rank {victim['rank']} killed, last step {victim['last_step']}, written {when}"
+    assert " ".join(text.split()).endswith(told)
+
+
+def test_what_is_said_of_a_killed_run_names_the_process(with_a_victim: Any, tmp_path: Path) -> None:
+    path, last, _ = with_a_victim
+    victim, others = len(last) - 1, ", ".join(map(str, range(len(last) - 1)))
+    lost = f"rank {victim} killed; rank{'s' * (len(last) > 2)} {others} failed"
+    assert f"{lost}: its rows end there" in asked("diagnose", path)
+    page = tmp_path / "page.md"
+    asked("report", path, "-o", page)
+    assert f"Runs that are not finished: 1 killed. Of run {lost}." in page.read_text()
+    assert f"killed ({lost})" in page.read_text()
+    assert lost in asked("tail", path, "--once")
