@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -86,6 +86,9 @@ def program(
     """Why an FP8 training run diverges: which tensor, layer and channel, since when."""
 
 
+Parallelism = Literal["ddp", "fsdp2", "tensor_parallel"]
+
+
 class Alignment(StrEnum):
     """What losses are laid beside each other by."""
 
@@ -99,6 +102,8 @@ Page = Annotated[
     Path | None,
     typer.Option("--out", "-o", metavar="PAGE", help="The page, .html, or .md with PNGs beside."),
 ]
+Processes = Annotated[int, typer.Option(min=1, help="That do each run together, under torchrun.")]
+Shared = Annotated[Parallelism | None, typer.Option(help="How processes share a run's model.")]
 # Without a metavar the name of an argument in an error depends on the version of typer.
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 RunPaths = Annotated[
@@ -121,6 +126,8 @@ def run(
     quick: Annotated[
         bool, typer.Option(help="One seed, few steps: does it run? Nothing follows from it.")
     ] = False,
+    processes: Processes = 1,
+    parallel: Shared = None,
     ray: Annotated[str | None, typer.Option(help="A Ray cluster's address, or auto.")] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write the verdict's page there.")
@@ -128,15 +135,16 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run an experiment, arms x seeds; go on where it stopped."""
-    from fp8lab.lab.data import read_text
     from fp8lab.lab.experiment import Settings, load_experiment, run_experiment
     from fp8lab.lab.result import write_page
 
     file, value = load_experiment(experiment)
     if report is not None and value.conclude is None:
         raise ValueError(f"--report: {value.name} has no conclusion, expected none")
-    if text is not None:
-        read_text(text)
+    source = None if text is None else _readable(text)
+    settings = Settings(
+        steps=steps, text=source, quick=quick, processes=processes, parallel=parallel
+    )
     out = out or Path("runs") / value.name
     console = Console(stderr=as_json, markup=False)
     with Bars(console) as progress:
@@ -148,9 +156,7 @@ def run(
             ray=ray,
             arms=arm,
             seeds=seed,
-            settings=Settings(
-                steps=steps, text=None if text is None else str(text.resolve()), quick=quick
-            ),
+            settings=settings,
             on_plan=progress.planned,
             on_start=progress.started,
             on_report=progress.reported,
@@ -167,6 +173,13 @@ def run(
     if report is not None:
         page = write_page(value, file, out, report)
         typer.echo(f"page: {page}", err=as_json)
+
+
+def _readable(text: Path) -> str:
+    from fp8lab.lab.data import read_text
+
+    read_text(text)
+    return str(text.resolve())
 
 
 @app.command("ls")

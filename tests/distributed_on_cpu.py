@@ -8,20 +8,28 @@ befalls the training befalls the process with the highest rank.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import fp8lab
-from fp8lab import DelayedScaling, Float8CurrentScaling, HighPrecision, Plan
+from fp8lab import (
+    DelayedScaling,
+    Float8CurrentScaling,
+    HighPrecision,
+    MXFP8BlockScaling,
+    Plan,
+)
 from fp8lab.lab.model import LanguageModel, ModelConfig
+from fp8lab.lab.parallel import Parallel, mean_over_processes, parallelize, part_of
 
 CONFIG = ModelConfig(dim=32, layers=2, heads=2, context=16)
 SEQUENCES = 4
@@ -98,6 +106,59 @@ def mismatch(folder: Path) -> dict[str, str | None]:
             loss.backward()
             watching.step(step, loss=loss)
     return told
+
+
+# --- losses -----------------------------------------------------------------------------------
+
+STEPS = 4
+RECIPES = {"delayed": DELAYED, "current": Float8CurrentScaling(), "mxfp8": MXFP8BlockScaling()}
+Trained = dict[str, Any]
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Scales and histories, by plain names."""
+    buffers = {name.removeprefix("module."): value for name, value in model.named_buffers()}
+    return {name: value.clone() for name, value in buffers.items() if "_before" not in name}
+
+
+def trained(
+    recipe: str, run: Path, *, parts: int = 1, how: Parallel | None = None, steps: int = STEPS
+) -> Trained:
+    """The losses of the global batch and the FP8 state after each step, of one process that takes
+    `parts` micro-batches, or of this one among others."""
+    gc.collect()  # models of earlier trainings take part in reductions until they are gone
+    model: nn.Module = model_of(RECIPES[recipe])
+    if how is not None:
+        model = parallelize(model, how)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    told: Trained = {"losses": [], "states": []}
+    group = None if how is None else dist.group.WORLD
+    with fp8lab.watch(model, run, optimizer=optimizer, every=1, group=group) as watching:
+        for step in range(steps):
+            optimizer.zero_grad()
+            losses = []
+            with fp8lab.autocast():
+                for tokens in part_of(tokens_of(step), model).chunk(parts):
+                    losses.append(loss_of(model, tokens))
+                    losses[-1].backward()
+            for parameter in model.parameters() if parts > 1 else ():
+                parameter.grad /= parts
+            optimizer.step()
+            loss = mean_over_processes(torch.stack(losses).double().mean())
+            watching.step(step, loss=loss)
+            told["losses"].append(loss)
+            told["states"].append(state_of(model))
+    return told
+
+
+@scenario
+def losses(folder: Path) -> None:
+    told = {
+        (recipe, how): trained(recipe, folder / f"{recipe} {how}", how=how)
+        for recipe in RECIPES
+        for how in get_args(Parallel)
+    }
+    torch.save(told, folder / f"trained-{dist.get_rank()}.pt")
 
 
 # --- a process that is killed -----------------------------------------------------------------

@@ -13,15 +13,19 @@ import socket
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import pandas as pd
 import pytest
-from distributed_on_cpu import MISMATCHES
+import torch
+from distributed_on_cpu import MISMATCHES, RECIPES, trained
 from typer.testing import CliRunner
 
 import fp8lab
 from fp8lab.cli import app
+from fp8lab.lab.parallel import Parallel
 
 SCRIPT = Path(__file__).with_name("distributed_on_cpu.py")
 
@@ -102,6 +106,95 @@ def test_a_mismatch_ends_the_training_of_all_processes(mismatched: Any) -> None:
     assert len(told) == 1
     assert told[0].endswith("expected the same on both")
     assert len(fp8lab.open_run(folder / "uncaught").steps()) == 0
+
+
+# --- losses -----------------------------------------------------------------------------------
+#
+# The reference is one process that takes the processes' parts of a batch as micro-batches: every
+# operand then has the amax, and every GEMM the shape, that it has there. With two processes nothing
+# differs, not one bit: of two numbers there is one sum, and halving is exact. Four gradients are
+# added in the order of a ring, by which a sum differs in its last bits (3 x 2^-24 of what is
+# added), and tensor parallelism adds down's shares in another order. Adam makes of that at most
+# rate x 2e-7 a weight and step; over the loss's gradient and four steps that is below 1e-6 of it.
+
+BOUND = 1e-6
+Losses = tuple[int, list[dict[Any, Any]], Path]
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def parallel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Losses:
+    """How many, what each process told of its trainings, and where their runs are."""
+    folder = tmp_path_factory.mktemp("losses")
+    done = torchrun(request.param, "losses", folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    files = sorted(folder.glob("trained-*.pt"))
+    return request.param, [torch.load(file, weights_only=True) for file in files], folder
+
+
+@cache
+def of_one_process(recipe: str, parts: int, folder: Path) -> Any:
+    return trained(recipe, folder / f"one, {recipe}, {parts}", parts=parts)
+
+
+@pytest.mark.parametrize("how", get_args(Parallel))
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_losses_are_those_of_one_process(recipe: str, how: str, parallel: Losses) -> None:
+    size, processes, folder = parallel
+    told = [one[recipe, how] for one in processes]
+    assert all(one["losses"] == told[0]["losses"] for one in told)
+    expected = of_one_process(recipe, 1 if how == "tensor_parallel" else size, folder)
+    if size == 2 and how != "tensor_parallel":
+        assert told[0]["losses"] == expected["losses"]
+    else:
+        assert told[0]["losses"] == pytest.approx(expected["losses"], rel=BOUND)
+        assert told[0]["losses"][0] == pytest.approx(expected["losses"][0], rel=1e-7)
+
+
+@pytest.mark.parametrize("how", get_args(Parallel))
+def test_delayed_scales_are_those_of_one_process(how: str, parallel: Losses) -> None:
+    """A maximum does not depend on an order: after a step that began with equal weights all are
+    equal to the bit, after later ones where the weights are."""
+    size, processes, folder = parallel
+    told = [one["delayed", how]["states"] for one in processes]
+    expected = of_one_process("delayed", 1 if how == "tensor_parallel" else size, folder)
+    for step, states in enumerate(zip(*told, expected["states"], strict=True)):
+        *of_ranks, of_one = states
+        assert len(of_one) == 2 * 15  # linear layers
+        for name, tensor in of_one.items():
+            for state in of_ranks[1:]:
+                assert torch.equal(state[name], of_ranks[0][name]), (step, name)
+            found, cut = of_ranks[0][name], how == "tensor_parallel"
+            torch.testing.assert_close(found, tensor, rtol=10 * BOUND, atol=0.0)
+            if not cut and (size == 2 or step == 0):
+                assert torch.equal(found, tensor), (step, name)
+            elif cut and step == 0:  # what no sum over processes precedes
+                exact = [0, 1] if name.startswith("layers.0.attention") else [1]
+                assert torch.equal(found[..., exact], tensor[..., exact]), (step, name)
+    assert not torch.equal(told[0][0]["head.scale"], told[0][-1]["head.scale"])
+
+
+@pytest.mark.parametrize("how", get_args(Parallel))
+def test_rows_of_all_processes_are_merged(how: str, parallel: Losses) -> None:
+    size, _, folder = parallel
+    parts = 1 if how == "tensor_parallel" else size
+    of_one_process("delayed", parts, folder)
+    rows = fp8lab.open_run(folder / f"delayed {how}").tensors()
+    merged, one = (
+        frame.drop(columns="rank").set_index(["step", "site"]).sort_index()
+        for frame in (
+            rows[rows["rank"] == -1],
+            fp8lab.open_run(folder / f"one, delayed, {parts}").tensors(),
+        )
+    )
+    assert merged.index.tolist() == one.index.tolist()
+    pd.testing.assert_frame_equal(merged[["count", "nans"]], one[["count", "nans"]])
+    told = ["cur_amax", "l2_norm", "min", "max", "underflows%", "staleness"]
+    told = [name for name in told if name in one]
+    exact = size == 2 and how != "tensor_parallel"
+    pd.testing.assert_frame_equal(
+        merged[told], one[told], check_exact=exact, **({} if exact else {"rtol": 10 * BOUND})
+    )
+    assert sorted(rows["rank"].unique()) == [-1, *range(size)]
 
 
 # --- a process that is killed -----------------------------------------------------------------
