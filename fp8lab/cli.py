@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -86,7 +86,12 @@ def program(
     """Why an FP8 training run diverges: which tensor, layer and channel, since when."""
 
 
-Parallelism = Literal["ddp", "fsdp2", "tensor_parallel"]
+class Parallelism(StrEnum):
+    """How the processes of a run share a model."""
+
+    ddp = "ddp"
+    fsdp2 = "fsdp2"
+    tensor_parallel = "tensor_parallel"
 
 
 class Alignment(StrEnum):
@@ -142,9 +147,8 @@ def run(
     if report is not None and value.conclude is None:
         raise ValueError(f"--report: {value.name} has no conclusion, expected none")
     source = None if text is None else _readable(text)
-    settings = Settings(
-        steps=steps, text=source, quick=quick, processes=processes, parallel=parallel
-    )
+    how = None if parallel is None else parallel.value
+    settings = Settings(steps=steps, text=source, quick=quick, processes=processes, parallel=how)
     out = out or Path("runs") / value.name
     console = Console(stderr=as_json, markup=False)
     with Bars(console) as progress:
