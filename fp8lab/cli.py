@@ -107,6 +107,12 @@ Page = Annotated[
     Path | None,
     typer.Option("--out", "-o", metavar="PAGE", help="The page, .html, or .md with PNGs beside."),
 ]
+Quick = Annotated[
+    bool, typer.Option(help="One seed, few steps: does it run? Nothing follows from it.")
+]
+Verdicts = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Write the verdict's page there.")
+]
 Processes = Annotated[int, typer.Option(min=1, help="That do each run together, under torchrun.")]
 Shared = Annotated[Parallelism | None, typer.Option(help="How processes share a run's model.")]
 # Without a metavar the name of an argument in an error depends on the version of typer.
@@ -128,15 +134,11 @@ def run(
     seed: Annotated[list[int] | None, typer.Option(help="Only this seed; repeatable.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of every training.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text for the language model.")] = None,
-    quick: Annotated[
-        bool, typer.Option(help="One seed, few steps: does it run? Nothing follows from it.")
-    ] = False,
+    quick: Quick = False,
     processes: Processes = 1,
     parallel: Shared = None,
     ray: Annotated[str | None, typer.Option(help="A Ray cluster's address, or auto.")] = None,
-    report: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write the verdict's page there.")
-    ] = None,
+    report: Verdicts = None,
     as_json: Json = False,
 ) -> None:
     """Run an experiment, arms x seeds; go on where it stopped."""
@@ -147,8 +149,13 @@ def run(
     if report is not None and value.conclude is None:
         raise ValueError(f"--report: {value.name} has no conclusion, expected none")
     source = None if text is None else _readable(text)
-    how = None if parallel is None else parallel.value
-    settings = Settings(steps=steps, text=source, quick=quick, processes=processes, parallel=how)
+    settings = Settings(
+        steps=steps,
+        text=source,
+        quick=quick,
+        processes=processes,
+        parallel=None if parallel is None else parallel.value,
+    )
     out = out or Path("runs") / value.name
     console = Console(stderr=as_json, markup=False)
     with Bars(console) as progress:
