@@ -19,6 +19,12 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
 import fp8lab
 from fp8lab import (
@@ -159,6 +165,58 @@ def losses(folder: Path) -> None:
         for how in get_args(Parallel)
     }
     torch.save(told, folder / f"trained-{dist.get_rank()}.pt")
+
+
+# --- on another number of processes -----------------------------------------------------------
+
+STAGE = 2  # steps, after which a checkpoint is written; then follows one more
+
+
+def whole_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Trained:
+    """Parameters and Adam's moments, gathered, and the FP8 state."""
+    options = StateDictOptions(full_state_dict=True)
+    of_model, of_optimizer = get_state_dict(model, optimizer, options=options)
+    moments = of_optimizer["state"]
+    told = {f"{name}: {k}": v for name, state in moments.items() for k, v in state.items()}
+    return {k: v.clone() for k, v in {**of_model, **told}.items()}
+
+
+@scenario
+def stage(folder: Path) -> None:
+    """Goes on from the newest checkpoint, on however many processes that was written, and with the
+    run; FSDP2, or as it is in one process."""
+    number = len(list(folder.glob("checkpoint-*")))
+    model: nn.Module = model_of(DELAYED)
+    alone = not dist.is_initialized()
+    if not alone:
+        model = parallelize(model, "fsdp2")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    told: dict[str, Any] = {"losses": []}
+    if number:
+        state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+        checkpoint.load(state, checkpoint_id=folder / f"checkpoint-{number}")
+        of_model, of_optimizer = state.values()
+        set_state_dict(model, optimizer, model_state_dict=of_model, optim_state_dict=of_optimizer)
+        told["loaded"] = whole_of(model, optimizer)
+    resume_at = number * STAGE if number else None
+    with fp8lab.watch(
+        model, folder / "run", optimizer=optimizer, every=1, resume_at=resume_at
+    ) as watching:
+        for step in range(number * STAGE, (number + 1) * STAGE + 1):
+            if step == (number + 1) * STAGE:
+                state = dict(
+                    zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)
+                )
+                place = folder / f"checkpoint-{number + 1}"
+                checkpoint.save(state, checkpoint_id=place)
+                told["saved"] = whole_of(model, optimizer)
+            optimizer.zero_grad()
+            loss = loss_of(model, part_of(tokens_of(step), model))
+            loss.backward()
+            optimizer.step()
+            told["losses"].append(mean_over_processes(loss))
+            watching.step(step, loss=told["losses"][-1])
+    torch.save(told, folder / f"stage-{number}-{0 if alone else dist.get_rank()}.pt")
 
 
 # --- a process that is killed -----------------------------------------------------------------

@@ -13,14 +13,16 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
 import pandas as pd
 import pytest
 import torch
-from distributed_on_cpu import MISMATCHES, RECIPES, trained
+from distributed_on_cpu import MISMATCHES, RECIPES, STAGE, stage, trained
 from typer.testing import CliRunner
 
 import fp8lab
@@ -195,6 +197,74 @@ def test_rows_of_all_processes_are_merged(how: str, parallel: Losses) -> None:
         merged[told], one[told], check_exact=exact, **({} if exact else {"rtol": 10 * BOUND})
     )
     assert sorted(rows["rank"].unique()) == [-1, *range(size)]
+
+
+# --- on another number of processes -----------------------------------------------------------
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(1, 2, 1), *(pytest.param(s, marks=pytest.mark.slow) for s in [(2, 4, 1), (4, 1, 2)])],
+    ids=str,
+)
+def stages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A training that goes on twice, on so many processes: what each told, and the folder; and how
+    the processes of the run stood after each stage."""
+    folder = tmp_path_factory.mktemp("stages")
+    standings = []
+    for size in request.param:
+        if size == 1:
+            with warnings.catch_warnings():  # torch's, that one process is one
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                stage(folder)
+        else:
+            done = torchrun(size, "stage", folder)
+            assert done.returncode == 0, done.stderr[-4000:]
+        standings.append(fp8lab.open_run(folder / "run").ranks()["state"].tolist())
+    told = [
+        [
+            torch.load(folder / f"stage-{number}-{rank}.pt", weights_only=True)
+            for rank in range(size)
+        ]
+        for number, size in enumerate(request.param)
+    ]
+    return told, folder, standings
+
+
+def test_a_checkpoint_is_loaded_on_another_number_of_processes(stages: Any) -> None:
+    for before, after in pairwise(stages[0]):
+        saved = before[0]["saved"]
+        assert sum(name.endswith((".scale", ".amax_history")) for name in saved) == 2 * 15
+        assert sum(name.endswith("exp_avg") for name in saved) > 15
+        for process in after:
+            assert process["loaded"].keys() == saved.keys()
+            for name, tensor in saved.items():
+                assert torch.equal(process["loaded"][name], tensor), name
+
+
+def test_the_next_losses_are_those_of_the_training_that_went_on(stages: Any) -> None:
+    for before, after in pairwise(stages[0]):
+        assert before[0]["losses"][-1] == pytest.approx(after[0]["losses"][0], rel=BOUND)
+
+
+def test_the_run_goes_on_with_another_number_of_processes(stages: Any) -> None:
+    told, folder, standings = stages
+    sizes = [len(processes) for processes in told]
+    for number, size in enumerate(sizes):
+        most = max(sizes[: number + 1])
+        assert standings[number] == ["finished"] * size + ["left"] * (most - size)
+    run = fp8lab.open_run(folder / "run")
+    assert run.state == "finished"
+    for rank in range(max(sizes)):
+        steps = [
+            step
+            for number, size in enumerate(sizes)
+            for step in range(number * STAGE, (number + 1) * STAGE)
+            if rank < size
+        ]
+        steps += [len(sizes) * STAGE] * (rank < sizes[-1])  # what the last one did beyond
+        assert run.steps(ranks=rank)["step"].tolist() == steps
+        assert run.tensors(ranks=rank)["step"].drop_duplicates().tolist() == steps
 
 
 # --- a process that is killed -----------------------------------------------------------------
