@@ -61,7 +61,9 @@ def rank_in_words(row: Mapping[str, Any]) -> str:
     told = f"{row['state']}, " + ("no step" if last is None else f"last step {last}")
     if math.isfinite(flushed) and last is not None:
         told += f", written {datetime.fromtimestamp(flushed, UTC):%Y-%m-%d %H:%M:%S} UTC"
-    return told if error is None else f"{told}: {error}"
+    told = told if error is None else f"{told}: {error}"
+    refused = row["refused"]
+    return told if refused is None else f"{told}; not written: {refused}"
 
 
 def print_grids(console: Console, parts: Iterable[Any], out: Path) -> None:

@@ -83,15 +83,18 @@ class Run:
 
     @property
     def lost(self) -> str:
-        """Which of several processes have not come to an end, in words: "rank 3 killed; ranks 0, 1
-        failed". Empty where all run or have finished, and of a run of one process."""
-        ranks: dict[str, list[str]] = {}
-        for rank in self.folders():
-            ranks.setdefault(self.state_of(rank), []).append(str(rank))
-        if sum(map(len, ranks.values())) < 2:
+        """Which of several processes have not come to an end, or not written all their rows, in
+        words: "rank 3 killed; ranks 0, 1 failed". Empty if there are none, and for one process."""
+        folders = self.folders()
+        if len(folders) < 2:
             return ""
+        ranks: dict[str, list[str]] = {}
+        for rank in folders:
+            ranks.setdefault(self.state_of(rank), []).append(str(rank))
+            if self.info_of(rank).get("refused") is not None:
+                ranks.setdefault("could not write", []).append(str(rank))
         told = []
-        for state in _STATES[1:]:
+        for state in (*_STATES[1:], "could not write"):
             which = ranks.get(state, [])
             named = ", ".join(which[:NAMED_RANKS])
             more = f" and {len(which) - NAMED_RANKS} more" if len(which) > NAMED_RANKS else ""
@@ -101,7 +104,7 @@ class Run:
     def ranks(self) -> pd.DataFrame:
         """A row a process: rank, state, last_step (that it wrote; missing without), flushed (when
         it last wrote, in seconds since 1970; NaN where nothing tells), error (with which its
-        training ended), pid, host.
+        training ended), refused (why the disk has not taken the rows that follow), pid, host.
 
         The state "left" is that of a rank which the resumed training has no more.
         """
@@ -113,6 +116,7 @@ class Run:
             info = self.info_of(rank)
             row = {"rank": rank, "state": self.state_of(rank), "last_step": last}
             row |= {"flushed": _last_written(folder, info), "error": info.get("error")}
+            row["refused"] = info.get("refused")
             rows.append(row | {"pid": info.get("pid"), "host": info.get("host")})
         return pd.DataFrame(rows).astype({"last_step": "Int64"})
 

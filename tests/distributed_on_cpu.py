@@ -11,7 +11,9 @@ from __future__ import annotations
 import gc
 import json
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -33,9 +35,11 @@ from fp8lab import (
     HighPrecision,
     MXFP8BlockScaling,
     Plan,
+    store,
 )
 from fp8lab.lab.model import LanguageModel, ModelConfig
 from fp8lab.lab.parallel import Parallel, mean_over_processes, parallelize, part_of
+from fp8lab.listing import ranks_of
 
 CONFIG = ModelConfig(dim=32, layers=2, heads=2, context=16)
 SEQUENCES = 4
@@ -239,6 +243,53 @@ def killed(folder: Path) -> None:
             optimizer.step()
             watching.step(step, loss=loss)
             print(step, flush=True)
+
+
+# --- a slow process, and one whose disk is full -----------------------------------------------
+
+SLOW = 0.25  # seconds that a step of the last process takes longer
+
+
+def mount(segments: Path, *options: str) -> None:
+    subprocess.run(["mount", *options, "fp8lab-test", str(segments)], check=True)
+
+
+def troubled(run: Path, ends_at: int | None) -> None:
+    """Eight steps. Of the last process the disk takes nothing after two, until the step `ends_at`;
+    each of its steps takes long."""
+    gc.collect()
+    last = dist.get_rank() == dist.get_world_size() - 1
+    parallel = parallelize(model_of(DELAYED), "ddp")
+    optimizer = torch.optim.AdamW(parallel.parameters(), lr=0.01)
+    segments = run / "ranks" / str(dist.get_rank()) / "segments"
+    group = dist.group.WORLD
+    with fp8lab.watch(
+        parallel, run, optimizer=optimizer, every=1, group=group, flush_seconds=0.0
+    ) as watching:
+        for step in range(8):
+            if last and step == 2:
+                mount(segments, "-t", "tmpfs", "-o", "size=4096")  # no room for a file
+            if last and step == ends_at:
+                subprocess.run(["umount", str(segments)], check=True)
+            if last:
+                time.sleep(SLOW)
+            optimizer.zero_grad()
+            loss = loss_of(parallel, part_of(tokens_of(step), parallel))
+            loss.backward()
+            optimizer.step()
+            watching.step(step, loss=mean_over_processes(loss))
+            if dist.get_rank() == 0 and step in (1, 4):
+                (run.parent / f"{run.name}-{step}.json").write_text(
+                    json.dumps([*ranks_of(fp8lab.open_run(run))])
+                )
+
+
+@scenario
+def slow_and_full(folder: Path) -> None:
+    troubled(folder / "to the end", None)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        store.BACKLOG_BYTES = 1 << 16  # two steps
+    troubled(folder / "for a while", 6)
 
 
 # --- the process ------------------------------------------------------------------------------

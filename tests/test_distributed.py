@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +24,7 @@ from typing import Any, get_args
 import pandas as pd
 import pytest
 import torch
-from distributed_on_cpu import MISMATCHES, RECIPES, STAGE, stage, trained
+from distributed_on_cpu import MISMATCHES, RECIPES, SLOW, STAGE, stage, trained
 from typer.testing import CliRunner
 
 import fp8lab
@@ -37,6 +39,25 @@ def torchrun(processes: int, scenario: str, folder: Path) -> subprocess.Complete
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={processes}", str(SCRIPT), scenario, str(folder)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def in_a_namespace(scenario: str, folder: Path) -> str:
+    """What two processes that may mount file systems print of warnings."""
+    unshare = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no namespaces here")
+    command = [*unshare, sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", str(SCRIPT), scenario, str(folder)]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
 
 
 def told_in(folder: Path) -> list[Any]:
@@ -334,3 +355,68 @@ def test_what_is_said_of_a_killed_run_names_the_process(with_a_victim: Any, tmp_
     assert f"Runs that are not finished: 1 killed. Of run {lost}." in page.read_text()
     assert f"killed ({lost})" in page.read_text()
     assert lost in asked("tail", path, "--once")
+
+
+# --- a slow process, and one whose disk is full -----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slow_and_full(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("troubled")
+    return folder, in_a_namespace("slow_and_full", folder)
+
+
+def of_rank(run: fp8lab.Run, rank: int) -> pd.DataFrame:
+    rows = run.tensors(ranks=rank)
+    return rows.set_index(["step", "site"]).sort_index()
+
+
+@pytest.mark.parametrize("name", ["to the end", "for a while"])
+def test_nobody_else_is_troubled(name: str, slow_and_full: Any) -> None:
+    folder, _ = slow_and_full
+    for step, refused in ((1, None), (4, "No space left on device")):  # while it trained
+        ranks = json.loads((folder / f"{name}-{step}.json").read_text())
+        assert [row["state"] for row in ranks] == ["running", "running"]  # slow is not dead
+        assert [row["refused"] for row in ranks] == [None, refused]
+        assert ranks[0]["last_step"] >= step
+    run = fp8lab.open_run(folder / name)
+    assert run.state == "finished"
+    assert run.steps(ranks=0)["step"].tolist() == list(range(8))
+    merged, own = of_rank(run, -1), of_rank(run, 0)
+    assert merged.index.tolist() == own.index.tolist()
+    assert merged["count"].tolist() == (2 * own["count"]).tolist()  # the other's are in it
+    other = of_rank(fp8lab.open_run(folder / "for a while"), -1)
+    pd.testing.assert_frame_equal(merged, other)  # the same training
+    seconds = run.steps(ranks=0)["seconds"].dropna()
+    assert (seconds > 0.8 * SLOW).all()  # who waits for the slow one is slow
+
+
+def test_a_disk_that_stays_full_is_told(slow_and_full: Any) -> None:
+    folder, warned = slow_and_full
+    path = folder / "to the end"
+    ranks = json.loads(asked("show", path, "--json"))["ranks"]
+    assert [(row["state"], row["last_step"]) for row in ranks] == [("finished", 7), ("finished", 1)]
+    assert ranks[0]["refused"] is None
+    assert re.fullmatch(r"\d+ rows, No space left on device", ranks[1]["refused"])
+    assert f"not written: {ranks[1]['refused']}" in " ".join(asked("show", path).split())
+    assert "rank 1 could not write" in asked("diagnose", path)
+    assert "rank 1 could not write" in asked("tail", path, "--once")
+    rescued, target = re.findall(r"they are in (\S+): move that to (.+)", warned)[0]
+    shutil.move(rescued, target)
+    run = fp8lab.open_run(path)
+    assert run.steps(ranks=1)["step"].tolist() == list(range(8))
+    assert of_rank(run, 1)["count"].tolist() == of_rank(run, 0)["count"].tolist()
+
+
+def test_a_disk_that_was_full_for_too_long_leaves_an_event(slow_and_full: Any) -> None:
+    run = fp8lab.open_run(slow_and_full[0] / "for a while")
+    dropped = run.events().query("kind == 'rows_dropped'")
+    assert dropped["rank"].tolist() == [1]
+    assert re.match(r"\d+ rows of steps 2 to \d: nothing could be", dropped["detail"].iloc[0])
+    rows = run.tensors(ranks=1)
+    assert rows["step"].iloc[-1] == 7
+    lost = of_rank(run, 0).index.difference(rows.set_index(["step", "site"]).index)
+    assert set(lost.get_level_values("step")) <= set(range(2, 7))
+    assert len(lost) > 0
+    assert run.ranks()["refused"].isna().all()  # what could be written has been
+    assert run.lost == ""

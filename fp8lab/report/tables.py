@@ -252,7 +252,7 @@ def recorded_runs(story: Story) -> Table:
     rows = [
         (
             Cell(run.label),
-            Cell(run.standing, "" if run.state == "finished" else "warn"),
+            Cell(run.standing, "" if run.standing == "finished" else "warn"),
             Cell(number(run.seed if run.seed != "" else None)),
             _steps(run),
             Cell(number(run.run.info.get("every"))),
