@@ -46,8 +46,7 @@ def in_full(model: nn.Module) -> Precision:
     for name in dict.fromkeys((*said, *sizes)):
         size = f" {sizes[name]['in']}x{sizes[name]['out']}" if name in sizes else ""
         told[name + size] = {
-            use: words + _settings(modules[name], use)
-            for use, words in said.get(name, {}).items()
+            use: words + _settings(modules[name], use) for use, words in said.get(name, {}).items()
         }
     return told
 
