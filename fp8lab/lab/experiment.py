@@ -450,6 +450,8 @@ def _description(out: Path, experiment: Experiment, settings: Settings) -> dict[
     """What makes `out` this experiment's folder, None if it says so already."""
     file = out / "experiment.json"
     wanted = asdict(settings)
+    if settings.parallel is None:
+        del wanted["processes"], wanted["parallel"]
     if settings.text is not None:  # where it lies on this machine is nobody's business
         wanted["text"] = Path(settings.text).name
     description = experiment.describe() | {"settings": wanted}
@@ -464,7 +466,7 @@ def _description(out: Path, experiment: Experiment, settings: Settings) -> dict[
             ) from None
         if name != experiment.name:
             raise RunError(f"{out}: holds experiment {shown(name)}, expected {experiment.name!r}")
-        if asdict(Settings()) | earlier != wanted:
+        if asdict(Settings()) | earlier != asdict(Settings()) | wanted:
             raise RunError(f"{out}: holds runs with {shown(earlier)}, expected {wanted}")
         if known == description:
             return None
