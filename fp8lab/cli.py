@@ -12,7 +12,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from fp8lab.comparison import side_by_side, told_of
+from fp8lab.comparison import side_by_side
 from fp8lab.listing import (
-    cell_of,
+    facts_of,
     print_grids,
     print_rows,
     rank_in_words,
@@ -33,8 +33,7 @@ from fp8lab.listing import (
     summary_of,
 )
 from fp8lab.progress import Bars
-from fp8lab.recipe import GEMMS, gemm_in_words
-from fp8lab.store import Run, RunError, find_runs, open_run
+from fp8lab.store import RunError, find_runs, open_run
 from fp8lab.terminal import printable
 
 
@@ -149,13 +148,8 @@ def run(
     if report is not None and value.conclude is None:
         raise ValueError(f"--report: {value.name} has no conclusion, expected none")
     source = None if text is None else _readable(text)
-    settings = Settings(
-        steps=steps,
-        text=source,
-        quick=quick,
-        processes=processes,
-        parallel=None if parallel is None else parallel.value,
-    )
+    how = None if parallel is None else parallel.value
+    more: dict[str, Any] = {"processes": processes, "parallel": how}
     out = out or Path("runs") / value.name
     console = Console(stderr=as_json, markup=False)
     with Bars(console) as progress:
@@ -167,7 +161,7 @@ def run(
             ray=ray,
             arms=arm,
             seeds=seed,
-            settings=settings,
+            settings=Settings(steps=steps, text=source, quick=quick, **more),
             on_plan=progress.planned,
             on_start=progress.started,
             on_report=progress.reported,
@@ -231,7 +225,7 @@ def show(run: RunPath, as_json: Json = False) -> None:
         return
     console = Console(markup=False)
     table = Table(show_header=False, box=None)
-    for name, told in _of_a_run(opened, info):
+    for name, told in facts_of(opened, info):
         table.add_row(printable(name), printable(told))
     for row in ranks if len(ranks) > 1 else []:
         table.add_row(f"rank {row['rank']}", printable(rank_in_words(row)))
@@ -240,20 +234,6 @@ def show(run: RunPath, as_json: Json = False) -> None:
         where = f", rank {event['rank']}" if len(ranks) > 1 else ""
         table.add_row(f"step {event['step']}{where}", printable(told))
     console.print(table)
-
-
-def _of_a_run(opened: Run, info: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for key in ("run", "state", "steps", "loss", "machine", "command", "every"):
-        yield key, cell_of(info.get(key))
-    yield "versions", ", ".join(f"{k} {v}" for k, v in told_of(opened, "versions").items())
-    sites = info.get("sites")
-    for site in sites if isinstance(sites, list) else []:
-        if isinstance(site, dict):
-            parts = ", ".join(f"{role} {site.get(role)}" for role in ("gate", "up", "down"))
-            yield f"site {site.get('site')}", f"{parts}; {site.get('activation')}"
-    for layer, casts in told_of(opened, "precision").items():
-        if isinstance(casts, dict):
-            yield layer, "; ".join(f"{gemm} {gemm_in_words(casts, gemm)}" for gemm in GEMMS)
 
 
 @app.command("diagnose")

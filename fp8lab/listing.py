@@ -6,7 +6,7 @@ Numbers are those that the run recorded; what it does not say is None.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fp8lab.comparison import config_of, lost_at, number_of, told_of
+from fp8lab.recipe import GEMMS, gemm_in_words
 from fp8lab.store import Run, find_runs, open_run
 from fp8lab.terminal import printable
 
@@ -44,6 +45,21 @@ def summary_of(run: Run) -> dict[str, Any]:
         "diverged_at": lost_at(run),
         "final_loss": result.get("final_loss"),
     }
+
+
+def facts_of(run: Run, info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What `show` says of a run but for its processes and events, in rows."""
+    for key in ("run", "state", "steps", "loss", "machine", "command", "every"):
+        yield key, cell_of(info.get(key))
+    yield "versions", ", ".join(f"{k} {v}" for k, v in told_of(run, "versions").items())
+    sites = info.get("sites")
+    for site in sites if isinstance(sites, list) else []:
+        if isinstance(site, dict):
+            parts = ", ".join(f"{role} {site.get(role)}" for role in ("gate", "up", "down"))
+            yield f"site {site.get('site')}", f"{parts}; {site.get('activation')}"
+    for layer, casts in told_of(run, "precision").items():
+        if isinstance(casts, dict):
+            yield layer, "; ".join(f"{gemm} {gemm_in_words(casts, gemm)}" for gemm in GEMMS)
 
 
 def ranks_of(run: Run) -> list[dict[str, Any]]:

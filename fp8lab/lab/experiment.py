@@ -334,8 +334,7 @@ def run_experiment(
 
     The callbacks get a job's index and label when it is known, its progress, and its end (with the
     error in one line, None if it went well). Raises ValueError for an unknown arm, fewer than one
-    worker, or what several processes cannot do, RunError if `out` holds something else: runs with
-    other settings or arms, say.
+    worker, what several processes cannot do; RunError if `out` holds other runs than these.
     """
     settings = settings or Settings()
     require_parallel(settings, experiment.parts, ray)
