@@ -12,7 +12,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -23,11 +23,17 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from fp8lab.comparison import side_by_side, told_of
-from fp8lab.listing import cell_of, print_grids, print_rows, summary_of
+from fp8lab.comparison import side_by_side
+from fp8lab.listing import (
+    facts_of,
+    print_grids,
+    print_rows,
+    rank_in_words,
+    ranks_of,
+    summary_of,
+)
 from fp8lab.progress import Bars
-from fp8lab.recipe import GEMMS, gemm_in_words
-from fp8lab.store import Run, RunError, find_runs, open_run
+from fp8lab.store import RunError, find_runs, open_run
 from fp8lab.terminal import printable
 
 
@@ -79,6 +85,14 @@ def program(
     """Why an FP8 training run diverges: which tensor, layer and channel, since when."""
 
 
+class Parallelism(StrEnum):
+    """How the processes of a run share a model."""
+
+    ddp = "ddp"
+    fsdp2 = "fsdp2"
+    tensor_parallel = "tensor_parallel"
+
+
 class Alignment(StrEnum):
     """What losses are laid beside each other by."""
 
@@ -92,6 +106,14 @@ Page = Annotated[
     Path | None,
     typer.Option("--out", "-o", metavar="PAGE", help="The page, .html, or .md with PNGs beside."),
 ]
+Quick = Annotated[
+    bool, typer.Option(help="One seed, few steps: does it run? Nothing follows from it.")
+]
+Verdicts = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Write the verdict's page there.")
+]
+Processes = Annotated[int, typer.Option(min=1, help="That do each run together, under torchrun.")]
+Shared = Annotated[Parallelism | None, typer.Option(help="How processes share a run's model.")]
 # Without a metavar the name of an argument in an error depends on the version of typer.
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 RunPaths = Annotated[
@@ -111,25 +133,23 @@ def run(
     seed: Annotated[list[int] | None, typer.Option(help="Only this seed; repeatable.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of every training.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text for the language model.")] = None,
-    quick: Annotated[
-        bool, typer.Option(help="One seed, few steps: does it run? Nothing follows from it.")
-    ] = False,
+    quick: Quick = False,
+    processes: Processes = 1,
+    parallel: Shared = None,
     ray: Annotated[str | None, typer.Option(help="A Ray cluster's address, or auto.")] = None,
-    report: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write the verdict's page there.")
-    ] = None,
+    report: Verdicts = None,
     as_json: Json = False,
 ) -> None:
     """Run an experiment, arms x seeds; go on where it stopped."""
-    from fp8lab.lab.data import read_text
     from fp8lab.lab.experiment import Settings, load_experiment, run_experiment
     from fp8lab.lab.result import write_page
 
     file, value = load_experiment(experiment)
     if report is not None and value.conclude is None:
         raise ValueError(f"--report: {value.name} has no conclusion, expected none")
-    if text is not None:
-        read_text(text)
+    source = None if text is None else _readable(text)
+    how = None if parallel is None else parallel.value
+    more: dict[str, Any] = {"processes": processes, "parallel": how}
     out = out or Path("runs") / value.name
     console = Console(stderr=as_json, markup=False)
     with Bars(console) as progress:
@@ -141,9 +161,7 @@ def run(
             ray=ray,
             arms=arm,
             seeds=seed,
-            settings=Settings(
-                steps=steps, text=None if text is None else str(text.resolve()), quick=quick
-            ),
+            settings=Settings(steps=steps, text=source, quick=quick, **more),
             on_plan=progress.planned,
             on_start=progress.started,
             on_report=progress.reported,
@@ -160,6 +178,13 @@ def run(
     if report is not None:
         page = write_page(value, file, out, report)
         typer.echo(f"page: {page}", err=as_json)
+
+
+def _readable(text: Path) -> str:
+    from fp8lab.lab.data import read_text
+
+    read_text(text)
+    return str(text.resolve())
 
 
 @app.command("ls")
@@ -188,37 +213,27 @@ def list_runs(
 
 @app.command()
 def show(run: RunPath, as_json: Json = False) -> None:
-    """What a run is: versions, precision in force, sites, events, where it stands."""
+    """What a run is: versions, precision in force, sites, events, where its processes stand."""
     opened = open_run(run)
     info = {key: value for key, value in opened.info.items() if key != "pid"}
     info["state"] = opened.state
     info |= {key: value for key, value in summary_of(opened).items() if key not in info}
-    events = opened.events()[["step", "kind", "site", "detail"]].to_dict("records")
+    events = opened.events()[["step", "rank", "kind", "site", "detail"]].to_dict("records")
+    ranks = ranks_of(opened)
     if as_json:
-        _print_json(info | {"events": events})
+        _print_json(info | {"ranks": ranks, "events": events})
         return
     console = Console(markup=False)
     table = Table(show_header=False, box=None)
-    for name, told in _of_a_run(opened, info):
+    for name, told in facts_of(opened, info):
         table.add_row(printable(name), printable(told))
+    for row in ranks if len(ranks) > 1 else []:
+        table.add_row(f"rank {row['rank']}", printable(rank_in_words(row)))
     for event in events:
         told = f"{event['kind']}: {event['detail']}"
-        table.add_row(f"step {event['step']}", printable(told))
+        where = f", rank {event['rank']}" if len(ranks) > 1 else ""
+        table.add_row(f"step {event['step']}{where}", printable(told))
     console.print(table)
-
-
-def _of_a_run(opened: Run, info: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for key in ("run", "state", "steps", "loss", "machine", "command", "every"):
-        yield key, cell_of(info.get(key))
-    yield "versions", ", ".join(f"{k} {v}" for k, v in told_of(opened, "versions").items())
-    sites = info.get("sites")
-    for site in sites if isinstance(sites, list) else []:
-        if isinstance(site, dict):
-            parts = ", ".join(f"{role} {site.get(role)}" for role in ("gate", "up", "down"))
-            yield f"site {site.get('site')}", f"{parts}; {site.get('activation')}"
-    for layer, casts in told_of(opened, "precision").items():
-        if isinstance(casts, dict):
-            yield layer, "; ".join(f"{gemm} {gemm_in_words(casts, gemm)}" for gemm in GEMMS)
 
 
 @app.command("diagnose")

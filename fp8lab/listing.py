@@ -5,10 +5,13 @@ Numbers are those that the run recorded; what it does not say is None.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute
 from rich.console import Console
@@ -17,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fp8lab.comparison import config_of, lost_at, number_of, told_of
+from fp8lab.recipe import GEMMS, gemm_in_words
 from fp8lab.store import Run, find_runs, open_run
 from fp8lab.terminal import printable
 
@@ -41,6 +45,41 @@ def summary_of(run: Run) -> dict[str, Any]:
         "diverged_at": lost_at(run),
         "final_loss": result.get("final_loss"),
     }
+
+
+def facts_of(run: Run, info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What `show` says of a run but for its processes and events, in rows."""
+    for key in ("run", "state", "steps", "loss", "machine", "command", "every"):
+        yield key, cell_of(info.get(key))
+    yield "versions", ", ".join(f"{k} {v}" for k, v in told_of(run, "versions").items())
+    sites = info.get("sites")
+    for site in sites if isinstance(sites, list) else []:
+        if isinstance(site, dict):
+            parts = ", ".join(f"{role} {site.get(role)}" for role in ("gate", "up", "down"))
+            yield f"site {site.get('site')}", f"{parts}; {site.get('activation')}"
+    for layer, casts in told_of(run, "precision").items():
+        if isinstance(casts, dict):
+            yield layer, "; ".join(f"{gemm} {gemm_in_words(casts, gemm)}" for gemm in GEMMS)
+
+
+def ranks_of(run: Run) -> list[dict[str, Any]]:
+    """The processes of a run as rows, JSON-able but for NaN."""
+    rows = run.ranks().drop(columns=["pid", "host"]).to_dict("records")
+    return [
+        {str(k): v if k == "flushed" or pd.notna(v) else None for k, v in row.items()}
+        for row in rows
+    ]
+
+
+def rank_in_words(row: Mapping[str, Any]) -> str:
+    """Where a process stands, and since when nothing came of it."""
+    last, flushed, error = row["last_step"], row["flushed"], row["error"]
+    told = f"{row['state']}, " + ("no step" if last is None else f"last step {last}")
+    if math.isfinite(flushed) and last is not None:
+        told += f", written {datetime.fromtimestamp(flushed, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    told = told if error is None else f"{told}: {error}"
+    refused = row["refused"]
+    return told if refused is None else f"{told}; not written: {refused}"
 
 
 def print_grids(console: Console, parts: Iterable[Any], out: Path) -> None:

@@ -35,13 +35,14 @@ from torch import Tensor, nn
 
 from fp8lab.about import describe
 from fp8lab.casting import Cast
-from fp8lab.precision import PrecisionProbe
+from fp8lab.precision import PrecisionProbe, in_full
 from fp8lab.probes import FeedForwardProbe
 from fp8lab.ranks import (
     Reduction,
     job_at,
     plain_name,
     rank_of,
+    require_alike,
     unwrapped,
     watched_modules,
     world_size,
@@ -94,16 +95,16 @@ def watch(
     full, for which every step is measured in full; rows wait so many steps before they are
     written. `listeners` are called after each recorded step with its number and its numbers.
 
-    Each process of a distributed training watches its own part and writes its own rows. With a
-    `group` (such as `torch.distributed.group.WORLD`) all of its processes must watch, and each
-    `every`-th step costs one all-reduce that adds their rows; process 0 writes these as rank -1.
+    Each process of a distributed training watches its part and writes its rows. With a `group`
+    (`torch.distributed.group.WORLD`) all of its processes must watch, and each `every`-th step
+    costs one all-reduce that adds their rows; process 0 writes these as rank -1.
 
     `config` (JSON-able) is kept in run.json. `resume_at` goes on with an existing run from that
     step on; what differs then (precision, `every`, versions) replaces what run.json said.
     With `inference` the run is one of a model in use: forwards without gradients are recorded too.
 
-    Raises ValueError if the model has no feed-forward that can be seen, a selection is none, or an
-    optimizer is given with `inference`; RunError if `path` exists.
+    Raises ValueError if no feed-forward can be seen, a selection is none, an optimizer is given
+    with `inference`, or another process casts a layer otherwise; RunError if `path` exists.
     """
     _check_numbers(every=(every, 1), channels=(channels, 1), burst=(burst, 0))
     model = unwrapped(model)
@@ -113,11 +114,11 @@ def watch(
     taps = TensorTaps(watched_modules(model), recorder, optimizer)
     _check_selections(recorder, sites, taps)
     of_watch = {"every": every, "inference": inference, "config": dict(config or {})}
-    writer = _writer(path, describe(model, sites) | of_watch, resume_at)
+    writer = _writer(path, model, describe(model, sites) | of_watch, resume_at)
     reduction = None if group is None else Reduction(group)
     probes = [FeedForwardProbe(site, channels, recorder) for site in sites]
     watching = Watch(model, recorder, probes, taps, writer, reduction, burst, flush_seconds)
-    watching.listeners.extend(listeners)
+    watching.listeners += listeners
     watching.attach(optimizer)
     return watching
 
@@ -134,8 +135,11 @@ def _is_inference(inference: bool, optimizer: torch.optim.Optimizer | None) -> b
     return inference
 
 
-def _writer(path: str | Path, info: dict[str, Any], resume_at: int | None) -> RunWriter:
+def _writer(
+    path: str | Path, model: nn.Module, info: dict[str, Any], resume_at: int | None
+) -> RunWriter:
     rank = rank_of()
+    require_alike(str(path), in_full(model))
     if job := job_at(str(path)):
         info["job"] = job
     if resume_at is None:

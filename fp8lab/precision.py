@@ -11,6 +11,7 @@ global state when recording begins; no region is open then.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -34,6 +35,32 @@ def known_from_birth(model: nn.Module) -> Precision:
         elif torchao_casts.is_torchao(module):
             found[name] = torchao_casts.precision(module)
     return found
+
+
+def in_full(model: nn.Module) -> Precision:
+    """The same with all settings that are not the recipe's defaults; linear layers that do not say
+    it, empty. A layer's name is followed by its sizes, so that layers of two pipeline stages that
+    share a name and no more are two."""
+    said, modules, sizes = known_from_birth(model), dict(watched_modules(model)), linears(model)
+    told: Precision = {}
+    for name in dict.fromkeys((*said, *sizes)):
+        size = f" {sizes[name]['in']}x{sizes[name]['out']}" if name in sizes else ""
+        told[name + size] = {
+            use: words + _settings(modules[name], use) for use, words in said.get(name, {}).items()
+        }
+    return told
+
+
+def _settings(module: nn.Module, use: str) -> str:
+    if not callable(getattr(type(module), "recipe_for", None)):
+        return ""
+    recipe = module.recipe_for(*use.split("@"))  # type: ignore[operator]
+    other = {
+        one.name: getattr(value, "__qualname__", value)  # a function's repr is of one process
+        for one in fields(recipe)
+        if (value := getattr(recipe, one.name)) != one.default
+    }
+    return f" ({', '.join(f'{name}={value}' for name, value in other.items())})" if other else ""
 
 
 def linears(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -15,8 +15,10 @@ counts once a process; the output of a down projection, where that is so, is lef
 
 from __future__ import annotations
 
+import hashlib
+import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -53,6 +55,38 @@ def job_at(path: str) -> str | None:
     mine = uuid.uuid4().hex
     agreed = _get_default_store().compare_set(f"fp8lab/{path}", "", mine)
     return str(agreed, "ascii")
+
+
+def require_alike(path: str, casts: Mapping[str, Mapping[str, str]]) -> None:
+    """Compare what each use of each layer's operands is cast to (layer -> use -> words) with what
+    the other processes say that watch into `path`; layers that one process alone has may be
+    anything.
+
+    Through the same store: whoever says a layer's words first leaves them there, and nobody waits.
+    Processes with the words of the first one, which is all of them but in a mismatch or where
+    layers are spread out, compare one hash. Raises ValueError in one line for the first layer that
+    is cast otherwise elsewhere; the process that comes second is the one that knows.
+    """
+    if world_size() == 1:
+        return
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store, rank = _get_default_store(), rank_of()
+    count = store.add(f"fp8lab/{path}/watches of {rank}", 1)  # the same run may go on otherwise
+    place = f"fp8lab/{path}/casts {count}"
+    words = json.dumps(casts, sort_keys=True)
+    mine = f"{rank} {hashlib.sha256(words.encode()).hexdigest()}"
+    agreed = str(store.compare_set(place, "", mine), "ascii")
+    if agreed != mine and agreed.partition(" ")[2] == mine.partition(" ")[2]:
+        return
+    for layer, uses in casts.items():
+        said = store.compare_set(f"{place}/{layer}", "", json.dumps([rank, dict(uses)]))
+        other, theirs = json.loads(str(said, "ascii"))
+        for use in sorted(uses.keys() | theirs.keys()):
+            here, there = (one.get(use, "not converted") for one in (uses, theirs))
+            if here != there:
+                told = f"{here} on rank {rank}, {there} on rank {other}"
+                raise ValueError(f"watch: {layer}: {use}: {told}, expected the same on both")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +40,7 @@ from fp8lab.wanted import Wanted, schema_of
 HEARTBEAT_SECONDS = 300.0
 # A run.json beyond this is none.
 LARGEST_INFO_BYTES, DEEPEST_INFO = 64 << 20, 50
+NAMED_RANKS = 8  # in one sentence
 
 BISECTION = "bisection.json"  # beside the reruns that it lists
 _STATES = ("running", "killed", "failed", "interrupted", "unknown")  # the first of them tells
@@ -79,8 +81,30 @@ class Run:
         states = {self.state_of(rank) for rank in self.folders()} - {"finished", "left"}
         return min(states, key=lambda one: [*_STATES, one].index(one), default="finished")
 
+    @property
+    def lost(self) -> str:
+        """Which of several processes have not come to an end, or not written all their rows, in
+        words: "rank 3 killed; ranks 0, 1 failed". Empty if there are none, and for one process."""
+        folders = self.folders()
+        if len(folders) < 2:
+            return ""
+        ranks: dict[str, list[str]] = {}
+        for rank in folders:
+            ranks.setdefault(self.state_of(rank), []).append(str(rank))
+            if self.info_of(rank).get("refused") is not None:
+                ranks.setdefault("could not write", []).append(str(rank))
+        told = []
+        for state in (*_STATES[1:], "could not write"):
+            which = ranks.get(state, [])
+            named = ", ".join(which[:NAMED_RANKS])
+            more = f" and {len(which) - NAMED_RANKS} more" if len(which) > NAMED_RANKS else ""
+            told += [f"rank{'s' * (len(which) > 1)} {named}{more} {state}"] if which else []
+        return "; ".join(told)
+
     def ranks(self) -> pd.DataFrame:
-        """A row a process: rank, state, last_step (that it wrote; missing without), pid, host.
+        """A row a process: rank, state, last_step (that it wrote; missing without), flushed (when
+        it last wrote, in seconds since 1970; NaN where nothing tells), error (with which its
+        training ended), refused (why the disk has not taken the rows that follow), pid, host.
 
         The state "left" is that of a rank which the resumed training has no more.
         """
@@ -91,6 +115,8 @@ class Run:
             last = max((step for step in steps if step is not None), default=None)
             info = self.info_of(rank)
             row = {"rank": rank, "state": self.state_of(rank), "last_step": last}
+            row |= {"flushed": _last_written(folder, info), "error": info.get("error")}
+            row["refused"] = info.get("refused")
             rows.append(row | {"pid": info.get("pid"), "host": info.get("host")})
         return pd.DataFrame(rows).astype({"last_step": "Int64"})
 
@@ -306,6 +332,14 @@ def hottest(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 # --- processes --------------------------------------------------------------------------------
+
+
+def _last_written(folder: Path, info: dict[str, Any]) -> float:
+    """A flush leaves its time at the folder of segments, an end in the state."""
+    with suppress(OSError):
+        return (folder / "segments").stat().st_mtime
+    updated = info.get("updated")
+    return float(updated) if isinstance(updated, int | float) else math.nan
 
 
 def folder_of(path: Path, rank: int) -> Path:

@@ -21,6 +21,7 @@ import operator
 import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from fp8lab.segments import RunError as RunError
 from fp8lab.segments import Segment, told_by
 
 BACKLOG_BYTES = 256 << 20
+_OF_AN_END = ("error", "refused")  # what run.json says of one, and not of a run that goes on
 
 
 class RunWriter:
@@ -122,7 +124,7 @@ class RunWriter:
                 _remove_unstarted(run.path, rank)
                 return cls._begin(run.path, info, rank)
             with claimed(run.path, rank):
-                known = {k: v for k, v in run.info_of(rank).items() if k != "error"}
+                known = {k: v for k, v in run.info_of(rank).items() if k not in _OF_AN_END}
                 info = known | {key: value for key, value in info.items() if key != "created"}
                 segments.cut(folder_of(run.path, rank), step)
                 writer = cls(run.path, info | {"schema_version": SCHEMA_VERSION}, rank)
@@ -171,8 +173,17 @@ class RunWriter:
             self._writing = self._started(batch.contents()), batch
             if wait:
                 error = self._settled()
+        self._note(None if error is None else told_by(error))
         if error is not None:
             raise error
+
+    def _note(self, refused: str | None) -> None:
+        """Say beside the state why rows are missing, as long as they are: a reader sees no more
+        than their end."""
+        if refused != self.info.get("refused"):
+            self.info["refused"] = refused
+            with suppress(OSError):  # the same disk, maybe
+                self.set_state(self.info["state"])
 
     def _started(self, rows: dict[Table, pa.Table]) -> Future[None]:
         try:
@@ -229,6 +240,9 @@ class RunWriter:
         written are in a temporary folder that the message names, uncompacted segments stay.
         """
         error: OSError | None = None
+        if more:  # what ended the training, lest nobody knows if this takes too long
+            with suppress(OSError):
+                self.set_state("running", **more)
         try:
             self.flush()
             segments.compact(self._folder)
@@ -236,6 +250,8 @@ class RunWriter:
             error = OSError(str(damaged))
         except OSError as refused:
             error = self._rescued(refused) if self.pending else refused
+            if self.pending:
+                self._note(f"{self.pending} rows, {told_by(refused)}")
         self._thread.shutdown()
         try:
             self.set_state(state, **more)

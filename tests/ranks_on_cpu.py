@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node N tests/ranks_on_cpu.py PARALLELISM RATE RUN PARAMETERS
 
-PARALLELISM is one of the functions below, RATE the learning rate. Every process computes its part
+PARALLELISM is a key of PARALLEL, RATE the learning rate. Every process computes its part
 of the same data; where RUN is "-" nothing is watched. The parameters that are left are written by
 process 0, whole.
 """
@@ -12,22 +12,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
 
 import fp8lab
 from fp8lab.lab.model import LanguageModel, ModelConfig
+from fp8lab.lab.parallel import Parallel, parallelize
 
 CONFIG = ModelConfig(dim=32, layers=2, heads=2, context=16)
 STEPS, SEQUENCES = 4, 4
@@ -38,26 +33,6 @@ SELECT = fp8lab.Selection(
 )
 
 
-def ddp(model: nn.Module) -> nn.Module:
-    return nn.parallel.DistributedDataParallel(model)
-
-
-def fsdp2(model: nn.Module) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return model
-
-
-def tensor_parallel(model: nn.Module) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.layers:
-        plan = {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
-        parallelize_module(layer.mlp, mesh, plan)
-    return model
-
-
 def experts(model: nn.Module) -> nn.Module:
     """Every process has as many layers more as its number says."""
     for _ in range(dist.get_rank()):
@@ -65,7 +40,7 @@ def experts(model: nn.Module) -> nn.Module:
     return model
 
 
-PARALLEL = {"ddp": ddp, "fsdp2": fsdp2, "tensor_parallel": tensor_parallel, "experts": experts}
+PARALLEL = {how: partial(parallelize, how=how) for how in get_args(Parallel)} | {"experts": experts}
 
 
 def batches(step: int, parts: int) -> Iterator[Tensor]:

@@ -191,7 +191,13 @@ def test_show(runs: Path) -> None:
     assert {key: told.get(key) for key in run.info} == run.info | {"pid": None}
     assert (told["steps"], told["state"], told["arm"]) == (2, "finished", "hot")
     loss = float(run.steps()["loss"].iloc[-1])
-    event = {"step": 1, "kind": "diverged", "site": None, "detail": f"loss is {loss:.4g}"}
+    event = {
+        "step": 1,
+        "rank": 0,
+        "kind": "diverged",
+        "site": None,
+        "detail": f"loss is {loss:.4g}",
+    }
     assert told["events"] == [event]
     text = spoken(invoke("show", run.path).stdout)
     assert f"step 1 diverged: loss is {loss:.4g}" in text

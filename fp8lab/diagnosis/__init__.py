@@ -76,14 +76,16 @@ OF_SETUP = frozenset(
 class Diagnosis:
     """The findings on one run, worst first; `loss_alarm` is the step at which its loss or a
     recorded event said by itself that something is wrong, None if it never did; `divergence` is
-    where the run first parted from its twin, None without one or if it never did; `is_empty` where
-    no step was recorded, and nothing can be said."""
+    where the run first parted from its twin, None without one or if it never did; `lost` names, of
+    several processes, those whose rows may end early (see `Run.lost`); `is_empty` where no step was
+    recorded, and nothing can be said."""
 
     run: str
     findings: tuple[Finding, ...]
     loss_alarm: int | None
     divergence: Divergence | None = None
     is_empty: bool = False
+    lost: str = ""
 
     @property
     def first_alarm(self) -> int | None:
@@ -99,13 +101,16 @@ class Diagnosis:
             "loss_alarm": self.loss_alarm,
             "first_alarm": self.first_alarm,
             "divergence": None if self.divergence is None else self.divergence.to_dict(),
+            "lost": self.lost,
             "findings": [finding.to_dict() for finding in self.findings],
         }
 
     def __str__(self) -> str:
         parted = "" if self.divergence is None else f"\n{self.divergence}"
+        parted += f"\n{self.lost}: its rows end there" if self.lost else ""
         if self.is_empty:
-            return f"{self.run}: nothing was recorded: is watch.step called in the loop?"
+            told = "nothing was recorded: is watch.step called in the loop?"
+            return f"{self.run}: {told}{parted}"
         if not self.findings:
             told = "" if self.loss_alarm is None else f"; the loss told at step {self.loss_alarm}"
             return f"{self.run}: nothing found{told}{parted}"
@@ -124,7 +129,8 @@ def diagnose(run: Run | str | Path, twin: Run | str | Path | None = None) -> Dia
     """
     run = run if isinstance(run, Run) else open_run(run)
     twin = twin if twin is None or isinstance(twin, Run) else open_run(twin)
-    return judge(Loaded(run), None if twin is None else Loaded(twin))
+    judged = judge(Loaded(run), None if twin is None else Loaded(twin))
+    return replace(judged, lost=run.lost)
 
 
 def judge(rows: Rows, twin: Rows | None = None) -> Diagnosis:

@@ -31,9 +31,11 @@ from typing import Any, NamedTuple
 import torch
 
 from fp8lab.lab.arm import Arm, require_types
+from fp8lab.lab.parallel import Parallel
+from fp8lab.lab.processes import do_in_processes, require_parallel
 from fp8lab.lab.ray_workers import RayWorkers
 from fp8lab.lab.result import Result
-from fp8lab.lab.workers import Workers, in_one_line
+from fp8lab.lab.workers import Call, Workers, in_one_line
 from fp8lab.plan import named
 from fp8lab.recipe import shown
 from fp8lab.store import Run, RunError, open_run
@@ -44,12 +46,15 @@ class Settings:
     """What a caller may change without touching the experiment's file.
 
     `quick` is to see that an experiment runs, to its end and its page: the first seed of every
-    part, as few steps as the experiment allows, and nothing follows from it.
+    part, as few steps as the experiment allows, and nothing follows from it. With `parallel` (see
+    the module of that name) each run is done by so many `processes` together.
     """
 
     steps: int | None = None
     text: str | None = None
     quick: bool = False
+    processes: int = 1
+    parallel: Parallel | None = None
 
 
 Progress = Callable[[int, int, float, int], None]  # steps done, of, loss, alarms
@@ -79,7 +84,9 @@ class Job:
         there.
         """
         self.arm.require_all_asked()
-        arm = self.arm.describe()
+        arm, settings = self.arm.describe(), self.settings
+        if settings.parallel is not None:
+            more |= {"processes": settings.processes, "parallel": settings.parallel}
         return {
             "experiment": self.experiment,
             "part": self.part,
@@ -105,10 +112,12 @@ class Part:
     run: Callable[[Job, Progress], None]
     prepare: Callable[[int, Path, Settings, Progress], None] | None = None
     restarts: bool = False  # whether `run` heeds a job's `start` and `stop`
+    parallel: bool = False  # and its settings' `parallel`
 
     def __post_init__(self) -> None:
         where = f"Part {shown(self.name)}"
-        require_types(where, self, name=str, title=str, arms=tuple, seeds=tuple, restarts=bool)
+        types = {"name": str, "title": str, "arms": tuple, "seeds": tuple}
+        require_types(where, self, **types, restarts=bool, parallel=bool)
         _require_folder_names(f"{where}: arms", _all(Arm, where, self.arms))
         _require_seeds(where, self.seeds)
         for name, function in (("run", self.run), ("prepare", self.prepare or print)):
@@ -261,7 +270,7 @@ def reporting(send: Callable[[Report], None], index: int) -> Progress:
     return progress
 
 
-def _do(
+def do_job(
     send: Callable[[Report], None],
     index: int,
     file: Path,
@@ -296,6 +305,14 @@ class _Work(NamedTuple):
         return f"{self.part.name}/{self.arm.name if self.arm else 'prepare'}/seed-{self.seed}"
 
 
+def _call(index: int, file: Path, work: _Work, settings: Settings) -> Call:
+    name = None if work.arm is None else work.arm.name
+    several = settings.parallel is not None and name is not None
+    about = work.seed, work.path, settings
+    function = do_in_processes if several else do_job
+    return function, (index, file, work.part.name, name, about)
+
+
 def run_experiment(
     file: Path,
     experiment: Experiment,
@@ -316,10 +333,11 @@ def run_experiment(
     tasks, as many at a time as it has cores; `out` has to be a folder that all its machines share.
 
     The callbacks get a job's index and label when it is known, its progress, and its end (with the
-    error in one line, None if it went well). Raises ValueError for an unknown arm or fewer than one
-    worker, RunError if `out` holds something else: runs with other settings or arms, say.
+    error in one line, None if it went well). Raises ValueError for an unknown arm, fewer than one
+    worker, what several processes cannot do; RunError if `out` holds other runs than these.
     """
     settings = settings or Settings()
+    require_parallel(settings, experiment.parts, ray)
     seeds = None if seeds is None else list(dict.fromkeys(seeds))
     _require_seeds("run_experiment", seeds or ())
     wanted = set(arms) if arms is not None else None
@@ -336,10 +354,7 @@ def run_experiment(
         on_end(index, failures.get(index))
 
     def do(stage: list[_Work]) -> None:
-        jobs: dict[int, Any] = {}
-        for index, (part, arm, seed, path) in enumerate(stage, len(begun)):
-            name = None if arm is None else arm.name
-            jobs[index] = (_do, (index, file, part.name, name, (seed, path, settings)))
+        jobs = {n: _call(n, file, work, settings) for n, work in enumerate(stage, len(begun))}
         begun.extend(stage)
         for index in jobs:
             on_start(index, begun[index].label)
@@ -434,6 +449,8 @@ def _description(out: Path, experiment: Experiment, settings: Settings) -> dict[
     """What makes `out` this experiment's folder, None if it says so already."""
     file = out / "experiment.json"
     wanted = asdict(settings)
+    if settings.parallel is None:
+        del wanted["processes"], wanted["parallel"]
     if settings.text is not None:  # where it lies on this machine is nobody's business
         wanted["text"] = Path(settings.text).name
     description = experiment.describe() | {"settings": wanted}
@@ -448,7 +465,7 @@ def _description(out: Path, experiment: Experiment, settings: Settings) -> dict[
             ) from None
         if name != experiment.name:
             raise RunError(f"{out}: holds experiment {shown(name)}, expected {experiment.name!r}")
-        if asdict(Settings()) | earlier != wanted:
+        if asdict(Settings()) | earlier != asdict(Settings()) | wanted:
             raise RunError(f"{out}: holds runs with {shown(earlier)}, expected {wanted}")
         if known == description:
             return None

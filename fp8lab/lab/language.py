@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -24,9 +25,11 @@ from fp8lab.conversion import convert
 from fp8lab.lab.arm import Arm
 from fp8lab.lab.experiment import Job, Progress, Settings
 from fp8lab.lab.model import LanguageModel, ModelConfig
+from fp8lab.lab.parallel import parallelize
 from fp8lab.lab.train import NextByte, Schedule, load_checkpoint, save_checkpoint, train
 from fp8lab.monitor import watch
 from fp8lab.plan import Plan
+from fp8lab.ranks import unwrapped
 from fp8lab.recipe import HighPrecision
 
 BF16 = Plan(recipe=HighPrecision(), exclude=("head",))
@@ -82,14 +85,15 @@ class _Looking:
         self.task, self.setup, self.penalties = task, setup, penalties
 
     def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
-        assert isinstance(model, LanguageModel)
         loss, metrics = self.task.loss(model, step)
         if self.penalties:
             penalty = torch.stack([penalty() for penalty in self.penalties]).sum()
             loss, metrics = loss + penalty, metrics | {"penalty": float(penalty.detach())}
         if self.setup.looks is not None and step % self.setup.every == 0:
+            inner = unwrapped(model)
+            assert isinstance(inner, LanguageModel)
             with torch.no_grad():
-                metrics = metrics | self.setup.looks(model, self.task, step)
+                metrics = metrics | self.setup.looks(inner, self.task, step)
         return loss, metrics
 
 
@@ -117,6 +121,7 @@ def setup_of(job: Job, setup: Setup) -> Setup:
 def train_bytes(job: Job, progress: Progress, *, setup: Setup, **about: Any) -> None:
     """One run of a byte-level language model; `about` is what else its config says.
 
+    With the settings' `parallel` this is one of several processes of that run, see `parallel`.
     What the arm's mitigations add to the loss is in the recorded `loss`, and by itself in
     `penalty`; the held-out loss is without.
     """
@@ -124,22 +129,27 @@ def train_bytes(job: Job, progress: Progress, *, setup: Setup, **about: Any) -> 
     steps, quick = setup.steps, job.settings.quick
     model = LanguageModel(setup.config, job.seed)
     job.arm.prepare(model)
-    make = setup.optimizer
-    optimizer = adamw(model, setup) if make is None else make(model, setup, job.arm)
-    job.arm.prepare_optimizer(optimizer, model)
+    how = job.settings.parallel
+    together = model if how is None else parallelize(model, how)
+    optimizer = _optimizer_of(job, model, setup)
     penalties = job.arm.penalties(model)
-    if setup.fades:
-        fading = LambdaLR(optimizer, lambda step: 1.0 - step / steps)
-        optimizer.register_step_post_hook(lambda *_: fading.step())
     task = setup.task(job.settings.text, job.seed, batch=setup.batch, context=setup.config.context)
     windows = [] if setup.windows is None else setup.windows(steps)
     told = {name: getattr(setup, name) for name in setup.told}
     size = {"batch": setup.batch, "context": setup.config.context}
     config = job.config(steps=steps, **size, **told, **about, **task.origin())
     select = () if setup.select is None else setup.select(steps)
-    with watch(
-        model, job.path, optimizer=optimizer, every=setup.every, select=select, config=config
-    ) as watching:
+    group = None if how is None else dist.group.WORLD
+    watching = watch(
+        together,
+        job.path,
+        optimizer=optimizer,
+        every=setup.every,
+        select=select,
+        group=group,
+        config=config,
+    )
+    with watching:
 
         def report(step: int, loss: float) -> None:
             progress(step + 1, steps, loss, watching.alarms)
@@ -151,14 +161,25 @@ def train_bytes(job: Job, progress: Progress, *, setup: Setup, **about: Any) -> 
             steps=steps, clip_norm=setup.clip_norm, diverged_above=setup.diverged_above
         )
         looking = _Looking(task, setup, penalties)
-        end = train(model, optimizer, looking, schedule, watch=watching, progress=report)
+        end = train(together, optimizer, looking, schedule, watch=watching, progress=report)
         batches = setup.held_out_quick if quick else setup.held_out
         loss = task.held_out_loss(model, batches) if end is None else None
         ended = Trained(
             job=job, model=model, optimizer=optimizer, task=task, steps=steps, diverged_at=end
         )
         more = {} if setup.ends is None else setup.ends(ended)
-        watching.set_result(diverged_at=end, final_loss=loss, **more)
+        if watching.rank == 0:
+            watching.set_result(diverged_at=end, final_loss=loss, **more)
+
+
+def _optimizer_of(job: Job, model: LanguageModel, setup: Setup) -> torch.optim.Optimizer:
+    make = setup.optimizer
+    optimizer = adamw(model, setup) if make is None else make(model, setup, job.arm)
+    job.arm.prepare_optimizer(optimizer, model)
+    if setup.fades:
+        fading = LambdaLR(optimizer, lambda step: 1.0 - step / setup.steps)
+        optimizer.register_step_post_hook(lambda *_: fading.step())
+    return optimizer
 
 
 def pretrain(

@@ -278,9 +278,14 @@ class LanguageModel(nn.Module):
 
         tokens int64 [batch, length + 1]: each byte but the first is predicted from those before it.
         """
-        logits = self(tokens[..., :-1])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits.flatten(0, 1), tokens[..., 1:].flatten())
+        return next_byte_loss(self, tokens)
+
+
+def next_byte_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """`LanguageModel.loss` of a language model that something may be wrapped around."""
+    logits = model(tokens[..., :-1])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), tokens[..., 1:].flatten())
 
 
 def rotary_table(

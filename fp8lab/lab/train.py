@@ -23,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from fp8lab.lab.data import read_text, stdlib_text
-from fp8lab.lab.model import LanguageModel
+from fp8lab.lab.model import LanguageModel, next_byte_loss
+from fp8lab.lab.parallel import clip_gradients, mean_over_processes, part_of
 from fp8lab.linear import Fp8Linear
 from fp8lab.monitor import Watch
 from fp8lab.plan import named
+from fp8lab.ranks import world_size
 from fp8lab.recipe import shown
 
 
@@ -49,9 +51,8 @@ class NextByte:
         self._seed, self._batch, self._context = seed, batch, context
 
     def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
-        assert isinstance(model, LanguageModel)
         tokens = self.text.batch(step, seed=self._seed, batch=self._batch, context=self._context)
-        return model.loss(tokens), {}
+        return next_byte_loss(model, part_of(tokens, model)), {}
 
     def held_out(self, index: int) -> Tensor:
         """Batch `index` of text that is not trained on."""
@@ -113,15 +114,16 @@ def train(
 ) -> int | None:
     """Train from `first_step`; returns the step at which the run diverged, None if it did not.
 
+    In a process group, on a model of `parallel.parallelize`, it is called in every process; losses
+    are the mean over all of them, and there are no checkpoints: those of several processes are
+    `torch.distributed.checkpoint`'s.
+
     With `checkpoint_every`, step n's checkpoint is `checkpoints/step-n.safetensors`: the state
     before step n. With `stop` the training ends before that step, whose checkpoint it writes to the
-    file. Raises ValueError if only one of `checkpoint_every` and `checkpoints` is given.
+    file. Raises ValueError if only one of `checkpoint_every` and `checkpoints` is given, or
+    checkpoints are to be written in a process group.
     """
-    if (schedule.checkpoint_every is None) != (checkpoints is None):
-        raise ValueError(
-            f"train: checkpoint_every={schedule.checkpoint_every}, checkpoints={checkpoints}, "
-            f"expected both or neither"
-        )
+    _require_places(schedule, checkpoints, stop)
     for step in range(first_step, schedule.steps):
         if stop is not None and step == stop[0]:
             save_checkpoint(stop[1], model, optimizer, step)
@@ -132,19 +134,32 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if schedule.clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), schedule.clip_norm)
+            clip_gradients(model.parameters(), schedule.clip_norm)
         optimizer.step()
-        value = float(loss.detach())
+        value = mean_over_processes(loss)
         if watch is not None:
             watch.step(step, loss=value, **metrics)
         if progress is not None:
             progress(step, value)
-        judged = value if schedule.judged_by == "loss" else metrics[schedule.judged_by]
+        of_metrics = schedule.judged_by != "loss"  # one number on all processes: they end together
+        judged = mean_over_processes(metrics[schedule.judged_by]) if of_metrics else value
         if not math.isfinite(judged) or judged > schedule.diverged_above:
             if watch is not None:
                 watch.event(step, "diverged", f"{schedule.judged_by} is {judged:.4g}")
             return step
     return None
+
+
+def _require_places(
+    schedule: Schedule, checkpoints: Path | None, stop: tuple[int, Path] | None
+) -> None:
+    if world_size() > 1 and (checkpoints is not None or stop is not None):
+        raise ValueError(f"train: {world_size()} processes and checkpoints, expected one of them")
+    if (schedule.checkpoint_every is None) != (checkpoints is None):
+        raise ValueError(
+            f"train: checkpoint_every={schedule.checkpoint_every}, checkpoints={checkpoints}, "
+            f"expected both or neither"
+        )
 
 
 def save_checkpoint(

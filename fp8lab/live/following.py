@@ -52,7 +52,7 @@ class View:
     `products` has a row a product of the newest step, the worst first, with the `saturated` and
     `flushed` of `cast_step`, the last that was recorded in full. `findings` is None before the
     rules saw anything; `judged` is the first step whose rows they saw, None where that is all.
-    `age` is in seconds, since rows came.
+    `age` is in seconds, since rows came; `lost` names processes that have not come to an end.
     """
 
     path: Path
@@ -65,6 +65,7 @@ class View:
     products: pd.DataFrame
     cast_step: int | None
     events: pd.DataFrame
+    lost: str = ""
     findings: tuple[Finding, ...] | None = None
     judged: int | None = None
 
@@ -218,6 +219,7 @@ def _seen(run: Run, note: str, state: str) -> View:
         products=products,
         cast_step=cast_step,
         events=run.events(),
+        lost=run.lost,
     )
 
 

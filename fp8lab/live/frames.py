@@ -66,6 +66,8 @@ def _head(view: View, width: int) -> Iterator[Text]:
     line = Text(f"{sign} {state}", style)
     if view.error is not None:
         line.append(f": {printable(view.error)}")
+    if view.lost:
+        yield Text(view.lost, "bold red")
     if view.step is None:
         line.append("   no step yet", "not bold default")
         yield line

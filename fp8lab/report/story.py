@@ -62,6 +62,12 @@ class Seen:
     def state(self) -> str:
         return self.run.state
 
+    @property
+    def standing(self) -> str:
+        """The state, and of several processes those that have not come to an end."""
+        lost = self.run.lost
+        return f"{self.state} ({lost})" if lost else self.state
+
     @cached_property
     def uses_fp8(self) -> bool:
         return bool(uses_fp8(Loaded(self.run)))

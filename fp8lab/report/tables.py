@@ -83,7 +83,9 @@ def outcomes(part: Part) -> Table:
     """Arms × seeds, or runs where there are no seeds: how each ended."""
     note = "a number is the final loss; “loss alarm”: the step at which the loss itself told"
     if not any(isinstance(run.seed, int) for run in part.runs):
-        ends = [(Cell(run.label), _outcome(run), Cell(run.state), _steps(run)) for run in part.runs]
+        ends = [
+            (Cell(run.label), _outcome(run), Cell(run.standing), _steps(run)) for run in part.runs
+        ]
         columns = ("run", "outcome", "state", "steps recorded")
         return Table(title=part.title, head=columns, rows=ends, note=note)
     rows = []
@@ -250,7 +252,7 @@ def recorded_runs(story: Story) -> Table:
     rows = [
         (
             Cell(run.label),
-            Cell(run.state, "" if run.state == "finished" else "warn"),
+            Cell(run.standing, "" if run.standing == "finished" else "warn"),
             Cell(number(run.seed if run.seed != "" else None)),
             _steps(run),
             Cell(number(run.run.info.get("every"))),

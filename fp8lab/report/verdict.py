@@ -198,4 +198,5 @@ def unfinished(story: Story) -> str:
     told = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
     missing = sum(part.missing for part in story.parts)
     told += [f"{missing} planned and not here"] if missing else []
-    return f"Runs that are not finished: {', '.join(told)}." if told else ""
+    lost = "".join(f" Of {run.label} {run.run.lost}." for run in story.runs if run.run.lost)
+    return f"Runs that are not finished: {', '.join(told)}.{lost}" if told else ""
