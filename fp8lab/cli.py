@@ -65,6 +65,7 @@ app = typer.Typer(
     cls=_OneLineErrors,
     no_args_is_help=True,
     add_completion=False,
+    help="Why an FP8 training run diverges: which tensor, layer and channel, since when.",
     pretty_exceptions_enable=False,
 )
 
@@ -75,14 +76,14 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback()
+@app.callback(help=app.info.help)
 def program(
     show_version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
     ] = False,
 ) -> None:
-    """Why an FP8 training run diverges: which tensor, layer and channel, since when."""
+    """The options of the program itself."""
 
 
 class Parallelism(StrEnum):

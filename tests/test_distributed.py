@@ -31,6 +31,8 @@ import fp8lab
 from fp8lab.cli import app
 from fp8lab.lab.parallel import Parallel
 
+pytestmark = pytest.mark.long
+
 SCRIPT = Path(__file__).with_name("distributed_on_cpu.py")
 
 

@@ -23,6 +23,8 @@ from parallel_experiment import ARMS, EXPERIMENT, PARTS, experiment
 import fp8lab
 from fp8lab.lab.experiment import Part, Settings, do_job, run_experiment
 
+pytestmark = pytest.mark.long
+
 FILE = Path(parallel_experiment.__file__)
 ROOT = FILE.parents[1]
 
