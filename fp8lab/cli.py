@@ -326,7 +326,8 @@ def replay_run(
     recipe: Annotated[str, typer.Option(help="A recipe's name, or a plan in a YAML file.")],
     as_json: Json = False,
 ) -> None:
-    """What FP8 would have done to a recorded run; exit code 1 if it would have been trouble."""
+    """What FP8 would have done to a recorded run; exit code 1 if it would have been trouble, 2 if
+    of no operand enough is recorded to tell."""
     from fp8lab.forecast import replay
     from fp8lab.plan import Plan, load_recipe
     from fp8lab.recipe import RECIPES
@@ -341,8 +342,8 @@ def replay_run(
         _print_json(forecast.to_dict())
     else:
         _echo(forecast)
-    if forecast.serious:
-        raise typer.Exit(1)
+    if forecast.serious or not forecast.is_told:
+        raise typer.Exit(1 if forecast.serious else 2)
 
 
 @app.command("audit")
@@ -360,8 +361,8 @@ def audit_checkpoint(
     if as_json:
         _print_json(found.to_dict())
     else:
-        print_rows(Console(markup=False), found.rows())
         _echo(found)
+        print_rows(Console(markup=False), found.rows())
     if found.severe:
         raise typer.Exit(1)
 

@@ -27,6 +27,7 @@ from fp8lab.runs import Run
 By = Literal["step", "tokens"]
 
 _OF_WEIGHT = ("weight_flushed", "weight_bulk_error")
+AGAINST = "bf16"  # the arm that others are held against, if there is one
 _PRODUCT, _DOWN = r":product$", r"(?:^|\.)down(?:_proj)?:weight$"
 _WHERE = ("*:product", "*down:weight", "*down_proj:weight")  # what these two are found among
 _WORST = ("staleness", "saturated", "flushed", "bulk_error")
@@ -44,10 +45,14 @@ def side_by_side(runs: Iterable[Run], against: str, by: By | None = None) -> lis
 
     With `by`, `aligned_loss` is the median of the losses that the arm's runs recorded last at or
     before `aligned_at`: the furthest step, or number of tokens seen, that every arm of the part
-    reached with a run that did not diverge. Raises ValueError as `curve_of` does.
+    reached with a run that did not diverge. Raises ValueError as `curve_of` does, and for an arm
+    `against` that is none, but for the usual one, and "" for no arm.
     """
     groups = _grouped(runs)
-    others = (groups.get((*key[:2], against), []) for key in groups)
+    if against not in ("", AGAINST) and not any(key[-1] == against for key in groups):
+        choice = ", ".join(key[-1] for key in groups)
+        raise ValueError(f"against {against!r:.80}: expected one of {choice}")
+    others = (groups.get((*key[:-1], against), []) for key in groups)
     rows = [
         _row(name, members, other)
         for (name, members), other in zip(_named(groups), others, strict=True)
@@ -284,14 +289,23 @@ def _row(arm: str, runs: list[Run], others: list[Run]) -> dict[str, Any]:
 
 
 def _finals(runs: list[Run]) -> dict[Any, list[float]]:
-    """The final losses that there are, by seed, or by run where a run has none."""
+    """The final losses that there are, by seed, None for runs that say none: those of the results,
+    and of a run without a result its last one, unless it is lost."""
     found: dict[Any, list[float]] = {}
     for run in runs:
-        final = number_of(told_of(run, "result").get("final_loss"))
+        result = told_of(run, "result")
+        final = number_of(result.get("final_loss")) if result else _last_loss(run)
         seed = config_of(run).get("seed")
         if final is not None:
-            found.setdefault(seed if isinstance(seed, int) else str(run.path), []).append(final)
+            found.setdefault(seed if isinstance(seed, int) else None, []).append(final)
     return found
+
+
+def _last_loss(run: Run) -> float | None:
+    if lost_at(run) is not None:
+        return None
+    losses = curve_of(run, "step").losses
+    return float(losses[-1]) if len(losses) else None
 
 
 def _seconds_a_step(runs: list[Run]) -> float | None:

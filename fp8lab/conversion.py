@@ -22,9 +22,9 @@ from torch import nn
 
 from fp8lab.casting import FusedProduct
 from fp8lab.engines import torchao, transformer_engine
-from fp8lab.linear import Fp8Linear, check_recipes
+from fp8lab.linear import Fp8Linear
 from fp8lab.plan import Plan, as_recipe
-from fp8lab.recipe import GEMMS, OPERANDS, Accumulation, Gemm, Operand, Recipe, shown
+from fp8lab.recipe import Accumulation, Recipe, shown
 from fp8lab.regions import close_region, open_region
 from fp8lab.sites import GateSite, find_gates
 
@@ -105,17 +105,7 @@ def _chosen(model: nn.Module, plan: Plan) -> dict[str, nn.Linear]:
 
 
 def _emulate(chosen: dict[str, nn.Linear], plan: Plan) -> list[nn.Module]:
-    told = {}
-    for name in chosen:
-        recipes: dict[Operand, Recipe] = {o: plan.recipe_for(name, o) for o in OPERANDS}
-        singled_out: dict[tuple[Operand, Gemm], Recipe] = {
-            (o, gemm): plan.recipe_for(name, o, gemm)
-            for gemm in GEMMS
-            for o in GEMMS[gemm]
-            if plan.singles_out(name, o, gemm)
-        }
-        check_recipes(recipes, singled_out, f"convert: {name}")
-        told[name] = recipes, singled_out
+    told = {name: plan.recipes_of(name, "convert") for name in chosen}
     return [
         Fp8Linear.adopt(linear, *told[name], plan.accumulation) for name, linear in chosen.items()
     ]

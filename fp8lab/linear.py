@@ -45,6 +45,7 @@ from fp8lab.recipe import (
     NVFP4BlockScaling,
     Operand,
     Recipe,
+    check_recipes,
     direction_of,
     operand_format,
     recipe_in_words,
@@ -405,21 +406,6 @@ class Fp8Linear(nn.Linear):
             self.scale[column] = scale_for(amax, fmt, margin=recipe.margin, previous=old)
         else:
             self.scale[column] = compute(amax, old, torch.full_like(old, fmt.max), recipe)
-
-
-def check_recipes(
-    recipes: Mapping[Operand, Recipe],
-    gemm_recipes: Mapping[tuple[Operand, Gemm], Recipe],
-    where: str,
-) -> None:
-    """Raises ValueError, opening with `where`, for what a layer could not do."""
-    for operand in OPERANDS:
-        if operand not in recipes:
-            raise ValueError(f"{where}: no recipe for {operand}")
-    for (operand, gemm), recipe in gemm_recipes.items():
-        if isinstance(recipe, DelayedScaling) and recipe != recipes[operand]:
-            one = f"{operand}@{gemm}"
-            raise ValueError(f"{where}: {one}: DelayedScaling, expected for {operand} itself")
 
 
 def _amax_and_rolled(history: Tensor, recipe: DelayedScaling) -> tuple[Tensor, Tensor]:

@@ -164,9 +164,13 @@ def _check_selections(
         )
         of_taps = any(selection.names(*row.rsplit(":", 1)) for row in taps.sites)
         if not of_sites and not of_taps:
+            wanted = set(selection.tensors)
+            rows = [row.rsplit(":", 1) for row in taps.sites]
+            known = [layer for layer, tensor in rows if tensor in wanted]
+            known += [site.name for site in sites]
             raise ValueError(
-                f"watch: select: no layer has {', '.join(selection.tensors)} "
-                f"and a name like {', '.join(selection.layers)}"
+                f"watch: select: no layer has {', '.join(selection.tensors)} and a name like "
+                f"{', '.join(selection.layers)}, expected some of {', '.join(known[:6])}, …"
             )
 
 

@@ -33,6 +33,7 @@ from fp8lab.recipe import (
     NVFP4BlockScaling,
     Operand,
     Recipe,
+    check_recipes,
     shown,
 )
 
@@ -104,6 +105,23 @@ class Plan:
             fnmatchcase(layer, layers) and of_operand in (None, operand) and of_gemm == gemm
             for layers, of_operand, of_gemm in parts
         )
+
+    def recipes_of(
+        self, layer: str, who: str
+    ) -> tuple[dict[Operand, Recipe], dict[tuple[Operand, Gemm], Recipe]]:
+        """The recipes in force for a layer's operands, and where a GEMM is singled out.
+
+        Raises ValueError, opening with `who`, for what a layer could not do.
+        """
+        recipes: dict[Operand, Recipe] = {o: self.recipe_for(layer, o) for o in OPERANDS}
+        singled_out: dict[tuple[Operand, Gemm], Recipe] = {
+            (o, gemm): self.recipe_for(layer, o, gemm)
+            for gemm in GEMMS
+            for o in GEMMS[gemm]
+            if self.singles_out(layer, o, gemm)
+        }
+        check_recipes(recipes, singled_out, f"{who}: {layer}")
+        return recipes, singled_out
 
     def patterns_without_match(self, layers: Iterable[str]) -> list[str]:
         """Patterns that name no layer among `layers`: almost certainly a spelling mistake."""

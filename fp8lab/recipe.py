@@ -408,3 +408,18 @@ class Accumulation:
         _require(good, self, "promote_every", "a multiple of 32, or None")
         good = isinstance(self.gemms, tuple) and all(gemm in [*GEMMS] for gemm in self.gemms)
         _require(good, self, "gemms", f"a tuple of {', '.join(GEMMS)}")
+
+
+def check_recipes(
+    recipes: Mapping[Operand, Recipe],
+    gemm_recipes: Mapping[tuple[Operand, Gemm], Recipe],
+    where: str,
+) -> None:
+    """Raises ValueError, opening with `where`, for what a layer could not do."""
+    for operand in OPERANDS:
+        if operand not in recipes:
+            raise ValueError(f"{where}: no recipe for {operand}")
+    for (operand, gemm), recipe in gemm_recipes.items():
+        if isinstance(recipe, DelayedScaling) and recipe != recipes[operand]:
+            one = f"{operand}@{gemm}"
+            raise ValueError(f"{where}: {one}: DelayedScaling, expected for {operand} itself")

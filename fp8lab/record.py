@@ -157,7 +157,10 @@ class Evidence:
 
     @property
     def beyond(self) -> float:
-        """How many times the threshold the number is, or the threshold the number; NaN without."""
+        """How many times the threshold the number is, or the threshold the number; of decibels
+        their powers. NaN without."""
+        if self.quantity.endswith("_db") and self.threshold is not None:
+            return float(10 ** ((self.threshold - self.value) / 10))
         parts = (self.threshold, self.value) if self.at_most else (self.value, self.threshold)
         return math.nan if parts[0] is None or not parts[1] else parts[0] / parts[1]
 

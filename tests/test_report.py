@@ -32,7 +32,7 @@ from fp8lab.report.verdict import contradictions, sightings, unfinished, verdict
 from fp8lab.store import RunError, RunWriter, open_run
 
 PICTURED = "loss timeline heat channels weights layers range twin dose".split()
-SECTIONS = ["verdict", "outcomes", *PICTURED, *"whatif findings limits provenance".split()]
+SECTIONS = ["verdict", "outcomes", *PICTURED, *"whatif findings limits words provenance".split()]
 DOSES = (0, 16)
 
 
@@ -272,7 +272,9 @@ def test_the_experiment_is_told_first(page: str) -> None:
         "2 planned and not here",
     ):
         assert words in head, words
-    assert head.index("Against the prediction") < head.index("Delayed saturation at mlp:product ,")
+    assert head.index("Against the prediction") < head.index(
+        "Delayed saturation confidence high at mlp:product ,"
+    )
     assert LIMIT in text
 
 

@@ -149,12 +149,14 @@ def judge(rows: Rows, twin: Rows | None = None) -> Diagnosis:
     if not any(found.severity == "high" for found in others):
         others += excluded  # it says of no cause which
     alarm = loss_alarm(rows)
+    parted = None if twin is None else first_divergence(rows, twin)
+    told = bool(findings or others or parted) or alarm is not None
     return Diagnosis(
         run=str(rows.path),
         findings=ranked([*findings, *others], alarm),
         loss_alarm=alarm,
-        divergence=None if twin is None else first_divergence(rows, twin),
-        is_empty=alarm is None and rows.steps(("loss",)).empty and not findings + others,
+        divergence=parted,
+        is_empty=not told and rows.steps(("loss",)).empty,
     )
 
 

@@ -43,13 +43,14 @@ import pandas as pd
 from fp8lab.forecast.what_if import (
     Use,
     Uses,
+    layers_of,
     layers_of_feed_forwards,
     recorded_sites,
     replayed,
     uses_of,
 )
 from fp8lab.plan import Plan, as_recipe, recipe_to_dict
-from fp8lab.recipe import OPERANDS, DelayedScaling, HighPrecision
+from fp8lab.recipe import OPERANDS, DelayedScaling, HighPrecision, shown
 from fp8lab.record import CLIPPED_STALENESS
 from fp8lab.runs import Run, open_run
 
@@ -123,6 +124,12 @@ class Forecast:
         return tuple(trouble for trouble in self.troubles if trouble.is_serious)
 
     @property
+    def is_told(self) -> bool:
+        """Whether of any operand that the plan casts to FP8 or less something is known."""
+        rows = self.frame[self.frame["recipe"] != "HighPrecision"]
+        return bool(rows["scale"].notna().any() or rows["flushed_low"].notna().any())
+
+    @property
     def breaks_at(self) -> int | None:
         """The first step at which the run is expected to break, None if it is not."""
         steps = [t.step for t in self.troubles if t.kind in ("breaks", "overflows")]
@@ -155,8 +162,8 @@ class Forecast:
         if self.serious:
             first = min(trouble.step for trouble in self.serious)
             return f"expected trouble at step {first}; switch to FP8 only with these in BF16"
-        if not self.frame["scale"].notna().any() and not self.frame["flushed_low"].notna().any():
-            return "cannot tell: of no operand is enough recorded"
+        if not self.is_told:
+            return "cannot tell: of no operand that the plan has in FP8 is enough recorded"
         if self.troubles:
             return (
                 "nothing found that breaks it, but what FP8 would have lost: see the warnings, "
@@ -187,10 +194,11 @@ def replay(run: Run | str | Path, recipe: Any) -> Forecast:
     `recipe` is a recipe, a `Plan`, or one of Transformer Engine's recipes. Per-tensor scales are
     replayed step by step: exact where they are powers of two, else within bounds. Scales of blocks
     and rows come from recorded what-if statistics. Raises RunError if a path is no run or a run is
-    damaged, ValueError for what is no recipe.
+    damaged, ValueError for what is no recipe or what `convert` would refuse.
     """
     run = run if isinstance(run, Run) else open_run(run)
     plan = recipe if isinstance(recipe, Plan) else Plan(recipe=as_recipe(recipe, "replay"))
+    _require_layers(run, plan)
     uses = uses_of(run, recorded_sites(run), plan)
     frame = replayed(run, uses.cast)
     troubles: list[Trouble] = []
@@ -214,6 +222,19 @@ def replay(run: Run | str | Path, recipe: Any) -> Forecast:
         left_out=tuple(uses.left_out),
         notes=tuple(notes),
     )
+
+
+def _require_layers(run: Run, plan: Plan) -> None:
+    """Raises ValueError for a plan that `convert` would refuse."""
+    layers = layers_of(run)
+    unmatched = plan.patterns_without_match(layers) if layers else []
+    if unmatched:
+        known = ", ".join(layers[:8])
+        raise ValueError(
+            f"replay: pattern {shown(unmatched[0])} matches no linear layer of {known}, …"
+        )
+    for layer in layers:
+        plan.recipes_of(layer, "replay")
 
 
 def _troubles(use: Use, rows: pd.DataFrame) -> Iterator[Trouble]:
@@ -312,9 +333,10 @@ def _cold_start(use: Use, first: pd.Series) -> Iterator[str]:
 
 
 def _not_recorded(run: Run, plan: Plan, uses: Uses) -> dict[str, str]:
-    """Operands of the feed-forwards' own layers that the plan casts and no row is about."""
+    """Operands of layers that the plan casts and no row is about."""
     names = layers_of_feed_forwards(run).values()
-    layers = list(dict.fromkeys(layer for parts in names for layer in parts.values()))
+    own = dict.fromkeys(layer for parts in names for layer in parts.values())
+    layers = layers_of(run) or list(own)
     known = {(use.layer, use.operand) for use in uses.cast}
     told = {}
     for operand in OPERANDS:

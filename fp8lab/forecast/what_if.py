@@ -129,7 +129,7 @@ class Uses(NamedTuple):
 def uses_of(run: Run, sites: list[str], plan: Plan) -> Uses:
     """Which of these sites' tensors are operands, and how `plan` casts them."""
     found = Uses([], [], {})
-    layers = layers_of_feed_forwards(run)
+    layers, known = layers_of_feed_forwards(run), layers_of(run)
     for site in sites:
         module, _, role = site.rpartition(":")
         names = layers.get(module)
@@ -139,7 +139,7 @@ def uses_of(run: Run, sites: list[str], plan: Plan) -> Uses:
             if part != "down" and names is not None and names["gate"] == names["up"]:
                 found.unknown[site] = f"a part of what {layer} casts: record {layer}:grad_output"
                 continue
-        elif role in _OPERANDS:
+        elif role in _OPERANDS and (not known or module in known):  # else of an embedding, a norm
             layer, operand = module, cast(Operand, role)
         else:
             continue
@@ -187,6 +187,16 @@ def layers_of_feed_forwards(run: Run) -> dict[str, dict[str, str]]:
                 for part, parameter in parts.items()
             }
     return layers
+
+
+def layers_of(run: Run) -> list[str]:
+    """The layers that a plan may be about: the run's linear layers and its feed-forwards' own.
+    Empty where a run is so old that it does not list the former."""
+    linears = run.info.get("linears")
+    if not isinstance(linears, dict) or not linears:
+        return []
+    own = (layer for parts in layers_of_feed_forwards(run).values() for layer in parts.values())
+    return list(dict.fromkeys([*map(str, linears), *own]))
 
 
 def _joined(module: str, part: str) -> str:

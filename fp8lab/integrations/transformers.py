@@ -49,7 +49,10 @@ class WatchCallback(TrainerCallback):
     """
 
     def __init__(self, path: str | Path, **options: Any) -> None:
-        signature(watch).bind(nn.Module(), path, optimizer=None, resume_at=None, **options)
+        for name in {"optimizer", "resume_at"} & options.keys():
+            told = "known from the Trainer: a new folder, or resume_from_checkpoint"
+            raise TypeError(f"WatchCallback: {name}: {told}")
+        signature(watch).bind(nn.Module(), path, **options)
         self._path = Path(path)
         self._options = options
         # Asked here and not when the training begins, when another rank may have made it already.

@@ -340,11 +340,7 @@ def run_experiment(
     require_parallel(settings, experiment.parts, ray)
     seeds = None if seeds is None else list(dict.fromkeys(seeds))
     _require_seeds("run_experiment", seeds or ())
-    wanted = set(arms) if arms is not None else None
-    known = {arm.name for part in experiment.parts for arm in part.arms}
-    if wanted is not None and not wanted <= known:
-        unknown = ", ".join(sorted(wanted - known))
-        raise ValueError(f"arm {named(unknown)}: expected some of {', '.join(sorted(known))}")
+    wanted = None if arms is None else _known_arms(experiment, arms)
     begun: list[_Work] = []
     failures: dict[int, str] = {}
 
@@ -373,6 +369,14 @@ def run_experiment(
         unprepared = {(begun[index].part.name, begun[index].seed) for index in failures}
         do([work for work in runs if (work.part.name, work.seed) not in unprepared])
     return list(failures.values())
+
+
+def _known_arms(experiment: Experiment, arms: Iterable[str]) -> set[str]:
+    wanted, known = set(arms), {arm.name for part in experiment.parts for arm in part.arms}
+    if not wanted <= known:
+        unknown = ", ".join(sorted(wanted - known))
+        raise ValueError(f"arm {named(unknown)}: expected some of {', '.join(sorted(known))}")
+    return wanted
 
 
 def _stages(

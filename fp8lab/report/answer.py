@@ -144,7 +144,7 @@ def _beside_twin(
     confidence, told, excluded = finding.confidence, "", ""
     if twin is None:
         if is_precision:
-            excluded = f"that it goes wrong in high precision too: {_no_twin(story)}"
+            excluded = f"that it goes wrong in high precision too: {_no_twin(story, run)}"
     elif _ended(twin):
         how, step = _end_of(twin)
         told = f"{_TWIN} {how}{' too,' if _ended(run) else ''} at step {step}"
@@ -167,6 +167,8 @@ def _beside_twin(
 
 def _saved(story: Story, run: Seen) -> list[str]:
     """Of a run that diverged, the other arms with FP8 in which its seed did not."""
+    if run.seed == "":
+        return []
     return [
         arm.title
         for part in story.parts
@@ -178,8 +180,9 @@ def _saved(story: Story, run: Seen) -> list[str]:
     ]
 
 
-def _no_twin(story: Story) -> str:
-    if any(not run.is_empty and not run.uses_fp8 for run in story.runs):
+def _no_twin(story: Story, run: Seen) -> str:
+    others = [one for one in story.runs if one is not run and not one.is_empty]
+    if any(not one.uses_fp8 for one in others):
         return "no run in high precision that is here is known to be its twin"
     return "no such run is here"
 

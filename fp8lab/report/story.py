@@ -37,6 +37,8 @@ from fp8lab.report import longest
 from fp8lab.runs import hottest
 from fp8lab.store import Run, RunError, find_runs, open_run
 
+# Of two that may be twins: how far apart their first losses lie, and the steps that both recorded.
+SAME_START, SAME_STEPS = 0.05, 5
 # What differs between the arms of one training; everything else in `config` must be the same.
 _ARM_KEYS = ("arm", "recipe", "mitigations", "changes_function", "options")
 
@@ -247,7 +249,8 @@ def _badness(run: Seen) -> tuple[int, bool, bool, int, float]:
 
 
 def _may_be_twin(other: Seen, run: Seen) -> bool:
-    """Whether nothing that was recorded tells their trainings apart but the precision."""
+    """Whether nothing that was recorded tells their trainings apart but the precision: settings,
+    layers, learning rates, and the loss from which they began."""
     if "arm" in other.config or other.is_empty or other.uses_fp8:
         return False
     layers = [_sizes(one) for one in (other, run)]
@@ -256,8 +259,12 @@ def _may_be_twin(other: Seen, run: Seen) -> bool:
         for one in (other, run)
     ]
     mine, its = rates[0].align(rates[1], join="inner")
+    starts = [one.steps["loss"].dropna().head(1).to_numpy() for one in (other, run)]
+    first, other_first = (float(start[0]) if len(start) else np.nan for start in starts)
+    if not abs(first - other_first) <= SAME_START * abs(first):
+        return False
     alike = bool(layers[0]) and layers[0] == layers[1] and _setting(other) == _setting(run)
-    return alike and len(mine) > 0 and bool((mine == its).all())
+    return alike and len(mine) >= SAME_STEPS and bool((mine == its).all())
 
 
 def _sizes(run: Seen) -> dict[str, Any]:
@@ -322,6 +329,8 @@ def load(paths: Iterable[str | Path], twin: str | Path | None = None) -> Story:
     given = None
     if twin is not None:
         given = next((one for one in runs if one.run.path == Path(twin).resolve()), None)
+        if given is not None and given.uses_fp8:
+            raise RunError(f"{twin}: operands of it are FP8, expected a twin in high precision")
     story = Story(
         experiments=tuple(experiments), parts=parts, unread=tuple(unread), given_twin=given
     )
