@@ -440,6 +440,7 @@ def compare(
     from fp8lab.report import demand_replaceable, write_comparison
 
     paths = _expand(runs)
+    require_arm(map(open_run, paths), against)
     if out is not None and not as_json:
         demand_replaceable(out)
         written = write_comparison(runs, out, by=(by or Alignment.step).value, against=against)

@@ -45,13 +45,9 @@ def side_by_side(runs: Iterable[Run], against: str, by: By | None = None) -> lis
 
     With `by`, `aligned_loss` is the median of the losses that the arm's runs recorded last at or
     before `aligned_at`: the furthest step, or number of tokens seen, that every arm of the part
-    reached with a run that did not diverge. Raises ValueError as `curve_of` does, and for an arm
-    `against` that is none, but for the usual one, and "" for no arm.
+    reached with a run that did not diverge. Raises ValueError as `curve_of` does.
     """
     groups = _grouped(runs)
-    if against not in ("", AGAINST) and not any(key[-1] == against for key in groups):
-        choice = ", ".join(key[-1] for key in groups)
-        raise ValueError(f"against {against!r:.80}: expected one of {choice}")
     others = (groups.get((*key[:-1], against), []) for key in groups)
     rows = [
         _row(name, members, other)
@@ -61,6 +57,13 @@ def side_by_side(runs: Iterable[Run], against: str, by: By | None = None) -> lis
         rows = _aligned(rows, list(groups.values()), by)
     unseen = {name for name in _OF_WEIGHT if all(row[name] is None for row in rows)}
     return [{name: row[name] for name in row if name not in unseen} for row in rows]
+
+
+def require_arm(runs: Iterable[Run], against: str) -> None:
+    """Raises ValueError if no run is of that arm, unless it is the usual one."""
+    arms = dict.fromkeys(key[-1] for key in _grouped(runs))
+    if against not in (AGAINST, *arms):
+        raise ValueError(f"--against {against!r:.80}: expected one of {', '.join(arms)}")
 
 
 def arms_of(runs: Iterable[Run]) -> list[tuple[str, list[Run]]]:

@@ -24,6 +24,7 @@ from fp8lab.recipe import GEMMS, gemm_in_words
 from fp8lab.store import Run, find_runs, open_run
 from fp8lab.terminal import printable
 
+NAMED = 3  # layers, of those that are cast alike
 WRAPPED = 32  # characters, beyond which a cell of several words goes on in the next line
 
 
@@ -57,9 +58,14 @@ def facts_of(run: Run, info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(site, dict):
             parts = ", ".join(f"{role} {site.get(role)}" for role in ("gate", "up", "down"))
             yield f"site {site.get('site')}", f"{parts}; {site.get('activation')}"
+    alike: dict[str, list[str]] = {}
     for layer, casts in told_of(run, "precision").items():
         if isinstance(casts, dict):
-            yield layer, "; ".join(f"{gemm} {gemm_in_words(casts, gemm)}" for gemm in GEMMS)
+            told = "; ".join(f"{gemm} {gemm_in_words(casts, gemm)}" for gemm in GEMMS)
+            alike.setdefault(told, []).append(layer)
+    for told, layers in alike.items():
+        more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
+        yield ", ".join(layers[:NAMED]) + more, told
 
 
 def ranks_of(run: Run) -> list[dict[str, Any]]:

@@ -87,8 +87,8 @@ def test_the_answer_is_of_the_worst_run(story: Story, document: Document) -> Non
         ([found("not_fp8"), found("delayed_saturation", "medium")], "No"),
         ([found("learning_rate", "medium")], "No"),
         ([found("precision_label", "medium")], "Cannot say"),
-        ([found("delayed_saturation", "low")], "No"),
-        ([], "No"),
+        ([found("delayed_saturation", "low")], "Not tried"),
+        ([], "Not tried"),
     ],
 )
 def test_the_worst_finding_decides(tmp_path: Path, findings: list[Finding], word: str) -> None:

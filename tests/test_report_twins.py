@@ -26,10 +26,16 @@ HELD = {"fp8": "E4M3 DelayedScaling", "bf16": "BF16 HighPrecision"}
 
 
 def run(
-    path: Path, precision: str, lost: int | None = None, rate: float = 0.1, width: int = 8
+    path: Path,
+    precision: str,
+    lost: int | None = None,
+    rate: float = 0.1,
+    width: int = 8,
+    start: float = 1.0,
+    count: int = 9,
 ) -> Path:
-    """Nine steps as `watch` records them of somebody's own training."""
-    losses = [1.0 if lost is None or step < lost else math.nan for step in range(9)]
+    """Some steps as `watch` records them of somebody's own training."""
+    losses = [start if lost is None or step < lost else math.nan for step in range(count)]
     steps: list[Row] = [{"loss": loss, "learning_rate": rate} for loss in losses]
     kind = "Fp8Linear" if precision == "fp8" else "Linear"
     info = {
@@ -53,9 +59,11 @@ def test_the_only_run_that_differs_in_precision_alone_is_the_twin(tmp_path: Path
     same = run(tmp_path / "same", "bf16")
     slower = run(tmp_path / "slower", "bf16", rate=0.05)
     wider = run(tmp_path / "wider", "bf16", width=16)
+    others = run(tmp_path / "others", "bf16", start=1.1)
+    short = run(tmp_path / "short", "bf16", count=4)
     fp8 = run(tmp_path / "fp8", "fp8")
-    assert twin_named(broken, same, slower, wider, fp8) == "same"
-    assert twin_named(broken, slower, wider, fp8) is None
+    assert twin_named(broken, same, slower, wider, others, short, fp8) == "same"
+    assert twin_named(broken, slower, wider, others, short, fp8) is None
     story = load([broken, same])
     assert story.twin_of(story.runs[1]) is None
 
@@ -68,6 +76,8 @@ def test_of_two_that_it_may_be_it_is_neither_but_the_one_that_is_given(tmp_path:
     assert twin_named(broken, twin=paths[0]) == "a"
     with pytest.raises(RunError):
         load([broken], tmp_path / "nothing")
+    with pytest.raises(RunError, match="operands of it are FP8"):
+        load([paths[0]], broken)
 
 
 def answer(*paths: Path, twin: Path | None = None) -> tuple[str, str, str]:

@@ -1,10 +1,11 @@
 """The question that a report is opened with, answered in its first line: is it FP8?
 
-Yes, no, not yet, or cannot say, of the run in the most trouble: its worst finding above "low"
-decides. Its cause is one that low precision brings, or one that it has no part in; not yet is said
-of the former while the loss has told nothing; where a run went wrong and no rule says why, or
-nothing was recorded, the answer is that this page cannot say. How sure is the finding's own
-confidence, and what would look the same in these rows is said beside it.
+Yes, no, or cannot say, of the run in the most trouble: its worst finding above "low" decides. Its
+cause is one that low precision brings, or one that it has no part in; where a run went wrong and no
+rule says why, or nothing was recorded, the answer is that this page cannot say. Not yet, while the
+loss has told nothing of a cause that low precision brings; not tried, where all went well and
+nothing was FP8. How sure is the finding's own confidence, and what would look the same in these
+rows is said beside it.
 
 Rejected: an answer over all runs. Of an experiment half are made to fail, and it would be neither.
 """
@@ -20,9 +21,10 @@ from fp8lab.report.story import Seen, Story
 from fp8lab.report.verdict import in_words
 
 QUESTION = "Is it FP8?"
-Word = Literal["Yes", "No", "Not yet", "Cannot say"]
+Word = Literal["Yes", "No", "Not yet", "Not tried", "Cannot say"]
 
 _OF_PRECISION = frozenset(rule.__name__.rpartition(".")[2] for rule in OF_PRECISION)
+_ASK = "ask what FP8 would have done: `fp8lab replay RUN --recipe R`, and see below"
 _TWIN = "its twin in high precision"
 _LESS: dict[Severity, Severity] = {"high": "medium", "medium": "low", "low": "low"}
 ENOUGH_STEPS = 100  # the longest time that the rules look back over is of this order
@@ -86,7 +88,8 @@ def _nothing(story: Story, run: Seen) -> Answer:
     because = f"of the runs {' and '.join(whose)}, none" if whose else "no run"
     because += " diverged, no loss gave an alarm, and no rule found more than a note"
     because += " so far" if unfinished else ""
-    if not any(arm.uses_fp8 for part in story.parts for arm in part.arms):
+    is_tried = any(arm.uses_fp8 for part in story.parts for arm in part.arms)
+    if not is_tried:
         because += "; no operand says that it is FP8, so that FP8 was not tried here"
     excluded = ["what was not recorded, and what more steps would show"]
     if lost:
@@ -96,7 +99,8 @@ def _nothing(story: Story, run: Seen) -> Answer:
         excluded.append(f"what {missing} planned and not here would show")
     enough = len(run.steps) >= ENOUGH_STEPS and not run.products.empty
     return Answer(
-        word="Cannot say" if lost else "No",
+        word="Cannot say" if lost else "No" if is_tried else "Not tried",
+        remedy="" if is_tried else _ASK,
         because=because,
         confidence="medium" if enough and not (unfinished or missing or lost) else "low",
         cannot_exclude="; ".join(excluded),

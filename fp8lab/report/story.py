@@ -263,6 +263,10 @@ def _may_be_twin(other: Seen, run: Seen) -> bool:
     first, other_first = (float(start[0]) if len(start) else np.nan for start in starts)
     if not abs(first - other_first) <= SAME_START * abs(first):
         return False
+    precision = facts_of(other.run.info, "precision")
+    linears = facts_of(other.run.info, "linears").items()
+    if any(facts.get("class") != "Linear" and name not in precision for name, facts in linears):
+        return False  # another library's layers, which say nothing
     alike = bool(layers[0]) and layers[0] == layers[1] and _setting(other) == _setting(run)
     return alike and len(mine) >= SAME_STEPS and bool((mine == its).all())
 
