@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from fp8lab.comparison import side_by_side
+from fp8lab.comparison import require_arm, side_by_side
 from fp8lab.listing import (
     facts_of,
     print_grids,

@@ -10,9 +10,9 @@ A page is a story in one fresh folder, told in order by its fenced blocks:
     sh torchtitan   typed likewise, but torchtitan is the tests' stand-in
 
 Nothing else is allowed, and a file that no `sh` block names and no file imports is refused: what a
-page shows is run. A command may end with 0 or with 1, which is `diagnose` having found something;
-anything else, and a traceback, is a failure. Nothing is downloaded: Hugging Face's libraries are
-told to stay offline.
+page shows is run. A command may end with 0, with 1, which is `diagnose` having found something, or
+with 2 where that is an answer and no error: anything else, and a traceback, is a failure. Nothing
+is downloaded: Hugging Face's libraries are told to stay offline.
 
 `python tests/documents.py` writes all pages anew, or those that it is given: docs/cli.md is read
 from the command line's own declarations and docs/gallery.md from reports/, which takes two seconds.
@@ -142,7 +142,8 @@ def _typed(body: str, work: Path, how: str | None) -> str:
     ended = subprocess.run(
         ["bash", "-c", script], cwd=work, env=environment, capture_output=True, text=True
     )
-    if ended.returncode not in (0, 1) or "Traceback" in ended.stderr:
+    is_answer = ended.returncode == 2 and ended.stdout and not ended.stderr
+    if not (is_answer or ended.returncode in (0, 1)) or "Traceback" in ended.stderr:
         raise ValueError(f"exit code {ended.returncode}: {body}{ended.stderr}")
     return "".join(f"{line.rstrip()}\n" for line in ended.stdout.strip("\n").splitlines())
 
