@@ -30,6 +30,7 @@ class Bars:
         self._jobs: dict[int, tuple[str, Any, float]] = {}
         self._alarms: dict[int, int] = {}
         self._at_most = 0
+        self._is_planned = False  # a bisection does not know how many runs it will take
 
     def __enter__(self) -> Bars:
         if self._console.is_terminal:  # else the bars, though never drawn, end in an empty line
@@ -41,7 +42,7 @@ class Bars:
             self._bars.stop()
 
     def planned(self, total: int) -> None:
-        self._at_most = total
+        self._at_most, self._is_planned = total, True
         self._bars.update(self._all, total=total)
 
     def started(self, index: int, label: str) -> None:
@@ -70,7 +71,6 @@ class Bars:
             self._bars.remove_task(task)
         self._bars.advance(self._all)
         if not self._console.is_terminal:
-            overall = self._bars.tasks[0]
-            which = f"{overall.completed:.0f}/{overall.total:.0f}"
-            told = error or f"done: {label} ({which})"
+            which = f" ({self._bars.tasks[0].completed:.0f}/{self._at_most})"
+            told = error or f"done: {label}{which * self._is_planned}"
             self._console.print(told, highlight=False, soft_wrap=True)

@@ -156,10 +156,18 @@ class Audit:
         lines += [f"note: {note}" for note in sorted({one.note for one in self.layers} - {""})][:3]
         reasons = sorted(set(self.not_audited.values()))
         lines += [f"not audited: {reason}" for reason in reasons[:3]]
-        for one in self.findings:
-            where = one.site or self.path
-            lines += [f"[{one.severity}] {one.cause} at {where}", f"  {one.summary}"]
-            lines += [f"  remedy: {one.remedy}", f"  cannot exclude: {one.cannot_exclude}"]
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for one in self.findings:  # of notes that say the same of many weights, one
+            note = (one.cause, one.remedy) if one.severity == "low" else (one.cause, str(one.site))
+            alike.setdefault(note, []).append(one.site or self.path)
+            if len(alike[note]) == 1:
+                lines += [f"[{one.severity}] {one.cause} at {alike[note][0]}", f"  {one.summary}"]
+                lines += [f"  remedy: {one.remedy}", f"  cannot exclude: {one.cannot_exclude}"]
+        lines += [
+            f"[low] {cause}: the same at {len(sites) - 1} more: {', '.join(sites[1:4])}, …"
+            for (cause, _), sites in alike.items()
+            if len(sites) > 1
+        ]
         return "\n".join(lines if self.findings else [*lines, "nothing found"])
 
 
