@@ -230,6 +230,66 @@ def said_of_layers_without_fp8() -> list[str]:
     return said
 
 
+def said_of_a_repeated_model(recipe: Any) -> list[str]:
+    """What is said where the whole converted model is in a checkpoint, of torch in both ways and of
+    TE, and where TE's own autocast is around that; "equal" where gradients are those without."""
+    import transformer_engine.pytorch as te
+    from torch.utils.checkpoint import checkpoint
+
+    import fp8lab
+
+    ways: list[Callable[[nn.Module, Tensor], Tensor]] = [
+        lambda model, x: model(x),
+        lambda model, x: checkpoint(model, x, use_reentrant=False),
+        lambda model, x: checkpoint(model, x, use_reentrant=True),
+        lambda model, x: te.checkpoint(model, x),
+        lambda model, x: _within(te.autocast(recipe=theirs), te.checkpoint, model, x),
+    ]
+    theirs, said, expected = _te_recipe(recipe), [], []
+    for way in ways:
+        model, gradients = plain(torch.float32), []
+        fp8lab.convert(model, recipe, backend="te")
+        try:
+            for x in _batches(3, torch.float32):
+                way(model, x.requires_grad_()).square().sum().backward()
+                gradients += [parameter.grad.clone() for parameter in model.parameters()]
+                model.zero_grad()
+        except RuntimeError as error:
+            said.append(str(error))
+            continue
+        expected = expected or gradients
+        same = all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+        said.append("equal" if same else "other gradients")
+    return said[1:]
+
+
+def _within(region: Any, call: Callable[..., Tensor], *args: Any) -> Tensor:
+    with region:
+        return call(*args)
+
+
+def said_of_two_recipes() -> list[str]:
+    """Of a second conversion of one model: the same recipe, others; and of another one's part."""
+    import fp8lab
+
+    delayed, said = fp8lab.DelayedScaling(), []
+    others = [delayed, fp8lab.Float8CurrentScaling(), fp8lab.DelayedScaling(margin=1)]
+    for other in others:
+        model = plain(torch.float32)
+        fp8lab.convert(model, delayed, include=["layers.0.*"], backend="te")
+        try:
+            fp8lab.convert(model, other, include=["layers.1.*"], backend="te")
+            model(torch.ones(TOKENS, DIM)).sum().backward()
+            said.append("ran")
+        except ValueError as error:
+            said.append(f"{error} {type(model.layers[1].up).__name__}")
+    model = plain(torch.float32)
+    for layer, recipe in zip(model.layers, others[:2], strict=True):
+        fp8lab.convert(layer, recipe, backend="te")
+    model(torch.ones(TOKENS, DIM)).sum().backward()
+    return said
+
+
 def kept_by_conversion() -> dict[str, bool]:
     """What the conversion leaves: hooks, references, parameters, the state of another life."""
     import transformer_engine.pytorch as te

@@ -93,6 +93,28 @@ def test_a_layer_without_fp8_stops_the_run(te: TransformerEngine) -> None:
         assert message.startswith(opening)
 
 
+def test_a_checkpoint_around_a_converted_model(te: TransformerEngine) -> None:
+    """Delayed scales have moved when it is repeated: an error; just in time it is the same step."""
+    *alone, within = te(worker.said_of_a_repeated_model, DELAYED)
+    assert set(alone) == {
+        "convert: backend='te': a checkpoint repeats the converted model outside of its region, "
+        "whose DelayedScaling has moved its scales since: use te.checkpoint inside of the model"
+    }
+    assert within == "equal"
+    assert te(worker.said_of_a_repeated_model, CURRENT) == ["equal"] * 4
+
+
+def test_a_model_has_one_recipe_of_te(te: TransformerEngine) -> None:
+    """A second one is refused when it is converted; parts of a model may differ."""
+    opening, ending = "convert: backend='te': ", "already: convert its parts one by one Linear"
+    expected = f"expected the DelayedScaling that the model is converted to {ending}"
+    assert te(worker.said_of_two_recipes) == [
+        "ran",
+        f"{opening}Float8CurrentScaling, {expected}",
+        f"{opening}DelayedScaling of other fields, {expected}",
+    ]
+
+
 TE_REFUSES: dict[str, tuple[dict[str, Any], str, str]] = {
     "rows": ({"recipe": ROWS}, "", "ValueError: to_te: Transformer Engine has no RowwiseScaling"),
     "bits": (

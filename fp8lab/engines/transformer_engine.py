@@ -8,7 +8,9 @@ The region is the model's outermost forward. Inside `fp8lab.autocast` it lasts u
 that scales move once a step; for that time other layers of TE are in it too, as in `te.autocast`.
 Inside somebody's own `te.autocast` of the same recipe none is opened, and inside of another one it
 is a region in a region: the converted layers keep their recipe. Rejected: a region in a region in
-every case. TE moves the scales of gradients once for each, though it is one step.
+every case. TE moves the scales of gradients once for each, though it is one step. Nor does one open
+where a checkpoint repeats the whole model in the backward, if scales have moved since: that would
+cast with others than the forward did, and is an error.
 
 Amaxes are reduced over all processes (TE's default group) if the recipe's `reduce_amax` says so.
 TE's own `name` of a layer is its name in the model; TE's debug features know it by that.
@@ -27,7 +29,7 @@ from torch import nn
 from fp8lab.engines import become, narrow, shown_use, why
 from fp8lab.plan import Plan, to_te
 from fp8lab.recipe import HighPrecision, MXFP8BlockScaling, Recipe, recipe_in_words
-from fp8lab.regions import steps
+from fp8lab.regions import inside_backward, steps
 
 _WHERE = "convert: backend='te'"
 # What both sizes of a layer's weight are to be multiples of.
@@ -55,6 +57,7 @@ def convert(model: nn.Module, chosen: Mapping[str, nn.Linear], plan: Plan) -> li
         theirs = to_te(recipe)
     except ValueError as error:
         raise ValueError(f"{_WHERE}: {error}") from None
+    _require_one_region(model, theirs)
     _require_support(te, recipe)
     for name, linear in layers.items():
         _require_sizes(name, linear, recipe)
@@ -98,6 +101,18 @@ def _imported() -> ModuleType:
         ) from None
     assert isinstance(te, ModuleType)
     return te
+
+
+def _require_one_region(model: nn.Module, recipe: Any) -> None:
+    for hook in model._forward_pre_hooks.values():
+        region = getattr(hook, "__self__", None)
+        if isinstance(region, Region) and region.recipe != recipe:
+            got, expected = type(recipe).__name__, type(region.recipe).__name__
+            fields = " of other fields" if got == expected else ""
+            raise ValueError(
+                f"{_WHERE}: {got}{fields}, expected the {expected} that the model is converted to "
+                f"already: convert its parts one by one"
+            )
 
 
 def _require_support(te: Any, recipe: Recipe) -> None:
@@ -151,14 +166,26 @@ class Region:
         self._recipe = recipe
         self._ends: list[Callable[[], None]] = []
 
+    @property
+    def recipe(self) -> Any:
+        """TE's object."""
+        return self._recipe
+
     def open(self, *_: object) -> None:
-        """Forward pre-hook."""
+        """Forward pre-hook. Raises RuntimeError where the backward repeats this forward and its
+        scales have moved since."""
         import transformer_engine.pytorch as te
         from transformer_engine.pytorch.quantization import FP8GlobalStateManager as manager
 
         if manager.is_fp8_enabled() and manager.get_fp8_recipe() == self._recipe:
             self._ends.append(_nothing)
             return
+        if inside_backward() and self._recipe.delayed():
+            raise RuntimeError(
+                f"{_WHERE}: a checkpoint repeats the converted model outside of its region, whose "
+                f"{type(self._recipe).__name__} has moved its scales since: use te.checkpoint "
+                f"inside of the model"
+            )
         region = te.autocast(enabled=True, recipe=self._recipe)
         region.__enter__()
         end = partial(region.__exit__, None, None, None)
