@@ -1,8 +1,10 @@
 """How torchao's `Float8Linear` casts, read from its config.
 
 Its scales are made just in time, so cast and precision follow from the config and the tensor, by
-`casting`: equal bit for bit to what torchao does, but for an amax below its least, 1e-12. torchao
-is recognised by the name of its class and never imported.
+`casting`: equal bit for bit to what torchao does. Its formula for a scale is that of rows for the
+whole tensor, too: an amax below 1e-12 counts as that, and one NaN or infinity makes the whole
+tensor NaN, where `Float8CurrentScaling`, as in Transformer Engine, keeps the rest of it. torchao is
+recognised by the name of its class and never imported.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from fp8lab.recipe import (
     Operand,
     Recipe,
     RowwiseScaling,
+    operand_format,
 )
 from fp8lab.rounding import FORMAT_OF, dtype_name
+from fp8lab.scaling import rowwise_scale
 
 # What has a field of its own in torchao's config, `cast_config_OPERAND_for_GEMM`.
 _SECOND = {("input", "grad_weight"), ("weight", "grad_input"), ("grad_output", "grad_weight")}
@@ -58,12 +62,14 @@ def cast_in_force(module: Any, operand: Operand, tensor: Tensor) -> Cast | None:
     if chosen is None:
         return None
     powers = module.config.round_scales_to_power_of_2
-    recipe: Recipe = Float8CurrentScaling(fp8_format=chosen, use_power_2_scales=powers)
-    if kind is RowwiseScaling:
-        recipe = RowwiseScaling(fp8_format=chosen, round_scales_to_power_of_2=powers)
+    rows = RowwiseScaling(fp8_format=chosen, round_scales_to_power_of_2=powers)
     if operand == "input" and torch.is_autocast_enabled():  # as in its forward
         tensor = tensor.to(torch.get_autocast_dtype("cuda"))
-    return cast_for(tensor, recipe, operand)
+    if kind is RowwiseScaling:
+        return cast_for(tensor, rows, operand)
+    whole = Float8CurrentScaling(fp8_format=chosen, use_power_2_scales=powers)
+    scale = rowwise_scale(tensor.detach(), rows, operand_format(whole, operand), None)
+    return cast_for(tensor, whole, operand, scale)
 
 
 def _cast(module: Any, operand: Operand, gemm: Gemm) -> tuple[type[Recipe], FloatFormat | None]:

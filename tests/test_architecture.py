@@ -67,7 +67,7 @@ TABLE: dict[str, set[str]] = {
     "sites": {"ffn", "recipe", "gating", "probing", "tracing", "te_modules", "te_casts"}
     | {"torchao_casts"},
     "te_casts": {"recipe", "plan", "rounding", "casting", "scaling"},
-    "torchao_casts": {"formats", "recipe", "rounding", "casting"},
+    "torchao_casts": {"formats", "recipe", "rounding", "casting", "scaling"},
     "te_inside": {"recipe", "observe", "sites", "te_casts"},
     "te_modules": {"observe", "sites", "te_casts", "te_inside"},
     "observe": {"gating", "hooking", "sites", "tracing", "te_modules"},

@@ -285,6 +285,44 @@ def test_torchao_says_how_it_casts(operand: Operand, fmt: Format, powers: bool) 
     assert cast_in_force(model.head, operand, tensor) is None
 
 
+@pytest.mark.parametrize("powers", [True, False])
+@pytest.mark.parametrize("amax", [torch.inf, -torch.inf, torch.nan, 1e-20, 0.0, 3.0])
+def test_torchao_casts_what_is_not_finite(amax: float, powers: bool) -> None:
+    """Equal to the bit to torchao's own cast: one such element, and under one scale all are NaN."""
+    from torchao.float8.float8_scaling_utils import hp_tensor_to_float8_dynamic
+    from torchao.float8.float8_training_tensor import LinearMMConfig
+
+    tensor = torch.linspace(-1, 1, 32 * 64).view(32, 64) * (amax if abs(amax) < torch.inf else 1)
+    tensor[3, 5] = amax
+    for dtype in (FP32, BF16):
+        recipe = fp8lab.Float8CurrentScaling(use_power_2_scales=powers)
+        _, theirs = layers_of_both(recipe, dtype)
+        cast = cast_in_force(theirs[0], "input", tensor.to(dtype))
+        by_torchao = hp_tensor_to_float8_dynamic(
+            *(tensor.to(dtype), torch.float8_e4m3fn, LinearMMConfig()),
+            round_scales_to_power_of_2=powers,
+        )
+        expected = by_torchao._data.float() * by_torchao._scale.reciprocal()
+        assert_same_bits(cast.fake_quantized().nan_to_num(7.7), expected.nan_to_num(7.7))
+        assert expected.isnan().all() == (not abs(amax) < torch.inf)
+        assert expected.isnan().all() == theirs(tensor.to(dtype)).isnan().all()
+
+
+def test_a_watch_of_torchao_that_meets_infinity(tmp_path: Path) -> None:
+    """The rows say that the cast kept nothing, which the layer's output is."""
+    model = fp8lab.convert(plain(FP32), CURRENT, backend="torchao")
+    select = fp8lab.Selection(layers=("layers.0.gate",), tensors=("input",))
+    with fp8lab.watch(model, tmp_path / "run", every=1, select=select) as watch:
+        given = torch.randn(24, worker.DIM)
+        given[0, 0] = torch.inf
+        assert model.layers[0].gate(given).isnan().all()
+        watch.step(0)
+    (row,) = (
+        fp8lab.open_run(tmp_path / "run").tensors(sites="layers.0.gate:input").to_dict("records")
+    )
+    assert row["infs"] == 1 and row["scale"] == 0
+
+
 def test_a_watch_of_torchao(tmp_path: Path) -> None:
     """The precision of each operand in the words of the emulation, and the same rows."""
     for backend in ("emulated", "torchao"):

@@ -8,8 +8,9 @@ Its GEMMs multiply the codes (`torch._scaled_mm`), on a GPU that can and on a CP
 emulation, which rounds dequantised operands to the model's dtype, is never used. On a CPU layers
 are those of `backend="emulated"` bit for bit, but for this: a bias is added behind the rounding to
 the model's dtype; GEMMs of rows give BF16 in every model, and gradients are rounded to it before
-scales that are no powers of two are put on; an amax below 1e-12 counts as 1e-12; and the product of
-a gated feed-forward is rounded where the model does it, not as in Transformer Engine.
+scales that are no powers of two are put on; an amax below 1e-12 counts as 1e-12; under one scale
+for a tensor a NaN or an infinity makes all of it NaN; and the product of a gated feed-forward is
+rounded where the model does it, not as in Transformer Engine.
 """
 
 from __future__ import annotations
