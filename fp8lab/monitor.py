@@ -313,7 +313,7 @@ class Watch:
         if merged is not None:
             self._write_merged(step, merged)
         self._note_failures(step)
-        self._note_precision()
+        self._note_precision(step)
         if rows.is_full:
             self._tell(rows)
         self._recorder.advance()
@@ -352,11 +352,10 @@ class Watch:
         row: dict[str, Any] = {}
         if probe is not None:
             row["learning_rate"], probe.learning_rate = probe.learning_rate, None
-        if probe is not None and probe.is_sharded:
-            row |= step_columns(kinds, is_whole=False)
+        is_sharded = probe is not None and probe.is_sharded
+        row |= step_columns(kinds, is_whole=not is_sharded)
+        if is_sharded:
             row |= step_columns((merged or {}).get(STEP, {}), is_whole=True)
-        else:
-            row |= step_columns(kinds, is_whole=True)
         if "loss" in kinds:
             row["loss"] = float(kinds["loss"][-1][0])
         return row
@@ -394,10 +393,15 @@ class Watch:
 
     def event(self, step: int, kind: str, detail: str = "", site: str | None = None) -> None:
         """Record that something happened, and flush."""
-        row = {"step": step, "rank": self._rank, "kind": kind, "site": site, "detail": str(detail)}
-        self._writer.append("events", [row])
-        self._happened.append(row)
-        self._flush()
+        self._events(step, [(kind, site, str(detail))])
+
+    def _events(self, step: int, told: Sequence[tuple[str, str | None, str]]) -> None:
+        where = {"step": step, "rank": self._rank}
+        rows = [where | {"kind": kind, "site": site, "detail": said} for kind, site, said in told]
+        if rows:
+            self._happened += rows
+            self._writer.append("events", rows)
+            self._flush()
 
     def set_result(self, **result: Any) -> None:
         """What the run came to, JSON-able; kept in run.json."""
@@ -425,14 +429,18 @@ class Watch:
             self._warn(f"{layer}: not recorded: {reason}")
         self._recorder.failures.clear()
 
-    def _note_precision(self) -> None:
-        """What layers say that know their precision only when they have run."""
-        if told := self._precision.news():
-            self._writer.info["precision"] |= told
+    def _note_precision(self, step: int) -> None:
+        """What layers say that know their precision only when they have run, and who does not."""
+        told, notices = self._precision.news()
+        self._writer.info["precision"] |= told
+        if told:
             try:
                 self._writer.set_state("running")
             except OSError as error:  # it is written again when the run ends
                 self._warn(f"run.json cannot be written: {error}", once="info")
+        self._events(step, notices)
+        for _, site, why in (notice for notice in notices if notice.kind == "not_run"):
+            self._warn(f"{site}: not in the precision told: {why}", once="not_run")
 
     def _note_unseen(self, step: int, collected: dict[str, Kinds]) -> None:
         """Once, after a step that trained: which feed-forwards no hook has seen."""
@@ -445,9 +453,8 @@ class Watch:
         if not self._unseen or not (seen or trained):
             return
         unseen, self._unseen = sorted(self._unseen - seen), set()
-        for name in unseen:
-            detail = "did not run, or inside code that hides it, in the first step"
-            self.event(step, "not_seen", detail, name)
+        detail = "did not run, or inside code that hides it, in the first step"
+        self._events(step, [("not_seen", name, detail) for name in unseen])
         if not seen:
             self._warn("no feed-forward was seen in the first step")
 
@@ -473,9 +480,8 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        while self._handles:
+            self._handles.pop().remove()
         is_forgotten = self._last_time is None and self._recorder.has_measured
         self._recorder.close()
         for rows in self._held:  # what led to an error is wanted in full

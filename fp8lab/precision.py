@@ -2,21 +2,28 @@
 
 `Fp8Linear` and torchao's `Float8Linear` know it from birth and are asked when recording begins.
 Transformer Engine decides at each forward, by the autocast region, so its layers are asked after
-their first forward that counts; they say so where they run in high precision, too. Who says nothing
-(a plain `nn.Linear`) is not here: what it computes in, no attribute of it tells.
+their first forward that counts and in every step that is recorded in full; they say so where they
+run in high precision, too. Who says nothing (a plain `nn.Linear`) is not here: what it computes in,
+no attribute of it tells.
 
-Cost: a hook on the outermost modules of TE, which goes after their first forward. Rejected: TE's
-global state when recording begins; no region is open then.
+What is known from birth is true of a layer that runs. One that does not, though its weight gets a
+gradient, is told: somebody else computes with the weight, in what precision no one knows.
+
+Cost: a hook on the outermost modules of TE; on every other layer that says its precision one, and
+one on its weight, which go after the first step that trained. Rejected: TE's global state when
+recording begins; no region is open then.
 """
 
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fp8lab import te_casts, torchao_casts
+from fp8lab.hooking import OfOneModel
 from fp8lab.observe import eagerly
 from fp8lab.probes import counts
 from fp8lab.ranks import watched_modules
@@ -83,13 +90,23 @@ def _of_te(name: str, module: nn.Module) -> dict[str, tuple[int, int]]:
     return {f"{name}{part}".removeprefix("."): sizes for part, sizes in parts}
 
 
+class Notice(NamedTuple):
+    """What is to be an event of the run: its kind, where, and in words."""
+
+    kind: str
+    site: str
+    detail: str
+
+
 class PrecisionProbe:
-    """Asks TE's layers after their first forward that counts."""
+    """Asks TE's layers when they have run, and whether the others, which know it, run at all."""
 
     def __init__(self, model: nn.Module, recorder: Recorder) -> None:
         self._recorder = recorder
         self._told: Precision = {}
+        self._latest: Precision = {}
         self._modules = dict(watched_modules(model))
+        self._calls = _Calls(model)
 
     def attach(self) -> list[Any]:
         outermost: list[str] = []  # inside of te.ops.Sequential no hook is called
@@ -97,9 +114,9 @@ class PrecisionProbe:
             inside = any(name.startswith(f"{outer}.") or not outer for outer in outermost)
             if te_casts.te_name(module) is not None and not inside:
                 outermost.append(name)
-        return [self._asked_once(name) for name in outermost]
+        return [*(self._asked(name) for name in outermost), *self._calls.attach()]
 
-    def _asked_once(self, outer: str) -> Any:
+    def _asked(self, outer: str) -> Any:
         module = self._modules[outer]
         parts = [
             (part, known)
@@ -107,20 +124,100 @@ class PrecisionProbe:
             if name == outer or name.startswith(f"{outer}.") or not outer
             for known in _of_te(name, part)
         ]
+        has_said = False
 
         def ran(*_: Any) -> None:
-            if not counts(module, self._recorder):
+            nonlocal has_said
+            if not counts(module, self._recorder) or (has_said and not self._recorder.is_due):
                 return
+            has_said = True
             for part, known in parts:
                 said = te_casts.precision(part)
                 if said is not None:
-                    self._told[known] = said
+                    self._latest[known] = said
+
+        return module.register_forward_hook(eagerly(ran))
+
+    def news(self) -> tuple[Precision, list[Notice]]:
+        """After a step: what TE's layers said in it that they had not said before, and what is to
+        be known of that and of layers that do not run."""
+        told = {name: said for name, said in self._latest.items() if said != self._told.get(name)}
+        notices = [
+            Notice("precision_changed", name, _change(self._told[name], said))
+            for name, said in told.items()
+            if name in self._told
+        ]
+        self._told |= told
+        self._latest = {}
+        return told, notices + self._calls.not_run()
+
+
+def _change(before: dict[str, str], now: dict[str, str]) -> str:
+    changed = [use for use, said in now.items() if said != before.get(use)]
+    use, others = changed[0], f"; so {len(changed)} of {len(now)} operands"
+    return f"{use} was {before.get(use)} and is {now[use]}{others if len(changed) > 1 else ''}"
+
+
+class _Seen:
+    """Whether something happened. A compiled model notes it too, without a break in its graph."""
+
+    def __init__(self) -> None:
+        self.forward = self.gradient = False
+
+    def ran(self, *_: Any) -> None:
+        self.forward = self.forward or torch.is_grad_enabled()
+
+    def got_gradient(self, _: Tensor) -> None:
+        self.gradient = True
+
+
+class _Calls:
+    """Which layers that say their precision from birth are run by the first step that trains."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        named = dict(watched_modules(model))
+        self._layers = {name: named[name] for name in known_from_birth(model)}
+        self._seen = {name: _Seen() for name in self._layers}
+        self._root = _Seen()
+        self._handles: list[Any] = []
+
+    def attach(self) -> list[Any]:
+        for name, layer in self._layers.items():
+            weight, seen = layer._parameters.get("weight"), self._seen[name]
+            if weight is not None and weight.requires_grad:
+                self._handles.append(layer.register_forward_hook(OfOneModel(seen.ran)))
+                # Not `.grad` after the step: what another process has got may be in it.
+                self._handles.append(weight.register_hook(seen.got_gradient))  # type: ignore[no-untyped-call]
+        if self._handles:
+            self._handles.append(self._model.register_forward_hook(OfOneModel(self._root.ran)))
+        return list(self._handles)
+
+    def not_run(self) -> list[Notice]:
+        """Once, after the first step that trained from its forward on."""
+        trained = any(seen.gradient for seen in self._seen.values())
+        if not trained or not (self._root.forward or any(s.forward for s in self._seen.values())):
+            return []
+        for handle in self._handles:
             handle.remove()
+        self._handles, there = [], dict(watched_modules(self._model))
+        found = []
+        for name, layer in self._layers.items():
+            if reason := self._why_not(layer, there.get(name), self._seen[name]):
+                found.append(Notice("not_run", name, reason))
+        self._layers, self._seen = {}, {}
+        return found
 
-        handle = module.register_forward_hook(eagerly(ran))
-        return handle
-
-    def news(self) -> Precision:
-        """What was said since this was last asked."""
-        told, self._told = self._told, {}
-        return told
+    def _why_not(self, layer: nn.Module, now: nn.Module | None, seen: _Seen) -> str:
+        if now is not layer:
+            return f"it is {'no longer in the model' if now is None else 'another layer now'}"
+        if seen.gradient and not seen.forward:
+            return (
+                "its weight got a gradient and it did not run: something computes with the weight"
+            )
+        replaced: Any = vars(layer).get("forward")
+        while hasattr(replaced, "__wrapped__"):  # libraries that go on to call the layer's own
+            replaced = replaced.__wrapped__
+        if replaced is not None and getattr(replaced, "__func__", None) is not type(layer).forward:
+            return "its forward has been replaced"
+        return ""

@@ -372,3 +372,21 @@ def read_in_the_middle(recipe: Any, path: str) -> dict[str, Any]:
         output.sum().backward()
         watch.step(0)
         return dict(fp8lab.open_run(path).info)
+
+
+def warmed_up(path: str, is_fp8: list[bool]) -> None:
+    """Steps of TE's own layers, every second one recorded, of which some are in FP8."""
+    import transformer_engine.pytorch as te
+    import watched_transformer_engine as modules
+
+    import fp8lab
+
+    _fresh()
+    model = nn.ModuleDict({"mlp": modules.OwnGate(torch.bfloat16)})
+    recipe = _te_recipe(fp8lab.DelayedScaling())
+    with fp8lab.watch(model, path, every=2) as watch:
+        for step, enabled in enumerate(is_fp8):
+            with te.autocast(enabled=enabled, recipe=recipe):
+                output = model["mlp"](torch.randn(TOKENS, DIM, dtype=torch.bfloat16))
+            output.sum().backward()
+            watch.step(step)

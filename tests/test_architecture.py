@@ -83,7 +83,7 @@ TABLE: dict[str, set[str]] = {
     "taps": {"casting", "measure", "observe", "probes", "recipe", "recorder", "selection", "sites"}
     | {"hooking", "rewriting", "step_probes"},
     "step_probes": {"hooking", "observe", "probes", "recorder"},
-    "precision": {"observe", "probes", "ranks", "recorder", "te_casts", "torchao_casts"},
+    "precision": {"hooking", "observe", "probes", "ranks", "recorder", "te_casts", "torchao_casts"},
     "about": {"precision", "probes", "sites"},
     "monitor": NECK | SITES | (MONITOR - {"measure", "statistics", "observe"}) | {"casting"},
     "wanted": {"record"},

@@ -6,8 +6,11 @@ Transformer Engine has a file of its own, `test_backends_te`; what needs a GPU o
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -354,6 +357,77 @@ def test_a_watch_of_torchao(tmp_path: Path) -> None:
     product = other["site"] == "layers.1:product"
     assert (other.loc[product, "scale"] > 0).all()
     assert mine.equals(other)
+
+
+# --- layers that carry a label and do not run ---------------------------------------------------
+
+
+class Reads(nn.Module):
+    """Computes with the weight of its layer, or calls it."""
+
+    def __init__(self, calls: bool) -> None:
+        super().__init__()
+        self.q, self.calls = nn.Linear(worker.DIM, worker.DIM), calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q(x) if self.calls else nn.functional.linear(x, self.q.weight, self.q.bias)
+
+
+def wrapped(layer: nn.Module) -> None:
+    """As accelerate does it: what it is replaced with calls it."""
+    forward = layer.forward
+    layer.forward = functools.wraps(forward)(lambda x: forward(x))
+
+
+COMPUTES = "its weight got a gradient and it did not run: something computes with the weight"
+NOT_RUN: dict[str, tuple[bool, Callable[[nn.Module], Any], list[str]]] = {
+    "called": (True, lambda _: None, []),
+    "read": (False, lambda _: None, [COMPUTES]),
+    "replaced": (
+        *(True, lambda m: setattr(m[1], "q", nn.Linear(worker.DIM, worker.DIM))),
+        ["it is another layer now"],
+    ),
+    "removed": (
+        *(True, lambda m: setattr(m[1], "q", nn.Identity()) or delattr(m[1], "q")),
+        ["it is no longer in the model"],
+    ),
+    "its forward": (
+        *(True, lambda m: setattr(m[1].q, "forward", nn.Linear(worker.DIM, worker.DIM).forward)),
+        ["its forward has been replaced"],
+    ),
+    "wrapped": (True, lambda m: wrapped(m[1].q), []),
+}
+
+
+@pytest.mark.parametrize("backend", ["emulated", "torchao"])
+@pytest.mark.parametrize("what", NOT_RUN)
+def test_a_layer_that_does_not_run_in_what_it_says(what: str, backend: Any, tmp_path: Path) -> None:
+    """Told once, after the first step that trained; an evaluation before it does not count."""
+    calls, change, expected = NOT_RUN[what]
+    model = nn.Sequential(plain(FP32), Reads(calls))
+    fp8lab.convert(model, CURRENT, backend=backend)
+    weights = [parameter._backward_hooks for parameter in model.parameters()]
+    x, told = torch.randn(24, worker.DIM), contextlib.nullcontext()
+    if expected:
+        told = pytest.warns(UserWarning, match=f"1.q: not in the precision told: {expected[0]}")
+    with fp8lab.watch(model, tmp_path / "run", every=1) as watch:
+        with torch.no_grad():
+            model(x)
+        change(model)
+        if what == "removed":
+            model[1].forward = lambda x: x
+        model(x).square().sum().backward()
+        with told:
+            watch.step(0)
+        model(x).square().sum().backward()
+        watch.step(1)
+    events = fp8lab.open_run(tmp_path / "run").events()
+    assert events[["step", "kind", "site", "detail"]].values.tolist() == [
+        [0, "not_run", "1.q", detail] for detail in expected
+    ]
+    assert not any(module._forward_hooks for module in model[0].layers.modules())
+    assert weights == [None] * len(weights)
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
 
 
 # --- the real thing ----------------------------------------------------------------------------

@@ -283,3 +283,18 @@ def test_precision_is_in_the_file_before_the_run_ends(
     said = te(worker.read_in_the_middle, DELAYED, str(tmp_path / "run"))
     assert said["state"] == "running"
     assert set(said["precision"]) == set(LAYERS["own"])
+
+
+@pytest.mark.parametrize("ends_in_fp8", [True, False])
+def test_a_precision_that_changes(te: TransformerEngine, tmp_path: Path, ends_in_fp8: bool) -> None:
+    """A region that is opened, or left out, from step 1 on: run.json says what is in force since,
+    an event of every layer that and when it changed, as far as steps are recorded."""
+    path = tmp_path / "run"
+    te(worker.warmed_up, str(path), [not ends_in_fp8, *[ends_in_fp8] * 4])
+    run = fp8lab.open_run(path)
+    words = ["E4M3 DelayedScaling", "BF16 HighPrecision"][:: 1 if ends_in_fp8 else -1]
+    now = {name: uses["input@output"] for name, uses in run.info["precision"].items()}
+    assert now == dict.fromkeys(LAYERS["own"], words[0])
+    said = f"input@output was {words[1]} and is {words[0]}; so 6 of 6 operands"
+    events = run.events()[["step", "kind", "site", "detail"]].values.tolist()
+    assert sorted(events) == [[2, "precision_changed", n, said] for n in sorted(LAYERS["own"])]
