@@ -24,6 +24,7 @@ from fp8lab.casting import FusedProduct
 from fp8lab.engines import torchao, transformer_engine
 from fp8lab.linear import Fp8Linear
 from fp8lab.plan import Plan, as_recipe
+from fp8lab.probing import is_probing
 from fp8lab.recipe import Accumulation, Recipe, shown
 from fp8lab.regions import close_region, open_region
 from fp8lab.sites import GateSite, find_gates
@@ -112,8 +113,8 @@ def _emulate(chosen: dict[str, nn.Linear], plan: Plan) -> list[nn.Module]:
 
 
 class Label:
-    """Forward pre-hook of a converted model: in its first forward the layers that were converted
-    must be there, and be what they became.
+    """Forward pre-hook of a converted model: in its first forward, probes of ours not counted, the
+    layers that were converted must be there, and be what they became.
 
     Raises RuntimeError, naming the first one that is not.
     """
@@ -123,14 +124,16 @@ class Label:
         self._backend = backend
 
     def __call__(self, model: nn.Module, *_: object) -> None:
-        if not self._unseen:
+        if not self._unseen or is_probing():
             return
         there = {id(module) for module in model.modules()}
         for name, (layer, kind) in self._unseen.items():
             if id(layer) not in there or not isinstance(layer, kind):
+                names = {known for known, _ in model.named_modules()}
+                what = "has been replaced since" if name in names else "is no longer in the model"
                 raise RuntimeError(
-                    f"convert: {name} was converted to FP8 (backend={self._backend!r}) and has "
-                    f"been replaced since: convert last, or exclude it"
+                    f"convert: {name or 'the model'} was converted to FP8 "
+                    f"(backend={self._backend!r}) and {what}: convert last, or exclude it"
                 )
         self._unseen = {}
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -31,6 +32,7 @@ _NUMBERS = 65537
 # A stack of matrices with more elements is one matrix, seen many times.
 _SMALL_STACK = 1 << 24
 _TOKENS, _ROUTED_TOKENS = 8, 16
+_local = threading.local()
 
 
 def probe(
@@ -50,6 +52,11 @@ def probe(
             if place.type == "cpu":
                 raise
     raise AssertionError
+
+
+def is_probing() -> bool:
+    """Whether the forward that runs now is such a run, for a hook that counts the model's own."""
+    return getattr(_local, "depth", 0) > 0
 
 
 def proposal(hook: Any) -> Any:
@@ -107,7 +114,11 @@ def _run(
                 _note_calls(stack, trace, child_name, child)
         args, kwargs = _arguments(module, names, dim, device)
         stack.enter_context(trace)
-        torch.func.functional_call(module, tensors, args, kwargs)
+        _local.depth = getattr(_local, "depth", 0) + 1
+        try:
+            torch.func.functional_call(module, tensors, args, kwargs)
+        finally:
+            _local.depth -= 1
         trace.finish()
     return [known for known in maps if known in ended and known.source.name in names]
 

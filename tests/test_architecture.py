@@ -72,7 +72,7 @@ TABLE: dict[str, set[str]] = {
     "te_modules": {"observe", "sites", "te_casts", "te_inside"},
     "observe": {"gating", "hooking", "sites", "tracing", "te_modules"},
     "engines": {"formats", "recipe", "plan", "rounding", "regions"},
-    "conversion": ARITHMETIC | {"sites", "ffn", "engines"},
+    "conversion": ARITHMETIC | {"sites", "probing", "ffn", "engines"},
     "mitigations": ARITHMETIC | {"sites", "ffn", "conversion", "hooking"},
     "measure": {"formats", "recipe", "sketch", "kernels", "scaling", "casting"},
     "statistics": {"formats", "recipe", "rounding", "scaling", "casting"},

@@ -53,6 +53,18 @@ def test_a_layer_replaced_after_the_conversion_stops_the_first_forward() -> None
         model.layers[1].up = nn.Linear(worker.DIM, worker.HIDDEN)
         with pytest.raises(RuntimeError, match=r"layers\.1\.up was converted to FP8 .* replaced"):
             model(torch.ones(16, worker.DIM))
+        del model.layers[1]
+        with pytest.raises(RuntimeError, match=r"layers\.1\.gate was .* is no longer in the model"):
+            model(torch.ones(16, worker.DIM))
+
+
+def test_a_probe_is_no_first_forward(tmp_path: Path) -> None:
+    """Of a model that is a feed-forward itself, the search for gates runs the whole."""
+    model = fp8lab.convert(plain(FP32).layers[0], CURRENT)
+    with fp8lab.watch(model, tmp_path / "run"):
+        model.up = nn.Linear(worker.DIM, worker.HIDDEN)
+        with pytest.raises(RuntimeError, match=r"up was converted to FP8 .* replaced since"):
+            model(torch.ones(16, worker.DIM))
 
 
 # --- torchao -----------------------------------------------------------------------------------
@@ -234,6 +246,31 @@ def test_what_torchao_refuses(what: str) -> None:
     assert "\n" not in said
     assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
     assert not model._forward_pre_hooks
+
+
+def test_what_torchao_refuses_of_a_layer_and_of_an_input() -> None:
+    """In one line that names the layer: a dtype, a weight that is made, no tokens, a mode."""
+    model = plain(FP32).double()
+    with pytest.raises(
+        ValueError, match=r"torchao': layers\.0\.gate: torch\.float64, expected one"
+    ):
+        fp8lab.convert(model, CURRENT, backend="torchao")
+    model = plain(FP32)
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model.head)
+    with pytest.raises(
+        ValueError, match=r"head: its weight is made of .*weight_g, weight_v: exclu"
+    ):
+        fp8lab.convert(model, CURRENT, backend="torchao")
+    assert type(model.layers[0].gate) is nn.Linear
+    x = torch.ones(16, worker.DIM)
+    for recipe in (CURRENT, ROWS):
+        model = deepcopy(fp8lab.convert(plain(BF16), recipe, backend="torchao"))
+        with pytest.raises(ValueError, match=r"layers\.0\.gate: input \[0, 32\]: torchao casts no"):
+            model(x[:0].bfloat16())
+        torch.compile(model, backend="eager", fullgraph=True)(x.bfloat16()).sum().backward()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="gate: torchao has no Rowwise"):
+        model(x.bfloat16())
 
 
 def test_where_torchao_cannot_multiply(monkeypatch: pytest.MonkeyPatch) -> None:

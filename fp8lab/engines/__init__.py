@@ -56,7 +56,7 @@ def narrow(
     """Layers with their recipes, without those that stay in high precision as a whole.
 
     Raises ValueError, opening with `where`, where no layer is left, or one is in pieces over
-    several processes, or wants a format that is not its own.
+    several processes, wants a format that is not its own, or has a weight that is no parameter.
     """
     kept: dict[str, tuple[nn.Linear, dict[Use, Recipe]]] = {}
     for name, linear in chosen.items():
@@ -68,6 +68,9 @@ def narrow(
             continue
         if any(hasattr(parameter, "placements") for parameter in linear.parameters()):
             raise ValueError(f"{where}: {name} is a DTensor, expected conversion before sharding")
+        if "weight" not in linear._parameters:  # as `nn.utils.weight_norm` leaves it
+            made = ", ".join(linear._parameters)
+            raise ValueError(f"{where}: {name}: its weight is made of {made}: exclude it")
         kept[name] = linear, uses
     if not kept:
         raise ValueError(f"{where}: every layer is HighPrecision, expected a recipe in FP8")

@@ -40,6 +40,7 @@ from fp8lab.rounding import NATIVE
 _WHERE = "convert: backend='torchao'"
 _LEAST_CAPABILITY = (8, 9)
 _SIZES = 16
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FORMATS = (formats.E4M3, formats.E5M2)
 # Operand -> the GEMM of torchao's main field for it, and the field and GEMM of the other.
 _SECOND: dict[Operand, tuple[str, str]] = {
@@ -64,12 +65,17 @@ def convert(chosen: Mapping[str, nn.Linear], plan: Plan) -> list[nn.Module]:
     swap = _imported()
     for name, (linear, _) in layers.items():
         _require_device(name, linear)
+        if linear.weight.dtype not in _DTYPES:
+            got = linear.weight.dtype
+            raise ValueError(f"{_WHERE}: {name}: {got}, expected one of FP32, BF16 and FP16")
     made = {
         name: swap(linear, config=_config(recipes[name], uses))
         for name, (linear, uses) in layers.items()
     }
     for name, (linear, _) in layers.items():
         become(linear, made[name])
+        in_rows = isinstance(recipes[name], RowwiseScaling)
+        linear.register_forward_pre_hook(Given(name, in_rows))
     return [linear for linear, _ in layers.values()]
 
 
@@ -116,6 +122,29 @@ def _require_fields(name: str, recipe: Float8CurrentScaling | RowwiseScaling) ->
             )
     if isinstance(recipe, Float8CurrentScaling) and recipe.stochastic_rounding:
         raise ValueError(f"{_WHERE}: {name}: torchao rounds no gradient stochastically")
+
+
+class Given:
+    """Forward pre-hook of a converted layer: what torchao cannot take is refused in our words.
+
+    Raises ValueError for an input without elements, RuntimeError for rows in inference mode.
+    """
+
+    def __init__(self, name: str, in_rows: bool) -> None:
+        self._name = name or "the model"
+        self._in_rows = in_rows
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and args[0].numel() == 0:
+            shape = list(args[0].shape)
+            raise ValueError(f"{self._name}: input {shape}: torchao casts no empty tensor")
+        # torch.compile cannot trace the question, which would be a break in its graph.
+        asked = self._in_rows and not torch.compiler.is_compiling()
+        if asked and torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{self._name}: torchao has no RowwiseScaling in torch.inference_mode(), expected "
+                f"torch.no_grad()"
+            )
 
 
 def _imported() -> Callable[..., nn.Module]:

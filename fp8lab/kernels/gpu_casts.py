@@ -5,7 +5,8 @@ Plain torch reads or writes the tensor ten times for a cast and as often for an 
 NaN. Here a program takes a stretch of it, rounds on the bits of float32 as `cpu.c` does (a power of
 two that is added and subtracted again), and what crosses programs is an integer maximum or sum, so
 that the result does not depend on who comes first. Equal bit for bit to plain torch, which does
-the same where Triton cannot be had or does not get along with the device: `usable` says no then.
+the same where Triton cannot be had or does not get along with the device: that is a warning, once,
+and `usable` says no then.
 
 The compiler may not contract a product and a sum into one rounding (`enable_fp_fusion=False`), and
 quotients are `div_rn`, for Triton's `/` is not the rounded one.
@@ -16,6 +17,8 @@ has, and which leaves the formats of Gaudi2 and of 4 and 6 bits to another way.
 
 from __future__ import annotations
 
+import textwrap
+import warnings
 from functools import cache
 from typing import Any
 
@@ -168,8 +171,15 @@ def works() -> bool:
         try:
             _kernels()
         except Exception as error:  # whatever an import can raise
-            _broken.append(str(error))
+            _breaks(error)
     return not _broken
+
+
+def _breaks(error: Exception) -> None:
+    _broken.append(str(error) or type(error).__name__)
+    if len(_broken) == 1:
+        reason = textwrap.shorten(why_broken() or "", 200, placeholder=" …")
+        warnings.warn(f"casts on a GPU go by plain torch: Triton fails: {reason}", stacklevel=2)
 
 
 def why_broken() -> str | None:
@@ -284,6 +294,6 @@ def _launch(
         with torch.cuda.device(tensor.device) if tensor.is_cuda else torch.no_grad():
             _kernels()[which][grid](codes, *arguments, **options)
     except Exception as error:  # a driver, compiler or device that Triton does not get along with
-        _broken.append(str(error))
+        _breaks(error)
         return False
     return True
