@@ -37,7 +37,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 from torch import nn
 
-from fp8lab.diagnosis import judge
+from fp8lab.diagnosis import OF_PRECISION, OF_TRAINING, judge
 from fp8lab.diagnosis.rows import Loaded
 from fp8lab.monitor import Watch
 from fp8lab.ranks import world_size
@@ -88,7 +88,8 @@ class Guard:
     in full; each of `on_alarm` is called with the finding and the step; the mitigation for the
     finding's cause, if `mitigations` has one, is put on the feed-forward of the finding's site.
 
-    Raises ValueError for a number below 1, an unknown severity, and mitigations in a training of
+    Raises ValueError for a number below 1, an unknown severity or cause, what is no mitigation of a
+    model, and mitigations in a training of
     several processes: each judges its own rows, and they would no longer hold the same model.
     """
 
@@ -115,6 +116,7 @@ class Guard:
             raise ValueError(f"Guard: least={least!r:.60}, expected one of {SEVERITIES}")
         if mitigations and world_size() > 1:
             raise ValueError(f"Guard: mitigations in {world_size()} processes, expected one")
+        _check(mitigations or {})
         self._watch = watching
         self._every, self._burst = every, burst
         self._severities = SEVERITIES[: SEVERITIES.index(least) + 1]
@@ -215,6 +217,19 @@ class Guard:
         self._mitigated.add((finding.cause, finding.site))
         mitigation.apply(self._watch.feed_forward(layer))
         self._watch.event(step, "mitigated", type(mitigation).__name__, finding.site)
+
+
+def _check(mitigations: Mapping[str, Mitigation]) -> None:
+    causes = [rule.__name__.rpartition(".")[2] for rule in (*OF_PRECISION, *OF_TRAINING)]
+    for cause, mitigation in mitigations.items():
+        if cause not in causes:
+            choice = ", ".join(causes)
+            raise ValueError(f"Guard: mitigations: {cause!r:.60}, expected one of {choice}")
+        told = f"Guard: mitigations: {cause}: {mitigation!r:.60}"
+        if not callable(getattr(mitigation, "apply", None)) or isinstance(mitigation, type):
+            raise ValueError(f"{told}, expected a mitigation of a model, as SmoothSwiGLU()")
+        if (kind := getattr(mitigation, "kind", "model")) not in ("model", "recipe"):
+            raise ValueError(f"{told} is of the {kind}, expected one of a model")
 
 
 class _Recent(Excerpt):

@@ -382,6 +382,16 @@ class Fp8Linear(nn.Linear):
             history.copy_(rolled)
             history[0] = 0.0
 
+    def renew_scale(self) -> None:
+        """Make the delayed scale of the weight that of the weight as it is: it has been rewritten,
+        and no amax in the history is of it."""
+        recipe = self.recipes["weight"]
+        if isinstance(recipe, DelayedScaling):
+            column, amax = OPERANDS.index("weight"), absolute_maximum(self.weight.detach())
+            self._move(column, amax, recipe, operand_format(recipe, "weight"))
+            if recipe.fp8_format.has_copies:
+                self._move(column + 3, amax, recipe, operand_format(recipe, "weight", "columnwise"))
+
     def _moved_by_kernel(self, recipe: DelayedScaling, operand: Operand) -> bool:
         told = recipe.amax_compute_algo, recipe.scaling_factor_compute_algo
         special = any(callable(algorithm) for algorithm in told) or recipe.fp8_format.has_copies

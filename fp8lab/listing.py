@@ -52,6 +52,8 @@ def facts_of(run: Run, info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What `show` says of a run but for its processes and events, in rows."""
     for key in ("run", "state", "steps", "loss", "machine", "command", "every"):
         yield key, cell_of(info.get(key))
+    if info.get("error") is not None:
+        yield "error", str(info["error"])
     yield "versions", ", ".join(f"{k} {v}" for k, v in told_of(run, "versions").items())
     sites = info.get("sites")
     for site in sites if isinstance(sites, list) else []:

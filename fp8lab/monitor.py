@@ -164,14 +164,10 @@ def _check_selections(
         )
         of_taps = any(selection.names(*row.rsplit(":", 1)) for row in taps.sites)
         if not of_sites and not of_taps:
-            wanted = set(selection.tensors)
-            rows = [row.rsplit(":", 1) for row in taps.sites]
-            known = [layer for layer, tensor in rows if tensor in wanted]
-            known += [site.name for site in sites]
-            raise ValueError(
-                f"watch: select: no layer has {', '.join(selection.tensors)} and a name like "
-                f"{', '.join(selection.layers)}, expected some of {', '.join(known[:6])}, …"
-            )
+            known = [row.rsplit(":", 1)[0] for row in taps.sites] + [site.name for site in sites]
+            told = f"{', '.join(selection.tensors)} and a name like {', '.join(selection.layers)}"
+            choice = ", ".join(dict.fromkeys(known[:12]))
+            raise ValueError(f"watch: select: no layer has {told}, expected some of {choice}, …")
 
 
 class Watch:

@@ -8,6 +8,7 @@ the process group. That nobody is left is read off the pipe of stderr: it ends w
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import operator
@@ -113,7 +114,8 @@ def test_experiment_json_is_the_experiment_and_the_settings(done: tuple[Path, To
     _, experiment = load_experiment(str(TINY))
     described = json.loads((out / "experiment.json").read_text())
     settings = {"steps": None, "text": None, "quick": False}
-    assert described == experiment.describe() | {"settings": settings}
+    files = [hashlib.sha256(TINY.read_bytes()).hexdigest()[:16]]
+    assert described == experiment.describe() | {"settings": settings, "files": files}
     assert described["prediction"] == "It does." and described["limits"] == ["It is tiny."]
     hot = described["parts"][1]["arms"][1]
     assert hot == {
@@ -352,8 +354,13 @@ def test_an_unknown_arm_is_refused_before_anything_is_written(tmp_path: Path) ->
         ),
         (
             {"experiment.json": '{"name": "tiny", "settings": {"steps": 2, "text": null}}'},
-            "holds runs with {'steps': 2, 'text': None}, expected {'steps': None, 'text': None, "
-            "'quick': False}",
+            "holds runs with steps=2, not the experiment's own settings: "
+            "expected the same, or another folder as --out",
+        ),
+        (
+            {"experiment.json": '{"name": "tiny", "settings": {}, "prediction": "It does not."}'},
+            "holds runs from before this prediction was written: "
+            "expected the same, or another folder as --out",
         ),
     ],
 )

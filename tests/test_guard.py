@@ -27,7 +27,7 @@ from fp8lab import (
 from fp8lab.diagnosis import diagnose
 from fp8lab.guard import FIRST_STEPS, Checkpoints, Guard
 from fp8lab.lab.data import RareToken
-from fp8lab.mitigations import AntiWindup, HighPrecisionProduct
+from fp8lab.mitigations import AntiWindup, HighPrecisionProduct, ZClip
 from fp8lab.record import Finding
 from fp8lab.recorder import StepRows
 from fp8lab.store import open_run
@@ -303,3 +303,20 @@ def test_the_rules_see_nothing_older_than_the_window(tmp_path: Path) -> None:
     assert recent.channels()["step"].tolist() == steps
     assert sum(recent.reduced("channels", len, ("step",), sites="m")) == 10
     assert recent.steps()["step"].tolist() == [*range(FIRST_STEPS), *steps]
+
+
+@pytest.mark.parametrize(
+    ("mitigations", "told"),
+    [
+        ({"delayed_saturatio": AntiWindup()}, "'delayed_saturatio', expected one of"),
+        ({"delayed_saturation": "AntiWindup"}, "expected a mitigation of a model"),
+        ({"delayed_saturation": AntiWindup}, "expected a mitigation of a model"),
+        ({"delayed_saturation": ZClip()}, "is of the optimizer, expected one of a model"),
+    ],
+)
+def test_what_can_mend_nothing_is_refused(
+    tmp_path: Path, mitigations: dict[str, Any], told: str
+) -> None:
+    model = nn.Sequential(GatedFeedForward(8, 16))
+    with watch(model, tmp_path / "run") as watching, pytest.raises(ValueError, match=told):
+        Guard(watching, mitigations=mitigations)

@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fp8lab.lab.arm import Arm, require_types
+from fp8lab.lab.description import description_of, file_hash, write_description
 from fp8lab.lab.parallel import Parallel
 from fp8lab.lab.processes import do_in_processes, require_parallel
 from fp8lab.lab.ray_workers import RayWorkers
@@ -357,10 +358,12 @@ def run_experiment(
         pool.do(jobs, on_report, ended)
 
     with Workers(workers) if ray is None else RayWorkers(ray) as pool:
-        description = _description(out, experiment, settings)
+        description = description_of(out, experiment, settings)
         preparations, runs = _stages(experiment, out, wanted, seeds, settings.quick)
-        if description is not None:  # all that could be refused has been: now something is written
-            _write_description(out, description)
+        made_by = file_hash(file)
+        if (preparations or runs) and made_by not in description["files"]:
+            description["files"].append(made_by)
+        write_description(out, description)  # all that could be refused has been
         for work in runs:
             if work.path.exists():
                 shutil.rmtree(work.path)
@@ -447,37 +450,3 @@ def _require_same(run: Run, arm: Arm) -> None:
             got, expected = (json.dumps(one)[:300] for one in (found, wanted))
             told = f"a finished run with {key}={got}, expected {expected}, or a new folder"
             raise RunError(f"{run.path}: {told}")
-
-
-def _description(out: Path, experiment: Experiment, settings: Settings) -> dict[str, Any] | None:
-    """What makes `out` this experiment's folder, None if it says so already."""
-    file = out / "experiment.json"
-    wanted = asdict(settings)
-    if settings.parallel is None:
-        del wanted["processes"], wanted["parallel"]
-    if settings.text is not None:  # where it lies on this machine is nobody's business
-        wanted["text"] = Path(settings.text).name
-    description = experiment.describe() | {"settings": wanted}
-    if out.exists() and any(out.iterdir()):
-        try:
-            text = file.read_text(encoding="utf-8") if file.is_file() else ""
-            known = json.loads(text)
-            name, earlier = known["name"], dict(known["settings"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError):
-            raise RunError(
-                f"{out}: exists and holds no experiment, expected a new folder"
-            ) from None
-        if name != experiment.name:
-            raise RunError(f"{out}: holds experiment {shown(name)}, expected {experiment.name!r}")
-        if asdict(Settings()) | earlier != asdict(Settings()) | wanted:
-            raise RunError(f"{out}: holds runs with {shown(earlier)}, expected {wanted}")
-        if known == description:
-            return None
-    return description
-
-
-def _write_description(out: Path, description: dict[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / ".experiment.json"
-    temporary.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(out / "experiment.json")

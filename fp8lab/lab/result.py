@@ -13,7 +13,6 @@ Rejected: the HTML report, which is about single runs and their diagnosis.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import pandas as pd
 
+from fp8lab.lab.description import file_hash
 from fp8lab.runs import Run, find_runs, open_run
 
 if TYPE_CHECKING:
@@ -278,12 +278,13 @@ def _provenance(experiment: Experiment, file: Path, out: Path) -> list[str]:
         }
     )
     told = ", ".join(f"{name} {'/'.join(sorted(found))}" for name, found in versions.items())
-    hashed = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    described = json.loads((out / "experiment.json").read_text(encoding="utf-8"))
+    made_by = described.get("files") or [file_hash(file)]
     settings = {k: v for k, v in _settings(out).items() if v}
     return [
         f"- `fp8lab run {experiment.name} --report reports`, {len(runs)} runs"
         + (f", settings {json.dumps(settings)}" if settings else ""),
-        f"- the experiment's file: SHA-256 {hashed}",
+        f"- the experiment's file: SHA-256 {', '.join(map(str, made_by))}",
         f"- {told}",
         *(f"- {machine}" for machine in machines),
         *(f"- text: {text}" for text in texts),

@@ -34,8 +34,7 @@ flushes all other columns unless down's column shrank as the product grew. With 
 Pitfalls, met by others: s of a channel sits on the down GEMM's summation axis and cannot be undone
 after the GEMM; the smoothed columns change with s in every step, so the weight of down must be
 scaled just in time (with a delayed scale 2 of 8 small runs still diverged); and a scale from the
-step before (`timing="delayed"`) protects from no jump. All of them work around the outlier and do
-not remove the alignment behind it.
+step before (`timing="delayed"`) protects from no jump. None removes the alignment behind it.
 """
 
 from __future__ import annotations
@@ -170,9 +169,9 @@ class SmoothSwiGLU:
         The scales are those in force, which delayed ones are; with `batches`, what the model is
         called with (a tuple or a mapping as its arguments), they are made of the maxima over these.
         With powers of two the folded model is the unfolded one with these scales to the bit, where
-        the cast of up's weight commutes with a scale per row: without FP8, with a scale per row
-        (`RowwiseScaling`) or per block within a row (MX). With one scale for the whole of up's
-        weight, rows now far apart in size share its range: another cast, other outputs.
+        the cast of up's weight commutes with a scale per row: without FP8, with one per row
+        (`RowwiseScaling`) or block (MX). With one for all of up's weight, a delayed one made anew,
+        rows now far apart in size share its range: other outputs.
 
         Raises ValueError, and changes nothing, if no channel is balanced, a weight is shared with
         another layer, the product is not linear in up, a hook may change what up gives or down
@@ -492,8 +491,10 @@ def _fold(site: GateSite, balanced: _Balanced, scale: Tensor) -> None:
     site.up.weight.mul_(scale[:, None])
     if site.up.bias is not None:
         site.up.bias.mul_(scale)
-    down = site.down.module
+    up, down = site.up.module, site.down.module
     assert isinstance(down, Fp8Linear)
     down.weight.div_(scale)
+    for layer in (up, down) if isinstance(up, Fp8Linear) else (down,):
+        layer.renew_scale()
     balanced.leave()
     down.rewrite = None
