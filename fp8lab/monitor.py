@@ -106,10 +106,10 @@ def watch(
     Raises ValueError if no feed-forward can be seen, a selection is none, an optimizer is given
     with `inference`, or another process casts a layer otherwise; RunError if `path` exists.
     """
-    _check_numbers(every=(every, 1), channels=(channels, 1), burst=(burst, 0))
+    _check(inference, optimizer, every=(every, 1), channels=(channels, 1), burst=(burst, 0))
     model = unwrapped(model)
     recorder = Recorder(every, as_selections(select), resume_at or 0, always=burst > 0)
-    recorder.inference = _is_inference(inference, optimizer)
+    recorder.inference = inference
     sites = _feed_forwards(model)
     taps = TensorTaps(watched_modules(model), recorder, optimizer)
     _check_selections(recorder, sites, taps)
@@ -123,16 +123,12 @@ def watch(
     return watching
 
 
-def _check_numbers(**numbers: tuple[int, int]) -> None:
+def _check(inference: bool, optimizer: Any, **numbers: tuple[int, int]) -> None:
+    if inference and optimizer is not None:
+        raise ValueError("watch: inference with optimizer=, expected one of them")
     for name, (value, least) in numbers.items():
         if value < least:
             raise ValueError(f"watch: {name}={value}, expected at least {least}")
-
-
-def _is_inference(inference: bool, optimizer: torch.optim.Optimizer | None) -> bool:
-    if inference and optimizer is not None:
-        raise ValueError("watch: inference with optimizer=, expected one of them")
-    return inference
 
 
 def _writer(
