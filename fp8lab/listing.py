@@ -65,6 +65,8 @@ def facts_of(run: Run, info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(casts, dict):
             told = "; ".join(f"{gemm} {gemm_in_words(casts, gemm)}" for gemm in GEMMS)
             alike.setdefault(told, []).append(layer)
+    if not alike:
+        yield "precision", "no layer says its own: as the model's dtype and autocast have it"
     for told, layers in alike.items():
         more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
         yield ", ".join(layers[:NAMED]) + more, told

@@ -107,6 +107,8 @@ def watch(
     with `inference`, or another process casts a layer otherwise; RunError if `path` exists.
     """
     _check(inference, optimizer, every=(every, 1), channels=(channels, 1), burst=(burst, 0))
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"watch: model {model!r:.60}, expected an nn.Module")
     model = unwrapped(model)
     recorder = Recorder(every, as_selections(select), resume_at or 0, always=burst > 0)
     recorder.inference = inference
@@ -127,8 +129,10 @@ def _check(inference: bool, optimizer: Any, **numbers: tuple[int, int]) -> None:
     if inference and optimizer is not None:
         raise ValueError("watch: inference with optimizer=, expected one of them")
     for name, (value, least) in numbers.items():
-        if value < least:
-            raise ValueError(f"watch: {name}={value}, expected at least {least}")
+        if not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(
+                f"watch: {name}={value!r:.60}, expected an integer of at least {least}"
+            )
 
 
 def _writer(

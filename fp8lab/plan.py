@@ -343,6 +343,8 @@ def load_recipe(path: str | Path) -> Plan:
     import yaml
 
     path = Path(path)
+    if str(path) in RECIPES and not path.exists():
+        raise ValueError(f"{path}: no such file, expected a plan's; the recipe is fp8lab.{path}()")
     if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would never end
         raise ValueError(f"{path}: not a file, expected YAML")
     with path.open("rb") as file:

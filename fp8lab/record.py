@@ -38,7 +38,12 @@ STEPS = (
     *_WHERE,
     Column("loss", _F64, "", "as given to watch.step"),
     Column("learning_rate", _F64, "", "of the first parameter group, at the optimizer's step"),
-    Column("grad_norm", _F64, "", "l2 norm of all gradients, at the optimizer's step"),
+    Column(
+        "grad_norm",
+        _F64,
+        "",
+        "l2 norm of all gradients as the optimizer gets them: clipped, if they are",
+    ),
     Column("update_ratio", _F64, "", "l2 norm of the update / l2 norm of the parameters"),
     Column("rms_t", _F64, "", "largest over tensors: sqrt(mean(g^2 / max(v, eps^2))), Adam only"),
     Column("logit_max", _F64, "", "largest magnitude of the model's output"),

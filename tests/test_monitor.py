@@ -377,8 +377,8 @@ def test_a_model_without_a_feed_forward_is_refused_before_anything_exists(tmp_pa
 @pytest.mark.parametrize(
     ("settings", "error", "reason"),
     [
-        ({"every": 0}, ValueError, "watch: every=0, expected at least 1"),
-        ({"channels": 0}, ValueError, "watch: channels=0, expected at least 1"),
+        ({"every": 0}, ValueError, "watch: every=0, expected an integer of at least 1"),
+        ({"channels": 0}, ValueError, "watch: channels=0, expected an integer of at least 1"),
         ({"config": {"a": {1}}}, TypeError, "set is not JSON serializable"),
         ({"resume_at": 3}, RunError, "no run here"),
     ],

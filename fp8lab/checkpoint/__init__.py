@@ -196,6 +196,10 @@ class _Jobs(NamedTuple):
     not_audited: dict[str, str]
 
 
+# Buffers of a converted layer, beside its weight.
+_FP8_STATE = ("amax_history", "scale")
+
+
 def _of_file(weights: Weights) -> _Jobs:
     readable = {name: stored for name, stored in weights.tensors.items() if stored.get is not None}
     not_audited = {
@@ -217,7 +221,8 @@ def _of_file(weights: Weights) -> _Jobs:
             not_audited[name] = f"FP8 whose scale may be {scale!r:.100}, {expected}"
         not_audited.setdefault(scale, f"may be the scale of {name!r:.100}, which is not audited")
         readable.pop(scale, None)
-    others = {n: s for n, s in readable.items() if n not in scales.values()}
+    state = {f"{n.removesuffix('weight')}{own}" for n in readable for own in _FP8_STATE}
+    others = {n: s for n, s in readable.items() if n not in scales.values() and n not in state}
 
     def bands(name: str, part: Callable[[Tensor], Tensor]) -> Callable[[], Bands]:
         def made() -> Bands:

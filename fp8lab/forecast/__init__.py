@@ -32,6 +32,7 @@ clipped too.
 from __future__ import annotations
 
 import glob
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -49,6 +50,7 @@ from fp8lab.forecast.what_if import (
     replayed,
     uses_of,
 )
+from fp8lab.formats import FloatFormat
 from fp8lab.plan import Plan, as_recipe, recipe_to_dict
 from fp8lab.recipe import OPERANDS, DelayedScaling, HighPrecision, shown
 from fp8lab.record import CLIPPED_STALENESS
@@ -261,9 +263,17 @@ def _troubles(use: Use, rows: pd.DataFrame) -> Iterator[Trouble]:
         limit, source = CLIPPED_STALENESS, "an octave"
         yield from _found("clips", use, rows, stale, told, "staleness", limit, source)
     else:
-        many, told = rows["saturated_low"] > SATURATED, rows["saturated_low"].notna()
+        margin = use.recipe.margin if isinstance(use.recipe, DelayedScaling) else 0
+        # Up to half a step above the largest value, to saturate is to round.
+        lost = ~(rows["staleness"] * 2.0**-margin <= 1.0 + _half_a_step(use.format))
+        many, told = (rows["saturated_low"] > SATURATED) & lost, rows["saturated_low"].notna()
         source = "FP8-LM, 2310.18313"
         yield from _found("clips", use, rows, many, told, "saturated_low", SATURATED, source)
+
+
+def _half_a_step(fmt: FloatFormat) -> float:
+    """Half the distance of the format's two largest values, over the largest."""
+    return float(2.0 ** (math.floor(math.log2(fmt.max)) - fmt.mantissa_bits - 1) / fmt.max)
 
 
 def _found(

@@ -51,7 +51,7 @@ def require_parallel(settings: Settings, parts: Iterable[Part], ray: str | None)
     for part in parts:
         if not part.parallel:
             told = "its training is one of one process"
-            raise ValueError(f"part {part.name}: {told}, expected no --processes")
+            raise ValueError(f"part {part.name}: {told}, expected Part(parallel=True)")
         for arm in part.arms if how != "ddp" else ():
             if arm.mitigations:
                 told = f"arm {arm.name}: mitigations under {how}"
