@@ -440,14 +440,15 @@ def compare(
     from fp8lab.report import demand_replaceable, write_comparison
 
     paths = _expand(runs)
-    require_arm(map(open_run, paths), against)
     if out is not None and not as_json:
         demand_replaceable(out)
         written = write_comparison(runs, out, by=(by or Alignment.step).value, against=against)
         typer.echo(f"report: {written}")
         return
     _only_printed(out)
-    rows = side_by_side([open_run(path) for path in paths], against, by.value if by else None)
+    opened = [open_run(path) for path in paths]
+    require_arm(opened, against)
+    rows = side_by_side(opened, against, by.value if by else None)
     if as_json:
         _print_json(rows)
         return

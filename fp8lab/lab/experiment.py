@@ -360,8 +360,7 @@ def run_experiment(
     with Workers(workers) if ray is None else RayWorkers(ray) as pool:
         description = description_of(out, experiment, settings)
         preparations, runs = _stages(experiment, out, wanted, seeds, settings.quick)
-        made_by = file_hash(file)
-        if (preparations or runs) and made_by not in description["files"]:
+        if (preparations or runs) and (made_by := file_hash(file)) not in description["files"]:
             description["files"].append(made_by)
         write_description(out, description)  # all that could be refused has been
         for work in runs:
