@@ -421,7 +421,7 @@ def open_run(path: str | Path) -> Run:
     """
     path = Path(path)
     if not state_file(path, 0).exists() and (below := next(find_runs(path), path)) != path:
-        raise RunError(f"{path}: a folder of runs, expected one of them, as {below}")
+        raise RunError(f"{path}: no run here but below, expected one of those, as {below}")
     run = Run(path, {})
     first = next(iter(run.folders()))  # not 0 if that process has not come yet, or never came
     return Run(path, _read_info(state_file(path, first)))
