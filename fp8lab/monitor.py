@@ -106,9 +106,7 @@ def watch(
     Raises ValueError if no feed-forward can be seen, a selection is none, an optimizer is given
     with `inference`, or another process casts a layer otherwise; RunError if `path` exists.
     """
-    _check(inference, optimizer, every=(every, 1), channels=(channels, 1), burst=(burst, 0))
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"watch: model {model!r:.60}, expected an nn.Module")
+    _check(model, inference, optimizer, every=(every, 1), channels=(channels, 1), burst=(burst, 0))
     model = unwrapped(model)
     recorder = Recorder(every, as_selections(select), resume_at or 0, always=burst > 0)
     recorder.inference = inference
@@ -125,7 +123,9 @@ def watch(
     return watching
 
 
-def _check(inference: bool, optimizer: Any, **numbers: tuple[int, int]) -> None:
+def _check(model: Any, inference: bool, optimizer: Any, **numbers: tuple[int, int]) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"watch: model {model!r:.60}, expected an nn.Module")
     if inference and optimizer is not None:
         raise ValueError("watch: inference with optimizer=, expected one of them")
     for name, (value, least) in numbers.items():
