@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from fp8lab.comparison import require_arm, side_by_side
+from fp8lab.comparison import AGAINST, require_arm, side_by_side
 from fp8lab.listing import (
     facts_of,
     print_grids,
@@ -420,7 +420,7 @@ def compare(
     runs: RunPaths,
     against: Annotated[
         str, typer.Option(metavar="ARM", help="What losses and speeds are compared with.")
-    ] = "bf16",
+    ] = AGAINST,
     by: Annotated[
         Alignment | None, typer.Option(help="Losses at the same step, or after the same tokens.")
     ] = None,

@@ -232,12 +232,17 @@ def lost_at(run: Run) -> int | None:
     diverged = events.filter(pa.compute.equal(events["kind"], "diverged"))["step"]
     if len(diverged):
         return int(pa.compute.min(diverged).as_py())
-    rows = run.arrow("steps", ("loss",))
-    rows = rows.filter(pa.compute.is_valid(rows["loss"])).sort_by("step")
-    rows = rows.filter(pa.compute.equal(rows["rank"], pa.compute.min(rows["rank"])))
+    rows = told_losses(run.arrow("steps", ("loss",)))
     finite = np.flatnonzero(np.isfinite(rows["loss"].to_numpy()))
     first = int(finite[-1]) + 1 if len(finite) else 0
     return int(rows["step"][first].as_py()) if first < len(rows) else None
+
+
+def told_losses(step_rows: pa.Table) -> pa.Table:
+    """The rows of the first process that tells a loss, by step: one that was not recorded is null,
+    one that is NaN was."""
+    rows = step_rows.filter(pa.compute.is_valid(step_rows["loss"])).sort_by("step")
+    return rows.filter(pa.compute.equal(rows["rank"], pa.compute.min(rows["rank"])))
 
 
 def config_of(run: Run) -> dict[str, Any]:

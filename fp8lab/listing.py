@@ -19,7 +19,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fp8lab.comparison import config_of, lost_at, number_of, told_of
+from fp8lab.comparison import config_of, lost_at, number_of, told_losses, told_of
 from fp8lab.recipe import GEMMS, gemm_in_words
 from fp8lab.store import Run, find_runs, open_run
 from fp8lab.terminal import printable
@@ -32,9 +32,7 @@ def summary_of(run: Run) -> dict[str, Any]:
     """A run in a row, JSON-able but for NaN."""
     rows = run.arrow("steps", ("loss",))
     result = told_of(run, "result")
-    # A loss that was not recorded is null; one that is NaN was.
-    told = rows.filter(pa.compute.is_valid(rows["loss"])).sort_by([("step", "ascending")])
-    losses = told.filter(pa.compute.equal(told["rank"], pa.compute.min(told["rank"])))["loss"]
+    losses = told_losses(rows)["loss"]
     return {
         "run": str(run.path),
         "state": run.state,

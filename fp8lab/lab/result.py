@@ -280,7 +280,7 @@ def _provenance(experiment: Experiment, file: Path, out: Path) -> list[str]:
     told = ", ".join(f"{name} {'/'.join(sorted(found))}" for name, found in versions.items())
     described = json.loads((out / "experiment.json").read_text(encoding="utf-8"))
     made_by = described.get("files") or [file_hash(file)]
-    settings = {k: v for k, v in _settings(out).items() if v}
+    settings = {k: v for k, v in described["settings"].items() if v}
     return [
         f"- `fp8lab run {experiment.name} --report reports`, {len(runs)} runs"
         + (f", settings {json.dumps(settings)}" if settings else ""),
