@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fp8lab.guard import Checkpoints as Checkpoints
     from fp8lab.guard import Guard as Guard
     from fp8lab.monitor import watch as watch
+    from fp8lab.monitor.selection import Selection as Selection
     from fp8lab.optim import Fp8AdamW as Fp8AdamW
     from fp8lab.plan import Plan as Plan
     from fp8lab.plan import load_recipe as load_recipe
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from fp8lab.regions import autocast as autocast
     from fp8lab.report import write_report as write_report
     from fp8lab.rounding import round_to as round_to
-    from fp8lab.selection import Selection as Selection
     from fp8lab.sites import FeedForwardSite as FeedForwardSite
     from fp8lab.sites import GateSite as GateSite
     from fp8lab.sites import find_feed_forwards as find_feed_forwards
@@ -68,6 +68,7 @@ _ROOMS = {
     "formats": ("FloatFormat",),
     "guard": ("Checkpoints", "Guard"),
     "monitor": ("watch",),
+    "monitor.selection": ("Selection",),
     "optim": ("Fp8AdamW",),
     "plan": ("Plan", "load_recipe"),
     "recipe": (
@@ -86,7 +87,6 @@ _ROOMS = {
     "regions": ("autocast",),
     "report": ("write_report",),
     "rounding": ("round_to",),
-    "selection": ("Selection",),
     "sites": ("FeedForwardSite", "GateSite", "find_feed_forwards", "find_gates"),
     "store": ("Run", "open_run"),
 }

@@ -24,10 +24,10 @@ from fp8lab.casting import FusedProduct
 from fp8lab.engines import torchao, transformer_engine
 from fp8lab.linear import Fp8Linear
 from fp8lab.plan import Plan, as_recipe
-from fp8lab.probing import is_probing
 from fp8lab.recipe import Accumulation, Recipe, shown
 from fp8lab.regions import close_region, open_region
 from fp8lab.sites import GateSite, find_gates
+from fp8lab.sites.probing import is_probing
 
 Backend = Literal["emulated", "te", "torchao"]
 

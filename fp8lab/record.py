@@ -90,7 +90,12 @@ TENSORS = (
     Column("bulk_error", _F64, "", "relative l2 error of the cast, outlier channels left out"),
     Column("gemm_error", _F64, "", "relative l2 error of its GEMM's sums (grad_weight: to it)"),
     Column("seen", _TEXT, "", "how the product came: seen, or recomputed from what was seen"),
-    Column("statistics", pa.map_(_TEXT, _F64), "", "further ones, by name, see fp8lab.statistics"),
+    Column(
+        "statistics",
+        pa.map_(_TEXT, _F64),
+        "",
+        "further ones, by name: monitor/statistics.py",
+    ),
 )
 # Of a product, and kept at every step.
 SENTINEL_COLUMNS = ("site", "cur_amax", "hot_channel", "scale", "staleness")

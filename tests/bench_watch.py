@@ -19,7 +19,8 @@ from bench_ratio import Row, Work, decided, ratio
 from torch import nn
 
 import fp8lab
-from fp8lab import GatedFeedForward, Selection, probes
+from fp8lab import GatedFeedForward, Selection
+from fp8lab.monitor import probes
 
 WIDTH, HIDDEN, LAYERS, TOKENS = 256, 688, 6, 1024
 

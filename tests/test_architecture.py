@@ -29,10 +29,32 @@ ARITHMETIC = {"formats", "recipe", "plan", "rounding", "kernels", "casting", "re
 ARITHMETIC |= {"scaling", "optim", "accumulation", "rewriting"}
 STORE = {"store", "runs", "segments", "wanted"}
 NECK = {"formats", "recipe", "sketch", "record"} | STORE
-SITES = {"sites", "tracing", "probing", "gating", "te_modules", "te_inside", "te_casts"}
-SITES |= {"torchao_casts"}
-MONITOR = {"monitor", "probes", "taps", "step_probes", "recorder", "ranks", "selection"}
-MONITOR |= {"measure", "statistics", "observe", "about", "precision"}
+SITES = {
+    "sites",
+    "sites.tracing",
+    "sites.probing",
+    "sites.gating",
+    "sites.te_modules",
+    "sites.te_inside",
+    "sites.te_casts",
+}
+SITES |= {"sites.torchao_casts"}
+MONITOR = {
+    "monitor",
+    "monitor.probes",
+    "monitor.taps",
+    "monitor.step_probes",
+    "monitor.recorder",
+    "monitor.ranks",
+    "monitor.selection",
+}
+MONITOR |= {
+    "monitor.measure",
+    "monitor.statistics",
+    "sites.observe",
+    "monitor.about",
+    "monitor.precision",
+}
 LAB = (
     (ARITHMETIC | NECK | SITES | MONITOR)
     | {"ffn", "engines", "conversion", "mitigations"}
@@ -61,38 +83,90 @@ TABLE: dict[str, set[str]] = {
     "optim": {"formats", "scaling"},
     "ffn": {"formats", "rounding"},
     "hooking": set(),
-    "tracing": set(),
-    "gating": {"ffn", "tracing"},
-    "probing": {"ffn", "tracing", "te_modules", "te_casts"},
-    "sites": {"ffn", "recipe", "gating", "probing", "tracing", "te_modules", "te_casts"}
-    | {"torchao_casts"},
-    "te_casts": {"recipe", "plan", "rounding", "casting", "scaling"},
-    "torchao_casts": {"formats", "recipe", "rounding", "casting", "scaling"},
-    "te_inside": {"recipe", "observe", "sites", "te_casts"},
-    "te_modules": {"observe", "sites", "te_casts", "te_inside"},
-    "observe": {"gating", "hooking", "sites", "tracing", "te_modules"},
+    "sites.tracing": set(),
+    "sites.gating": {"ffn", "sites.tracing"},
+    "sites.probing": {"ffn", "sites.tracing", "sites.te_modules", "sites.te_casts"},
+    "sites": {
+        "ffn",
+        "recipe",
+        "sites.gating",
+        "sites.probing",
+        "sites.tracing",
+        "sites.te_modules",
+        "sites.te_casts",
+    }
+    | {"sites.torchao_casts"},
+    "sites.te_casts": {"recipe", "plan", "rounding", "casting", "scaling"},
+    "sites.torchao_casts": {"formats", "recipe", "rounding", "casting", "scaling"},
+    "sites.te_inside": {"recipe", "sites.observe", "sites", "sites.te_casts"},
+    "sites.te_modules": {"sites.observe", "sites", "sites.te_casts", "sites.te_inside"},
+    "sites.observe": {"sites.gating", "hooking", "sites", "sites.tracing", "sites.te_modules"},
     "engines": {"formats", "recipe", "plan", "rounding", "regions"},
-    "conversion": ARITHMETIC | {"sites", "probing", "ffn", "engines"},
+    "conversion": ARITHMETIC | {"sites", "sites.probing", "ffn", "engines"},
     "mitigations": ARITHMETIC | {"sites", "ffn", "conversion", "hooking"},
-    "measure": {"formats", "recipe", "sketch", "kernels", "scaling", "casting"},
-    "statistics": {"formats", "recipe", "rounding", "scaling", "casting"},
-    "selection": set(),
-    "recorder": {"recipe", "record", "sketch", "casting", "measure", "statistics", "selection"},
-    "ranks": {"sketch", "recorder"},
-    "probes": {"casting", "gating", "kernels", "measure", "sites", "observe", "recorder"},
-    "taps": {"casting", "measure", "observe", "probes", "recipe", "recorder", "selection", "sites"}
-    | {"hooking", "rewriting", "step_probes"},
-    "step_probes": {"hooking", "observe", "probes", "recorder"},
-    "precision": {"hooking", "observe", "probes", "ranks", "recorder", "te_casts", "torchao_casts"},
-    "about": {"precision", "probes", "sites"},
-    "monitor": NECK | SITES | (MONITOR - {"measure", "statistics", "observe"}) | {"casting"},
+    "monitor.measure": {"formats", "recipe", "sketch", "kernels", "scaling", "casting"},
+    "monitor.statistics": {"formats", "recipe", "rounding", "scaling", "casting"},
+    "monitor.selection": set(),
+    "monitor.recorder": {
+        "recipe",
+        "record",
+        "sketch",
+        "casting",
+        "monitor.measure",
+        "monitor.statistics",
+        "monitor.selection",
+    },
+    "monitor.ranks": {"sketch", "monitor.recorder"},
+    "monitor.probes": {
+        "casting",
+        "sites.gating",
+        "kernels",
+        "monitor.measure",
+        "sites",
+        "sites.observe",
+        "monitor.recorder",
+    },
+    "monitor.taps": {
+        "casting",
+        "monitor.measure",
+        "sites.observe",
+        "monitor.probes",
+        "recipe",
+        "monitor.recorder",
+        "monitor.selection",
+        "sites",
+    }
+    | {"hooking", "rewriting", "monitor.step_probes"},
+    "monitor.step_probes": {"hooking", "sites.observe", "monitor.probes", "monitor.recorder"},
+    "monitor.precision": {
+        "hooking",
+        "sites.observe",
+        "monitor.probes",
+        "monitor.ranks",
+        "monitor.recorder",
+        "sites.te_casts",
+        "sites.torchao_casts",
+    },
+    "monitor.about": {"monitor.precision", "monitor.probes", "sites"},
+    "monitor": NECK
+    | SITES
+    | (MONITOR - {"monitor.measure", "monitor.statistics", "sites.observe"})
+    | {"casting"},
     "wanted": {"record"},
     "segments": {"record", "wanted"},
     "runs": {"record", "segments", "wanted"},
     "store": {"record", "runs", "segments"},
     "forecast": {"formats", "recipe", "plan", "record", "runs", "segments", "sketch"},
     "diagnosis": NECK | {"plan"},
-    "guard": {"monitor", "ranks", "recorder", "diagnosis", "record", "runs", "wanted"},
+    "guard": {
+        "monitor",
+        "monitor.ranks",
+        "monitor.recorder",
+        "diagnosis",
+        "record",
+        "runs",
+        "wanted",
+    },
     "progress": set(),
     "bisection": {"recipe", "plan", "runs", "store", "diagnosis"},
     "checkpoint": {"formats", "recipe", "rounding", "scaling", "casting", "kernels", "record"}
@@ -102,7 +176,7 @@ TABLE: dict[str, set[str]] = {
     "listing": {"comparison", "recipe", "store", "terminal"},
     "live": {"diagnosis", "record", "report", "runs", "segments", "terminal"},
     "terminal": set(),
-    "integrations": {"monitor", "guard", "sites", "store", "recipe", "record", "statistics"}
+    "integrations": {"monitor", "guard", "sites", "store", "recipe", "record", "monitor.statistics"}
     | {"casting", "plan"},
     "lab": LAB,
     "cli": ALL | {DOOR},
@@ -149,13 +223,13 @@ def imports(module: str, source: str) -> Iterator[tuple[str, int, bool]]:
 
 def room_of(target: str) -> str:
     """The room that an import reaches; `fp8lab.convert` is a name in the door, not a room."""
-    room = [*target.split("."), DOOR][1]
-    return room if room in TABLE else DOOR
+    _, *parts = target.split(".")
+    return next((room for room in (".".join(parts[:2]), *parts[:1]) if room in TABLE), DOOR)
 
 
 def trespasses(module: str, source: str) -> list[str]:
-    room = module.split(".")[1]
-    if room not in TABLE:
+    room = room_of(module)
+    if room == DOOR != module.split(".")[1]:
         return [f"{module}: no room in the table"]
     return [
         f"{module}:{line} imports {target}; {room} may import {sorted(TABLE[room])}"
@@ -229,6 +303,7 @@ def test_files_and_functions_fit() -> None:
         ("fp8lab.monitor", "def attach():\n    from fp8lab.linear import Fp8Linear"),
         ("fp8lab.monitor", "try:\n    pass\nexcept ImportError:\n    import fp8lab.lab"),
         ("fp8lab.monitor", "match 1:\n    case 1:\n        import fp8lab.lab"),
+        ("fp8lab.monitor.measure", "from fp8lab.monitor import watch"),
         ("fp8lab.store", "if TYPE_CHECKING:\n    from .monitor import watch"),
         ("fp8lab.diagnosis.spikes", "from ..lab import model"),
         ("fp8lab.diagnosis.__init__", "from .. import lab"),

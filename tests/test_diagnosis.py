@@ -32,9 +32,9 @@ from fp8lab.lab.model import LanguageModel, ModelConfig, amplify
 from fp8lab.lab.rare_tokens import LEARNING_RATE, Regression, Student
 from fp8lab.mitigations import SmoothSwiGLU
 from fp8lab.monitor import watch
+from fp8lab.monitor.selection import Selection
 from fp8lab.recipe import Float8CurrentScaling, HighPrecision, Recipe
 from fp8lab.record import Finding, Severity
-from fp8lab.selection import Selection
 from fp8lab.store import Run, RunError, RunWriter, open_run
 
 FP8 = {"mlp.down": {"input": "E4M3 DelayedScaling", "weight": "E4M3 DelayedScaling"}}

@@ -26,6 +26,7 @@ from fp8lab.lab.scenarios import Draw, blocks, gradients, labels, ranks
 from fp8lab.linear import Fp8Linear
 from fp8lab.mitigations import SmoothSwiGLU
 from fp8lab.monitor import watch
+from fp8lab.monitor.selection import Selection
 from fp8lab.plan import Plan, recipe_to_dict
 from fp8lab.recipe import (
     Accumulation,
@@ -38,7 +39,6 @@ from fp8lab.recipe import (
 )
 from fp8lab.record import Finding
 from fp8lab.scaling import power_of_two_scale
-from fp8lab.selection import Selection
 from fp8lab.store import RunWriter, open_run
 
 

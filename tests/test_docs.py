@@ -40,6 +40,9 @@ def test_the_map_is_the_tree() -> None:
         if entry.name not in ("__pycache__", "py.typed")
     }
     assert set(inside) == on_disk
+    for folder, listed in re.findall(r"^  (\w+)/ .*\n((?:    .*\n)+)", rooms[1], re.MULTILINE):
+        files = {path.name for path in (package / folder).glob("*.py")} - {"__init__.py"}
+        assert {line.split()[0] for line in listed.splitlines()} == files
     assert set(top) == {"fp8lab/", "docs/", "experiments/", "reports/", "tests/"}
     assert all((ROOT / folder).is_dir() for folder in top)
 

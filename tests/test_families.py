@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from fp8lab import observe
 from fp8lab.ffn import FeedForward, GatedFeedForward, Swish
-from fp8lab.sites import FeedForwardSite, GateSite, find_gates, survey
+from fp8lab.sites import FeedForwardSite, GateSite, find_gates, observe, survey
 
 VOCABULARY = 64
 SIZES: dict[str, Any] = {

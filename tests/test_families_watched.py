@@ -19,7 +19,7 @@ from test_families import FAMILIES, footprint, run
 from torch import Tensor, nn
 
 import fp8lab
-from fp8lab.selection import FEED_FORWARD_GRADIENTS, FEED_FORWARD_TENSORS, PARAMETER_TENSORS
+from fp8lab.monitor.selection import FEED_FORWARD_GRADIENTS, FEED_FORWARD_TENSORS, PARAMETER_TENSORS
 
 SELECT = [
     fp8lab.Selection(tensors=FEED_FORWARD_GRADIENTS),

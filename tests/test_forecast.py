@@ -43,7 +43,7 @@ from fp8lab.forecast import DAMAGED, MOST, RELEASED, SATURATED, WINDOW, WOUND_UP
 from fp8lab.forecast.histories import current_scales, delayed_scales
 from fp8lab.forecast.what_if import COLUMNS, recorded_sites, uses_of
 from fp8lab.linear import Fp8Linear
-from fp8lab.measure import summary
+from fp8lab.monitor.measure import summary
 from fp8lab.recipe import Recipe
 from fp8lab.scaling import power_of_two_scale, scale_for
 from fp8lab.sketch import Sketch

@@ -28,8 +28,8 @@ from fp8lab.diagnosis import diagnose
 from fp8lab.guard import FIRST_STEPS, Checkpoints, Guard
 from fp8lab.lab.data import RareToken
 from fp8lab.mitigations import AntiWindup, HighPrecisionProduct, ZClip
+from fp8lab.monitor.recorder import StepRows
 from fp8lab.record import Finding
-from fp8lab.recorder import StepRows
 from fp8lab.store import open_run
 
 PLAN = Plan(

@@ -21,7 +21,7 @@ from torch import Tensor
 from fp8lab import DelayedScaling, HighPrecision, formats
 from fp8lab.casting import Cast
 from fp8lab.forecast.magnitudes import Limits, Magnitudes, thresholds
-from fp8lab.measure import summary
+from fp8lab.monitor.measure import summary
 from fp8lab.sketch import Sketch, _thresholds
 
 FORMATS = (formats.E4M3, formats.E5M2, formats.E4M3_GAUDI2, formats.E3M2, formats.E2M3)

@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fp8lab import formats, kernels, measure
+from fp8lab import formats, kernels
 from fp8lab.casting import Cast, cast_for
 from fp8lab.formats import FloatFormat
+from fp8lab.monitor import measure
 from fp8lab.recipe import (
     DelayedScaling,
     Float8BlockScaling,

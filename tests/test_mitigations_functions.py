@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fp8lab
-from fp8lab import observe, probing
 from fp8lab.ffn import ACTIVATIONS, FeedForward, GatedFeedForward, Swish
 from fp8lab.formats import E4M3
 from fp8lab.mitigations import HighPrecisionProduct, SmoothSwiGLU
@@ -34,7 +33,7 @@ from fp8lab.mitigations.powlu import PowLU
 from fp8lab.mitigations.product import change_of_function
 from fp8lab.mitigations.replaced_activation import ReplacedActivation
 from fp8lab.mitigations.situ_glu import SiTUGLU
-from fp8lab.sites import find_gates, survey
+from fp8lab.sites import find_gates, observe, probing, survey
 
 Product = Callable[[Tensor, Tensor], Tensor]
 

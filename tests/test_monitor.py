@@ -243,7 +243,7 @@ def test_from_a_source_tree_that_is_not_installed(
     def version(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("fp8lab.about.version", version)
+    monkeypatch.setattr("fp8lab.monitor.about.version", version)
     with watch(plain(), tmp_path / "run"):
         pass
     said = open_run(tmp_path / "run").info["versions"]["fp8lab"]

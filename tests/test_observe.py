@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from fp8lab import observe
-from fp8lab.sites import GateSite, find_gates
+from fp8lab.sites import GateSite, find_gates, observe
 
 ROLES = ["gate", "up", "product", "output"]
 

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fp8lab
-from fp8lab import measure
 from fp8lab.casting import Cast, cast_for
 from fp8lab.ffn import GatedFeedForward
-from fp8lab.monitor import Watch, watch
+from fp8lab.monitor import Watch, measure, watch
 from fp8lab.recipe import DelayedScaling, Float8CurrentScaling, HighPrecision
 from fp8lab.sketch import Sketch
 from fp8lab.store import open_run

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fp8lab.ffn import GatedFeedForward
 from fp8lab.monitor import watch
+from fp8lab.monitor.selection import Selection
 from fp8lab.optim import Fp8AdamW
-from fp8lab.selection import Selection
 from fp8lab.store import open_run
 
 DIM, HIDDEN = 16, 24

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fp8lab
-from fp8lab import GatedFeedForward, kernels, probes
-from fp8lab.recorder import Recorder, to_host
+from fp8lab import GatedFeedForward, kernels
+from fp8lab.monitor import probes
+from fp8lab.monitor.recorder import Recorder, to_host
 
 needs_kernels = pytest.mark.skipif(
     kernels.why_unavailable() is not None, reason="measuring beside needs kernels"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp8lab.selection import Selection, as_selections
+from fp8lab.monitor.selection import Selection, as_selections
 
 
 def next_enabled_iter() -> Any:

@@ -524,7 +524,7 @@ def test_a_large_stack_of_experts_is_probed_with_one_matrix(
 ) -> None:
     from foreign_feed_forwards import TorchtitanExperts
 
-    from fp8lab import probing
+    from fp8lab.sites import probing
 
     monkeypatch.setattr(probing, "_SMALL_STACK", 1)
     assert probing._stand_ins(TorchtitanExperts(), torch.device("cpu"))["w1_EFD"].stride(0) == 0

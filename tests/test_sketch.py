@@ -27,7 +27,7 @@ from torch import Tensor
 from fp8lab import formats
 from fp8lab.casting import Cast
 from fp8lab.formats import FloatFormat
-from fp8lab.measure import summary
+from fp8lab.monitor.measure import summary
 from fp8lab.recipe import Float8CurrentScaling
 from fp8lab.sketch import HISTOGRAM_BINS, PACKED, Bounds, Sketch, bin_edge
 

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fp8lab import casting, formats, recipe, statistics
+from fp8lab import casting, formats, recipe
 from fp8lab.casting import Cast
+from fp8lab.monitor import statistics
 from fp8lab.recipe import Operand
 
 PLAIN = list(statistics.PLAIN)

@@ -20,11 +20,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import fp8lab
-from fp8lab import statistics as statistics_room
-from fp8lab import taps
 from fp8lab.ffn import GatedFeedForward
 from fp8lab.lab.model import LanguageModel, ModelConfig
-from fp8lab.selection import Selection
+from fp8lab.monitor import statistics as statistics_room
+from fp8lab.monitor import taps
+from fp8lab.monitor.selection import Selection
 
 CONFIG = ModelConfig(dim=16, layers=2, heads=2, context=8)
 

@@ -21,8 +21,9 @@ import transformer_engine_statistics as worker
 from torch import Tensor
 from transformer_engine_on_cpu import TransformerEngine
 
-from fp8lab import casting, recipe, statistics
+from fp8lab import casting, recipe
 from fp8lab.casting import Cast
+from fp8lab.monitor import statistics
 from fp8lab.recipe import Operand
 
 PLAIN = ["min", "max", "mean", "std", "l1_norm", "l2_norm", "cur_amax", "dynamic_range"]

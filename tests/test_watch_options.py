@@ -204,7 +204,7 @@ def test_what_cannot_be_measured_ends_no_training(
     with fp8lab.watch(model, tmp_path / "run", every=1) as watching:
         train(model, watching, range(1))
         with monkeypatch.context() as patch, pytest.warns(UserWarning, match="no room") as seen:
-            patch.setattr("fp8lab.measure.summary", out_of_memory)
+            patch.setattr("fp8lab.monitor.measure.summary", out_of_memory)
             train(model, watching, range(1, 4))
     assert len(seen) == 1
     run = fp8lab.open_run(tmp_path / "run")

@@ -46,7 +46,7 @@ class Seen:
         return role in self.roles and torch._C._current_graph_task_id() == -1
 
     def sees(self, module: nn.Module, role: str, tensor: Tensor) -> None:
-        from fp8lab import te_casts
+        from fp8lab.sites import te_casts
 
         if not self.steps or role in self.steps[-1]:
             self.steps.append({})
@@ -186,7 +186,7 @@ def casts_of_linear(
     """A te.Linear's input as `cast_in_force` says before the forward, and as TE's GEMM gets it."""
     import transformer_engine.pytorch as te
 
-    from fp8lab import te_casts
+    from fp8lab.sites import te_casts
 
     _fresh()
     layer = te.Linear(DIM, DIM, bias=False, params_dtype=torch.bfloat16, device="cpu")
@@ -277,7 +277,7 @@ def train(
     """Steps of SGD with batches whose size grows and falls; what was seen, and what was left."""
     import transformer_engine.pytorch as te
 
-    from fp8lab import te_modules
+    from fp8lab.sites import te_modules
 
     chosen = _recipe(recipe)
     model = build(settings, dtype)
@@ -336,7 +336,7 @@ def failing(build: Callable[..., nn.Module], checkpoint: bool) -> tuple[bool, bo
     handles are removed."""
     import transformer_engine.pytorch.module.layernorm_mlp as home
 
-    from fp8lab import te_modules
+    from fp8lab.sites import te_modules
 
     model = build({"checkpoint": True} if checkpoint else {}, torch.bfloat16)
     before, lookup = _traces(model), home._act_func
@@ -363,7 +363,7 @@ def failing(build: Callable[..., nn.Module], checkpoint: bool) -> tuple[bool, bo
 
 def warnings_of(activation: str) -> tuple[list[str], list[str]]:
     """Warnings and roles of three forwards without gradients."""
-    from fp8lab import te_modules
+    from fp8lab.sites import te_modules
 
     model = layernorm_mlp({"activation": activation}, torch.bfloat16)
     receiver = Seen()
@@ -384,7 +384,7 @@ def refused(
     """Warnings and roles of three forwards if TE's kernel took the second half for the gate."""
     import transformer_engine.pytorch as te
 
-    from fp8lab import te_modules
+    from fp8lab.sites import te_modules
 
     model = build(APART if build is layernorm_mlp else {}, torch.bfloat16)
     receiver, chosen = Seen(), _recipe(recipe)
@@ -423,7 +423,7 @@ def sites_around(build: Callable[..., nn.Module]) -> list[list[str]]:
 
 def two_watches(build: Callable[..., nn.Module]) -> tuple[list[int], bool]:
     """Two receivers on one module, removed in the order in which they came."""
-    from fp8lab import te_modules
+    from fp8lab.sites import te_modules
 
     model = build({}, torch.bfloat16)
     before = _traces(model)
@@ -558,7 +558,7 @@ def fed(
 
 def hooked_like_fed() -> dict[str, Any]:
     """The first step of `fed` without TE's debug features, seen by hooks."""
-    from fp8lab import te_modules
+    from fp8lab.sites import te_modules
 
     mlp, _, _ = _block()
     receiver = Seen()
@@ -582,7 +582,7 @@ def watched_run(
     import transformer_engine.pytorch as te
 
     import fp8lab
-    from fp8lab import te_casts
+    from fp8lab.sites import te_casts
 
     _fresh()
     part: nn.Module = {

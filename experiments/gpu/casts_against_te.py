@@ -340,7 +340,7 @@ class NormAndMLP(nn.Module):
 
 def layernorm_mlp(te: Any, setting: Setting, recipe: Recipe, chosen: Any) -> Iterator[object]:
     """The same of the product's codes, and of a whole feed-forward with its norm."""
-    from fp8lab.te_casts import cast_in_force
+    from fp8lab.sites.te_casts import cast_in_force
 
     size, hidden = setting.pick(1024, 128), setting.pick(2816, 384)
     tokens = setting.pick(2048, 256)

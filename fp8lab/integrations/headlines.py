@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from fp8lab.monitor.statistics import check
 from fp8lab.record import CHANNELS, TENSORS
-from fp8lab.statistics import check
 
 HEADLINES = (
     "cur_amax",

@@ -28,8 +28,8 @@ from fp8lab.lab.model import LanguageModel, ModelConfig
 from fp8lab.lab.parallel import parallelize
 from fp8lab.lab.train import NextByte, Schedule, load_checkpoint, save_checkpoint, train
 from fp8lab.monitor import watch
+from fp8lab.monitor.ranks import unwrapped
 from fp8lab.plan import Plan
-from fp8lab.ranks import unwrapped
 from fp8lab.recipe import HighPrecision
 
 BF16 = Plan(recipe=HighPrecision(), exclude=("head",))

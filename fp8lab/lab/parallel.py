@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fp8lab.ffn import FeedForward, GatedFeedForward
-from fp8lab.ranks import rank_of, world_size
+from fp8lab.monitor.ranks import rank_of, world_size
 
 Parallel = Literal["ddp", "fsdp2", "tensor_parallel"]
 

@@ -27,8 +27,8 @@ from fp8lab.lab.model import LanguageModel, next_byte_loss
 from fp8lab.lab.parallel import clip_gradients, mean_over_processes, part_of
 from fp8lab.linear import Fp8Linear
 from fp8lab.monitor import Watch
+from fp8lab.monitor.ranks import world_size
 from fp8lab.plan import named
-from fp8lab.ranks import world_size
 from fp8lab.recipe import shown
 
 

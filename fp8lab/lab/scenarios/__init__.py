@@ -34,9 +34,9 @@ from torch import nn
 
 from fp8lab.lab.workers import Workers
 from fp8lab.monitor import Watch, watch
+from fp8lab.monitor.selection import Selection
 from fp8lab.plan import Plan, recipe_to_dict
 from fp8lab.recipe import shown
-from fp8lab.selection import Selection
 
 Split = Literal["development", "evaluation"]
 DRAWS = 10

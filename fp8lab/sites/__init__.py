@@ -29,16 +29,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fp8lab.ffn import FeedForward, GatedFeedForward
-from fp8lab.gating import Formula as Formula
-from fp8lab.gating import Roles, explain_gate, explain_plain
-from fp8lab.probing import numbers, probe, proposals
 from fp8lab.recipe import Operand
-from fp8lab.te_casts import cast_in_force as cast_in_force_of_te
-from fp8lab.te_casts import te_name
-from fp8lab.torchao_casts import cast_in_force as cast_in_force_of_torchao
-from fp8lab.torchao_casts import is_torchao
-from fp8lab.tracing import Source
-from fp8lab.tracing import output_of as output_of
+from fp8lab.sites.gating import Formula as Formula
+from fp8lab.sites.gating import Roles, explain_gate, explain_plain
+from fp8lab.sites.probing import numbers, probe, proposals
+from fp8lab.sites.te_casts import cast_in_force as cast_in_force_of_te
+from fp8lab.sites.te_casts import te_name
+from fp8lab.sites.torchao_casts import cast_in_force as cast_in_force_of_torchao
+from fp8lab.sites.torchao_casts import is_torchao
+from fp8lab.sites.tracing import Source
+from fp8lab.sites.tracing import output_of as output_of
 
 Role = Literal["gate", "up", "product", "output"]
 Seen = Literal["hooks", "inside", "recomputed"]
@@ -247,7 +247,7 @@ def survey(model: nn.Module) -> Survey:
     for name, module in model.named_modules():
         site: GateSite | FeedForwardSite | str | None
         if te_name(module) is not None:
-            from fp8lab import te_modules
+            from fp8lab.sites import te_modules
 
             site = te_modules.identify(name or ".", module)
         else:

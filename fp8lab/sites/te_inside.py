@@ -32,10 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp8lab.observe import Receiver, eagerly
 from fp8lab.recipe import DelayedScaling, Float8CurrentScaling
 from fp8lab.sites import FeedForwardSite, GateSite, Role
-from fp8lab.te_casts import cast_in_force, recipe_in_force, te_name
+from fp8lab.sites.observe import Receiver, eagerly
+from fp8lab.sites.te_casts import cast_in_force, recipe_in_force, te_name
 
 Site = GateSite | FeedForwardSite
 

@@ -38,7 +38,7 @@ from fp8lab.ffn import (
     soft_limit,
     xielu,
 )
-from fp8lab.tracing import LinearMap, Source
+from fp8lab.sites.tracing import LinearMap, Source
 
 _TOLERANCE = 8 * torch.finfo(torch.float32).eps
 _QUICK_GELU = 1.702  # x·sigmoid(1.702x), Hendrycks and Gimpel 2016

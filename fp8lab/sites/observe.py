@@ -33,10 +33,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-from fp8lab.gating import relative_error, without_factor
 from fp8lab.hooking import OfOneModel
 from fp8lab.sites import FeedForwardSite, GateSite, Projection, Role
-from fp8lab.tracing import LinearMap, Source, Trace, features_last, output_of
+from fp8lab.sites.gating import relative_error, without_factor
+from fp8lab.sites.tracing import LinearMap, Source, Trace, features_last, output_of
 
 
 class Handle(Protocol):
@@ -65,7 +65,7 @@ def attach(site: GateSite | FeedForwardSite, receiver: Receiver) -> list[Handle]
     activation. Of a site without a gate the roles are up, product and output.
     """
     if site.engine == "transformer_engine":
-        from fp8lab import te_modules
+        from fp8lab.sites import te_modules
 
         handles: list[Handle] = list(te_modules.attach(site, receiver))
         return handles

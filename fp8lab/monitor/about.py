@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp8lab.precision import known_from_birth, linears
-from fp8lab.probes import how_seen
+from fp8lab.monitor.precision import known_from_birth, linears
+from fp8lab.monitor.probes import how_seen
 from fp8lab.sites import FeedForwardSite, GateSite
 
 

@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp8lab.observe import Receiver
 from fp8lab.sites import FeedForwardSite, GateSite, Projection
-from fp8lab.te_casts import te_name
-from fp8lab.te_inside import InsideLayerNormMLP, Removal, inside_operations
+from fp8lab.sites.observe import Receiver
+from fp8lab.sites.te_casts import te_name
+from fp8lab.sites.te_inside import InsideLayerNormMLP, Removal, inside_operations
 
 # TE's name (of te.ops: the class in lower case) -> activation and beta, as sites have them.
 _GATED: dict[str, tuple[str, float]] = {

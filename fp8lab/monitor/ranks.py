@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fp8lab.recorder import Kinds, Recorder, Vector, merged_kind
+from fp8lab.monitor.recorder import Kinds, Recorder, Vector, merged_kind
 from fp8lab.sketch import NUM_EXTREMES, NUM_SUMS
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")

@@ -33,11 +33,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fp8lab.about import describe
 from fp8lab.casting import Cast
-from fp8lab.precision import PrecisionProbe, in_full
-from fp8lab.probes import FeedForwardProbe
-from fp8lab.ranks import (
+from fp8lab.monitor.about import describe
+from fp8lab.monitor.precision import PrecisionProbe, in_full
+from fp8lab.monitor.probes import FeedForwardProbe
+from fp8lab.monitor.ranks import (
     Reduction,
     job_at,
     plain_name,
@@ -47,13 +47,13 @@ from fp8lab.ranks import (
     watched_modules,
     world_size,
 )
+from fp8lab.monitor.recorder import Kinds, Recorder, StepRows
+from fp8lab.monitor.selection import Selection, as_selections
+from fp8lab.monitor.step_probes import STEP, OptimizerProbe, OutputProbe, step_columns
+from fp8lab.monitor.taps import TensorTaps
 from fp8lab.record import CLIPPED_STALENESS, STEPS
-from fp8lab.recorder import Kinds, Recorder, StepRows
-from fp8lab.selection import Selection, as_selections
 from fp8lab.sites import FeedForwardSite, GateSite, find_gates, survey
-from fp8lab.step_probes import STEP, OptimizerProbe, OutputProbe, step_columns
 from fp8lab.store import RunWriter
-from fp8lab.taps import TensorTaps
 
 Listener = Callable[[int, dict[str, float]], None]
 Observer = Callable[[StepRows], None]

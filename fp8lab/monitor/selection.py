@@ -16,7 +16,7 @@ these ask for. (In TE a layer belongs to one section.)
       statistics: [mxfp8_underflows%, fp8_current_scaling_mse]
       start_end_list: [[0, 100], [5000, 5100]]
 
-Standard library only; PyYAML is imported by the loader.
+Nothing here needs torch; PyYAML is imported by the loader.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Selection:
     `product`, `output` and `grad_` of each), linear layers (`input`, `output`, `grad_…`), blocks,
     that is members of a ModuleList (`residual`, `grad_residual`, `attention_logits`), and owners of
     parameters with two dimensions or more (`weight`, `grad_weight`; `exp_avg`, `exp_avg_sq` as
-    Adam's state calls its moments). `statistics` are names of `fp8lab.statistics`, kept besides
-    the columns that every tensor row has. `freq` None is the `every` of `watch`. Steps are counted
-    from 0 by `watch.step`.
+    Adam's state calls its moments). `statistics` are names of `fp8lab.monitor.statistics`, kept
+    besides the columns that every tensor row has. `freq` None is the `every` of `watch`. Steps are
+    counted from 0 by `watch.step`.
 
     Raises ValueError in one line for an unknown tensor, a frequency below 1 or a range that is
     none. Unknown statistics are refused by `watch`.

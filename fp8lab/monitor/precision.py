@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fp8lab import te_casts, torchao_casts
 from fp8lab.hooking import OfOneModel
-from fp8lab.observe import eagerly
-from fp8lab.probes import counts
-from fp8lab.ranks import watched_modules
-from fp8lab.recorder import Recorder
+from fp8lab.monitor.probes import counts
+from fp8lab.monitor.ranks import watched_modules
+from fp8lab.monitor.recorder import Recorder
+from fp8lab.sites import te_casts, torchao_casts
+from fp8lab.sites.observe import eagerly
 
 Precision = dict[str, dict[str, str]]  # layer -> operand@gemm -> format, recipe
 

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fp8lab import kernels, measure, observe
+from fp8lab import kernels
 from fp8lab.casting import Cast
-from fp8lab.gating import Formula
-from fp8lab.recorder import (
+from fp8lab.monitor import measure
+from fp8lab.monitor.recorder import (
     Kinds,
     Recorder,
     Vector,
@@ -38,7 +38,8 @@ from fp8lab.recorder import (
     quantile,
     version_of,
 )
-from fp8lab.sites import FeedForwardSite, GateSite, Role, cast_in_force
+from fp8lab.sites import FeedForwardSite, GateSite, Role, cast_in_force, observe
+from fp8lab.sites.gating import Formula
 
 # Of so many channels that were hottest so far the weights are kept with every recorded step: the
 # one that breaks a run was among them long before, and is seen as it was then.

@@ -24,17 +24,17 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fp8lab import measure
 from fp8lab.casting import Cast
 from fp8lab.hooking import when_gradients_are_there
-from fp8lab.observe import Leaving, eagerly, take_off
-from fp8lab.probes import counts
+from fp8lab.monitor import measure
+from fp8lab.monitor.probes import counts
+from fp8lab.monitor.recorder import Recorder, local
+from fp8lab.monitor.selection import BLOCK_TENSORS, LINEAR_TENSORS, PARAMETER_TENSORS
+from fp8lab.monitor.step_probes import gradient_scale
 from fp8lab.recipe import OPERANDS
-from fp8lab.recorder import Recorder, local
 from fp8lab.rewriting import OfAnotherForwardError
-from fp8lab.selection import BLOCK_TENSORS, LINEAR_TENSORS, PARAMETER_TENSORS
 from fp8lab.sites import cast_in_force
-from fp8lab.step_probes import gradient_scale
+from fp8lab.sites.observe import Leaving, eagerly, take_off
 
 # So many nodes behind a layer's output are searched for the one that reads its input.
 _NODES_SEARCHED = 16

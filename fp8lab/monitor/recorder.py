@@ -29,11 +29,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fp8lab import measure, statistics
 from fp8lab.casting import Cast
+from fp8lab.monitor import measure, statistics
+from fp8lab.monitor.selection import FEED_FORWARD_TENSORS, Selection
 from fp8lab.recipe import Operand
 from fp8lab.record import SENTINEL_COLUMNS, TENSORS
-from fp8lab.selection import FEED_FORWARD_TENSORS, Selection
 from fp8lab.sketch import Sketch
 
 Vector = NDArray[Any]

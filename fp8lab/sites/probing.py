@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from fp8lab.ffn import FeedForward, GatedFeedForward
-from fp8lab.te_casts import te_name
-from fp8lab.tracing import LinearMap, Source, Trace
+from fp8lab.sites.te_casts import te_name
+from fp8lab.sites.tracing import LinearMap, Source, Trace
 
 # A prime: no two of so many rows are made of the same numbers, whatever their length.
 _NUMBERS = 65537
@@ -232,7 +232,7 @@ def _undisturbed(module: nn.Module, device: torch.device, training: bool) -> Ite
                 kept = ((n, h) for n, h in vars(child)[hooks].items() if proposal(h) is not None)
                 change(child, hooks, type(vars(child)[hooks])(kept))
         if any(te_name(child) is not None for child in children):
-            from fp8lab import te_modules
+            from fp8lab.sites import te_modules
 
             stack.enter_context(te_modules.plain_linears(module))
         stack.enter_context(torch.random.fork_rng(devices=list(devices)))

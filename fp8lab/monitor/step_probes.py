@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fp8lab.hooking import when_gradients_are_there
-from fp8lab.observe import eagerly
-from fp8lab.probes import counts
-from fp8lab.recorder import Kinds, Recorder, local, merged_kind
+from fp8lab.monitor.probes import counts
+from fp8lab.monitor.recorder import Kinds, Recorder, local, merged_kind
+from fp8lab.sites.observe import eagerly
 
 STEP = ""  # the site of what belongs to the whole step
 # Of the parameters before an update at most so many elements are kept, evenly spread: a copy of
