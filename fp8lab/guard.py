@@ -239,9 +239,11 @@ class _Recent(Excerpt):
         super().__init__(path, info)
         self._tables: dict[Table, deque[pa.Table]] = {name: deque(maxlen=window) for name in TABLES}
         self._first: list[pa.Table] = []
+        self._joined: dict[Table, pa.Table] = {}  # what was asked for since the last step
 
     def add(self, rows: StepRows, rank: int) -> None:
         """Take in a step's rows."""
+        self._joined.clear()
         of_step: dict[Table, list[dict[str, Any]]] = {
             "steps": rows.steps,
             "tensors": rows.tensors,
@@ -267,8 +269,12 @@ class _Recent(Excerpt):
         coded: bool = False,
     ) -> pa.Table:
         wanted = wanted_of(columns, sites, steps, ranks)
-        first = self._first if table == "steps" else []
-        rows = pa.concat_tables([TABLES[table].empty_table(), *first, *self._tables[table]])
+        if table not in self._joined:
+            first = self._first if table == "steps" else []
+            every = [TABLES[table].empty_table(), *first, *self._tables[table]]
+            # In one piece: a table of a piece a step is filtered ten times as slowly.
+            self._joined[table] = pa.concat_tables(every).combine_chunks()
+        rows = self._joined[table]
         for key in wanted.keys():
             rows = rows.filter(wanted.mask(key, rows[key]))
         schema = schema_of(table, coded)

@@ -50,7 +50,9 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     """At most one finding of either kind."""
     rows = forward_casts(run)
     delayed = rows[rows["staleness"].notna() & ~rows["cold"]]
-    long = [_remembered(of) for _, of in delayed.groupby("site", observed=True)]
+    stale = delayed["site"].where(_is_stale(delayed)).value_counts()
+    suspects = delayed[delayed["site"].isin(stale.index[stale >= STEPS])]
+    long = [_remembered(of) for _, of in suspects.groupby("site", observed=True)]
     over = clipped(rows)
     products = over[over["site"].str.endswith(":product")]
     own = products.index[~comes_from_input(products, rows)]
@@ -59,12 +61,15 @@ def find(run: Rows, twin: Rows | None) -> list[Finding]:
     return _first(long, _judge_long) + _first(short, _judge_short)
 
 
-def _remembered(rows: pd.DataFrame) -> pd.DataFrame:
+def _is_stale(rows: pd.DataFrame) -> pd.Series:
     is_worn = (rows["flushed"] >= FLUSHED) | (rows["sqnr_db"] <= WORN_DB)
-    stale = rows[(rows["staleness"] <= STALE) & is_worn]
+    return (rows["staleness"] <= STALE) & is_worn
+
+
+def _remembered(rows: pd.DataFrame) -> pd.DataFrame:
+    stale = rows[_is_stale(rows)]
     usual = rows.loc[rows["staleness"] > FRESH, "flushed"].median()
-    is_usual = usual > RATIO * stale["flushed"].median()
-    if len(stale) < STEPS or is_usual:
+    if usual > RATIO * stale["flushed"].median():
         return stale.iloc[:0]
     # The last step before that was as large as the scale says: there the scale became another's.
     first = stale.iloc[0]
