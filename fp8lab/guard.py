@@ -19,8 +19,9 @@ alarm keeps for good the newest one from before its finding's onset: what was wr
 step has the poison in it.
 
 Without mitigations a guarded training is the unguarded one to the bit. Cost: the rules read frames
-of a few thousand rows, some tens of milliseconds for one feed-forward and some hundreds for eight,
-every `every` steps and where alarms begin: choose `every` so that this is little beside a step.
+of a few thousand rows, some tens of milliseconds for a few feed-forwards and some hundreds for
+thirty, every `every` steps and where alarms begin: choose `every` so that this is little beside
+that many steps.
 Rejected: rules of its own, quicker and other than those that the report shows.
 """
 

@@ -68,13 +68,17 @@ class Training:
 
 
 @contextlib.contextmanager
-def watched(training: Training, steps: int = 1, **options: Any) -> Iterator[Work]:
+def watched(
+    training: Training, steps: int = 1, guarded: bool = False, **options: Any
+) -> Iterator[Work]:
     """So many steps of a training that is watched."""
     with tempfile.TemporaryDirectory() as folder:
         path, number = Path(folder) / "run", iter(range(1_000_000))
         with fp8lab.watch(
             training.model, path, optimizer=training.optimizer, **options
         ) as watching:
+            if guarded:
+                fp8lab.Guard(watching)
 
             def work() -> None:
                 for _ in range(steps):
@@ -116,6 +120,10 @@ def watching_rows() -> Iterator[Row]:
     with watched(adam.twin(), steps=10) as work:
         found = decided(work, steps_of(adam, 10), 1.03, at_least=9, at_most=21)
         yield Row("default, with AdamW and what it does", found)
+    with watched(plain.twin(), steps=10, guarded=True) as work:
+        for _ in range(20):
+            work()  # the window of the guard is full then
+        yield Row("default, with a guard that judges every 10", ratio(work, steps_of(plain, 10)))
     groups = {
         "gradients": (GRADIENTS, False),
         "weights and their gradients": (WEIGHTS, True),
