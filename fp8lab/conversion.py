@@ -26,7 +26,7 @@ from fp8lab.linear import Fp8Linear
 from fp8lab.plan import Plan, as_recipe
 from fp8lab.recipe import Accumulation, Recipe, shown
 from fp8lab.regions import close_region, open_region
-from fp8lab.sites import GateSite, find_gates
+from fp8lab.sites import GateSite, find_gates, modules_of
 from fp8lab.sites.probing import is_probing
 
 Backend = Literal["emulated", "te", "torchao"]
@@ -91,7 +91,7 @@ def convert(
 
 
 def _chosen(model: nn.Module, plan: Plan) -> dict[str, nn.Linear]:
-    linears = {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {n: m for n, m in modules_of(model).items() if isinstance(m, nn.Linear)}
     unmatched = plan.patterns_without_match(linears)
     if unmatched and linears:
         pattern, known = shown(unmatched[0]), ", ".join(list(linears)[:8])

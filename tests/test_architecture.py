@@ -147,7 +147,7 @@ TABLE: dict[str, set[str]] = {
         "sites.te_casts",
         "sites.torchao_casts",
     },
-    "monitor.about": {"monitor.precision", "monitor.probes", "sites"},
+    "monitor.about": {"monitor.precision", "monitor.probes", "monitor.ranks", "sites", "store"},
     "monitor": NECK
     | SITES
     | (MONITOR - {"monitor.measure", "monitor.statistics", "sites.observe"})

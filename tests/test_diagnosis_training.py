@@ -459,7 +459,20 @@ def test_who_forgets_to_say_so_is_told(tmp_path: Path) -> None:
                 model(torch.randn(4, 8))
             watching.step(step)
     assert len(seen) == 1
-    assert open_run(tmp_path / "used").tensors().empty
+    run = open_run(tmp_path / "used")
+    assert run.tensors().empty
+    (told,) = run.events()["detail"]
+    assert str(seen[0].message) == f"{run.path}: {told}"
+
+
+def test_who_tells_numbers_of_his_own_is_told_in_an_event_only(tmp_path: Path) -> None:
+    model = Clamped()
+    with torch.no_grad(), fp8lab.watch(model, tmp_path / "used", every=1) as watching:
+        for step in range(3):
+            watching.step(step, loss=model(torch.randn(4, 8)).square().mean())
+    events = open_run(tmp_path / "used").events()
+    assert events[["kind", "step"]].values.tolist() == [["not_seen", 0]]
+    assert "inference=True" in events["detail"][0]
 
 
 def test_a_model_in_use_has_no_optimizer(tmp_path: Path) -> None:

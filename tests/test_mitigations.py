@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fp8lab
-from fp8lab import formats
+from fp8lab import formats, mitigations
 from fp8lab.ffn import FeedForward, GatedFeedForward
 from fp8lab.lab.model import LanguageModel, ModelConfig
 from fp8lab.linear import Fp8Linear
@@ -609,3 +609,27 @@ def test_folded_weights_are_cast_by_scales_of_their_own() -> None:
         before = model.eval()(x)
         after = SmoothSwiGLU.fold(model, [x])(x)
     assert float((after - before).norm() / before.norm()) < 0.03  # 0.011; 0.93 by the old scale
+
+
+def every_mitigation() -> list[Any]:
+    kinds = [getattr(mitigations, name) for name in mitigations.__all__]
+    needed: dict[Any, Any] = {mitigations.HighPrecisionOperands: {"where": ("*:input",)}}
+    return [kind(**needed.get(kind, {})) for kind in kinds if hasattr(kind, "kind")]
+
+
+@pytest.mark.parametrize("mitigation", every_mitigation(), ids=lambda one: type(one).__name__)
+def test_what_is_of_another_kind_is_refused_in_a_line(mitigation: Any) -> None:
+    model = feed_forward()
+    optimizer = torch.optim.AdamW(model.parameters())
+    expected = {"optimizer": "a torch optimizer", "architecture": "the configuration of the lab's"}
+    right = model if mitigation.kind in ("model", "recipe", "loss") else optimizer
+    for wrong in (model, optimizer, "model", None, nn.Linear, model.state_dict()):
+        if wrong is right and mitigation.kind != "architecture":
+            continue
+        with pytest.raises(TypeError) as caught:
+            mitigation.apply(wrong, *([model] if getattr(mitigation, "needs_model", False) else []))
+        said = f": {type(wrong).__name__}, expected {expected.get(mitigation.kind, 'an nn.Module')}"
+        assert said in str(caught.value) and "\n" not in str(caught.value)
+    if getattr(mitigation, "needs_model", False):
+        with pytest.raises(TypeError, match=r"^model: AdamW, expected an nn\.Module$"):
+            mitigation.apply(optimizer, optimizer)

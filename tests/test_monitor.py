@@ -381,6 +381,11 @@ def test_a_model_without_a_feed_forward_is_refused_before_anything_exists(tmp_pa
         ({"channels": 0}, ValueError, "watch: channels=0, expected an integer of at least 1"),
         ({"config": {"a": {1}}}, TypeError, "set is not JSON serializable"),
         ({"resume_at": 3}, RunError, "no run here"),
+        ({"resume_at": "3"}, ValueError, "watch: resume_at='3', expected an integer of at least 0"),
+        ({"select": "product"}, ValueError, "select: product: cannot be read: No such file"),
+        ({"select": {"tensors": "product"}}, ValueError, "tensors: 'product', expected a section"),
+        ({"group": "WORLD"}, TypeError, "group='WORLD', expected a process group"),
+        ({"optimizer": nn.Linear(2, 2)}, TypeError, "optimizer: Linear, expected a torch optim"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_exists(

@@ -231,6 +231,59 @@ def test_a_feed_forward_that_no_hook_sees_is_said(tmp_path: Path) -> None:
     assert events[["kind", "site", "step"]].values.tolist() == [["not_seen", "1", 0]]
 
 
+# --- steps in another order than time's -------------------------------------------------------
+
+
+def told_of(path: Path) -> list[list[Any]]:
+    return list(fp8lab.open_run(path).events()[["step", "kind", "detail"]].values.tolist())
+
+
+def test_a_step_that_was_told_before_is_loud(tmp_path: Path) -> None:
+    """As of each micro-batch, or of each epoch anew: nothing is lost, and nothing ends."""
+    model, path = GatedFeedForward(16, 24), tmp_path / "run"
+    with fp8lab.watch(model, path, every=1) as watching, pytest.warns(UserWarning) as seen:
+        for step in (0, 0, 1, 1, 2, 0, 1, 0):
+            train(model, watching, range(step, step + 1))
+    twice = "rows of one step now stand twice"
+    assert told_of(path) == [
+        [0, "repeated", f"watch.step: step 0 after step 0: {twice}"],
+        [0, "rewound", f"watch.step: step 0 after step 2: {twice}"],
+        [0, "rewound", f"watch.step: step 0 after step 1: {twice}"],
+    ]
+    assert [str(one.message).partition(": ")[2] for one in seen] == [
+        f"watch.step: step 0 after step {last}: {twice}, expected a later one" for last in (0, 2)
+    ]
+    assert fp8lab.open_run(path).steps()["step"].tolist() == [0, 0, 0, 0, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("resume_at", "told"),
+    [
+        (4, "at step 4 after step 3"),
+        (2, "at step 2 after step 3: the rows from step 2 on gave way"),
+        (9, "at step 9 after step 3: of those between nothing is recorded"),
+    ],
+)
+def test_a_resumed_run_says_so(resume_at: int, told: str, tmp_path: Path) -> None:
+    model, path = GatedFeedForward(16, 24), tmp_path / "run"
+    with fp8lab.watch(model, path, every=1) as watching:
+        train(model, watching, range(4))
+    with fp8lab.watch(model, path, every=1, resume_at=resume_at) as watching:
+        train(model, watching, range(resume_at, resume_at + 2))
+    assert told_of(path) == [[resume_at, "resumed", told]]
+    page = fp8lab.write_report([path], tmp_path / "page.md").read_text(encoding="utf-8")
+    assert f"0 to {resume_at + 1}; resumed: {told}" in page
+
+
+def test_a_step_before_that_of_the_resume_is_loud(tmp_path: Path) -> None:
+    model, path = GatedFeedForward(16, 24), tmp_path / "run"
+    fp8lab.watch(model, path).__exit__(None, None, None)
+    with fp8lab.watch(model, path, resume_at=5) as watching, pytest.warns(UserWarning):
+        train(model, watching, range(3, 6))
+    assert [kind for _, kind, _ in told_of(path)] == ["rewound", "resumed"]
+    assert told_of(path)[1][2] == "at step 5, the first"
+
+
 # --- torch.compile ------------------------------------------------------------------------------
 
 

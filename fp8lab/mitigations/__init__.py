@@ -9,8 +9,9 @@ A mitigation is a frozen value. `kind` says what it changes, and with it what `a
 
 `changes_function` says whether the network computes something else with it, `foldable` whether a
 trained model can be rid of it, `cost` what it adds to a step, and `source` where it is from. What
-cannot work is refused with a reason before anything is changed. There is no registry: import the
-class. `change_of_function` measures how far a model's function moves.
+cannot work is refused with a reason before anything is changed, and what is not of the kind that
+`apply` takes by a TypeError. There is no registry: import the class. `change_of_function` measures
+how far a model's function moves.
 """
 
 from fp8lab.mitigations.adagc import AdaGC

@@ -151,7 +151,7 @@ def _lab_config(who: str, config: Any) -> Any:
     missing = {"layers", "heads", "dim", "variant", "norm", "qk_norm", "residual_weight"} - names
     if missing:
         got = type(config).__name__
-        raise ValueError(f"{who}: {got}, expected the configuration of the lab's model")
+        raise TypeError(f"{who}: {got}, expected the configuration of the lab's model")
     return config
 
 

@@ -21,6 +21,7 @@ from fp8lab.formats import FloatFormat
 from fp8lab.linear import Fp8Linear
 from fp8lab.plan import Plan
 from fp8lab.recipe import GEMMS, OPERANDS, BitNetScaling, HighPrecision
+from fp8lab.sites import modules_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ class HighPrecisionOperands:
 
         Raises ValueError if a pattern names no converted layer.
         """
-        layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, Fp8Linear)}
+        layers = {n: m for n, m in modules_of(model).items() if isinstance(m, Fp8Linear)}
         plans = self._plans()
         for pattern, plan in plans.items():
             if plan.patterns_without_match(layers):

@@ -38,10 +38,10 @@ _ON: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()
 
 
 def check_optimizer(who: str, optimizer: Any) -> None:
-    """Raises ValueError, opening with `who`, for what no change of gradients would do right on, and
-    for an optimizer that `who` is on already."""
+    """Raises TypeError, opening with `who`, for what is no optimizer; ValueError for one that no
+    change of gradients would do right on, or that `who` is on already."""
     if not isinstance(optimizer, Optimizer):
-        raise ValueError(f"{who}: {type(optimizer).__name__}, expected a torch optimizer")
+        raise TypeError(f"{who}: {type(optimizer).__name__}, expected a torch optimizer")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(f"{who}: LBFGS computes gradients many times a step, expected once")
     if who in _ON.get(optimizer, ()):

@@ -34,6 +34,7 @@ from fp8lab.mitigations.hooks import (
     is_of_training,
     parameters,
 )
+from fp8lab.sites import modules_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class QKClip:
         from a forward in which no logit was seen.
         """
         check_optimizer("QKClip", optimizer)
-        attentions = {name: m for name, m in model.named_modules() if _is_like_the_labs(m)}
+        attentions = {name: m for name, m in modules_of(model).items() if _is_like_the_labs(m)}
         if not attentions:
             kinds = {type(m).__name__ for m in model.modules() if "Attention" in type(m).__name__}
             got = ", ".join(sorted(kinds)) or "no attention"

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fp8lab.hooking import OfOneModel
 from fp8lab.mitigations.hooks import check_numbers, is_of_training
+from fp8lab.sites import modules_of
 
 _EPS = 1e-6
 
@@ -107,7 +108,7 @@ class TWEOPenalty:
 
 
 def _blocks(model: nn.Module, pattern: str | None) -> dict[str, nn.Module]:
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: module for name, module in modules_of(model).items() if name}
     if pattern is not None:
         found = {name: m for name, m in modules.items() if fnmatchcase(name, pattern)}
         # A pattern's star crosses dots: of a block its parts match too.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fp8lab.hooking import OfOneModel
 from fp8lab.mitigations.hooks import check_numbers, is_of_training
+from fp8lab.sites import modules_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class ZLoss:
 
         Raises ValueError if there is no module of that name.
         """
-        modules = dict(model.named_modules())
+        modules = modules_of(model)
         if self.head is not None and self.head not in modules:
             raise ValueError(f"ZLoss: head={self.head!r}, {type(model).__name__} has none such")
         return ZLossPenalty(self, modules[self.head or ""])

@@ -34,25 +34,16 @@ import torch
 from torch import Tensor, nn
 
 from fp8lab.casting import Cast
-from fp8lab.monitor.about import describe
-from fp8lab.monitor.precision import PrecisionProbe, in_full
+from fp8lab.monitor.about import begun, describe
+from fp8lab.monitor.precision import PrecisionProbe
 from fp8lab.monitor.probes import FeedForwardProbe
-from fp8lab.monitor.ranks import (
-    Reduction,
-    job_at,
-    plain_name,
-    rank_of,
-    require_alike,
-    unwrapped,
-    watched_modules,
-    world_size,
-)
+from fp8lab.monitor.ranks import Reduction, plain_name, unwrapped, watched_modules
 from fp8lab.monitor.recorder import Kinds, Recorder, StepRows
-from fp8lab.monitor.selection import Selection, as_selections
+from fp8lab.monitor.selection import Selection, as_selections, require_seen
 from fp8lab.monitor.step_probes import STEP, OptimizerProbe, OutputProbe, step_columns
 from fp8lab.monitor.taps import TensorTaps
 from fp8lab.record import CLIPPED_STALENESS, STEPS
-from fp8lab.sites import FeedForwardSite, GateSite, find_gates, survey
+from fp8lab.sites import FeedForwardSite, GateSite, find_gates, modules_of, survey
 from fp8lab.store import RunWriter
 
 Listener = Callable[[int, dict[str, float]], None]
@@ -100,22 +91,25 @@ def watch(
     costs one all-reduce that adds their rows; process 0 writes these as rank -1.
 
     `config` (JSON-able) is kept in run.json. `resume_at` goes on with an existing run from that
-    step on; what differs then (precision, `every`, versions) replaces what run.json said.
+    step on; what differs then (precision, `every`, versions) replaces what run.json said, and an
+    event tells after which step.
     With `inference` the run is one of a model in use: forwards without gradients are recorded too.
 
     Raises ValueError if no feed-forward can be seen, a selection is none, an optimizer is given
-    with `inference`, or another process casts a layer otherwise; RunError if `path` exists.
+    with `inference`, or another process casts a layer otherwise; TypeError for what is no model,
+    optimizer or group; RunError if `path` exists.
     """
-    _check(model, inference, optimizer, every=(every, 1), channels=(channels, 1), burst=(burst, 0))
+    numbers = {"every": (every, 1), "channels": (channels, 1), "burst": (burst, 0)}
+    _check(model, inference, optimizer, **numbers, resume_at=(resume_at or 0, 0))
     model = unwrapped(model)
     recorder = Recorder(every, as_selections(select), resume_at or 0, always=burst > 0)
     recorder.inference = inference
     sites = _feed_forwards(model)
     taps = TensorTaps(watched_modules(model), recorder, optimizer)
-    _check_selections(recorder, sites, taps)
+    require_seen(recorder.selections, [site.name for site in sites], list(taps.sites))
     of_watch = {"every": every, "inference": inference, "config": dict(config or {})}
-    writer = _writer(path, model, describe(model, sites) | of_watch, resume_at)
     reduction = None if group is None else Reduction(group)
+    writer = begun(path, model, describe(model, sites) | of_watch, resume_at)
     probes = [FeedForwardProbe(site, channels, recorder) for site in sites]
     watching = Watch(model, recorder, probes, taps, writer, reduction, burst, flush_seconds)
     watching.listeners += listeners
@@ -124,27 +118,15 @@ def watch(
 
 
 def _check(model: Any, inference: bool, optimizer: Any, **numbers: tuple[int, int]) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"watch: model {model!r:.60}, expected an nn.Module")
+    modules_of(model)
+    if optimizer is not None and not hasattr(optimizer, "register_step_pre_hook"):
+        raise TypeError(f"watch: optimizer: {type(optimizer).__name__}, expected a torch optimizer")
     if inference and optimizer is not None:
         raise ValueError("watch: inference with optimizer=, expected one of them")
     for name, (value, least) in numbers.items():
         if not isinstance(value, int | np.integer) or value < least:
-            raise ValueError(
-                f"watch: {name}={value!r:.60}, expected an integer of at least {least}"
-            )
-
-
-def _writer(
-    path: str | Path, model: nn.Module, info: dict[str, Any], resume_at: int | None
-) -> RunWriter:
-    rank = rank_of()
-    require_alike(str(path), in_full(model))
-    if job := job_at(str(path)):
-        info["job"] = job
-    if resume_at is None:
-        return RunWriter.create(path, info, rank=rank)
-    return RunWriter.resume(path, resume_at, info, rank=rank, ranks=world_size())
+            got = f"watch: {name}={value!r:.60}"
+            raise ValueError(f"{got}, expected an integer of at least {least}")
 
 
 def _feed_forwards(model: nn.Module) -> list[GateSite | FeedForwardSite]:
@@ -153,21 +135,6 @@ def _feed_forwards(model: nn.Module) -> list[GateSite | FeedForwardSite]:
     if not sites:
         find_gates(model)  # says why
     return [replace(site, name=plain_name(site.name)) for site in sites]
-
-
-def _check_selections(
-    recorder: Recorder, sites: Sequence[GateSite | FeedForwardSite], taps: TensorTaps
-) -> None:
-    for selection in recorder.selections:
-        of_sites = any(
-            selection.names(site.name, tensor) for site in sites for tensor in selection.tensors
-        )
-        of_taps = any(selection.names(*row.rsplit(":", 1)) for row in taps.sites)
-        if not of_sites and not of_taps:
-            known = [row.rsplit(":", 1)[0] for row in taps.sites] + [site.name for site in sites]
-            told = f"{', '.join(selection.tensors)} and a name like {', '.join(selection.layers)}"
-            choice = ", ".join(dict.fromkeys(known[:12]))
-            raise ValueError(f"watch: select: no layer has {told}, expected some of {choice}, …")
 
 
 class Watch:
@@ -192,13 +159,13 @@ class Watch:
         self._reduction = reduction
         self._burst = burst
         self._flush_seconds = flush_seconds
-        self._rank = writer.rank
         self._precision = PrecisionProbe(model, recorder)
         self._optimizer: OptimizerProbe | None = None
         self._handles: list[Any] = []
         self._held: deque[StepRows] = deque()
         self._unseen = {probe.site.name for probe in probes}
         self._last_time: float | None = None
+        self._last_step = recorder.step - 1 if recorder.step else None
         self._last_flush = time.monotonic()
         self._warned: set[str] = set()
         self._loss_was_finite = True
@@ -239,7 +206,7 @@ class Watch:
     @property
     def rank(self) -> int:
         """The number of this process."""
-        return self._rank
+        return self._writer.rank
 
     def feed_forward(self, name: str) -> nn.Module:
         """The watched feed-forward of that name. Raises ValueError if there is none."""
@@ -269,11 +236,12 @@ class Watch:
         return self._recorder.is_due
 
     def step(self, step: int, *, loss: Tensor | float | None = None, **metrics: float) -> None:
-        """The step is over: write its rows. Call it once per optimizer step.
+        """The step is over: write its rows. Call it once per optimizer step, with a later number
+        each time. An earlier one, or the same again, as for each micro-batch, is told by an event
+        and a warning: the rows of a step then stand twice (`resume_at` takes rows back).
 
-        `metrics` are further numbers to keep with the step. Raises ValueError if one of them has
-        the name of a column of `record.STEPS`, for a step that is no integer and a loss that is not
-        one number.
+        `metrics` are further numbers to keep with the step. Raises ValueError for one that has the
+        name of a column of `record.STEPS`, a step that is no integer, a loss that is no number.
         """
         if isinstance(step, bool) or not isinstance(step, int | np.integer):
             raise ValueError(f"watch.step: step {step!r:.60}, expected an integer")
@@ -290,9 +258,10 @@ class Watch:
         if STEP in collected:  # of several optimizer steps in one, and several losses, the last
             of_step = collected[STEP]
             collected[STEP] = {k: v if k == "logit_max" else v[-1:] for k, v in of_step.items()}
+        self._note_order(step)
         rows = StepRows(step, self._recorder.is_regular)
         merged = self._merged(collected)
-        self._note_unseen(step, collected)
+        self._note_unseen(step, collected, is_told=loss is not None or bool(metrics))
         of_step = collected.pop(STEP, {})
         alarming = self._add_rows(step, rows, collected)
         row = self._step_row(of_step, merged) | {"seconds": seconds}
@@ -367,7 +336,7 @@ class Watch:
             self._write(self._held.popleft())
 
     def _write(self, rows: StepRows) -> None:
-        where = {"step": rows.step, "rank": self._rank}
+        where = {"step": rows.step, "rank": self.rank}
         self._writer.append("tensors", [where | row for row in rows.kept_tensors()])
         self._writer.append("channels", [where | row for row in rows.kept_channels()])
         self._writer.append("steps", [where | row for row in rows.steps])
@@ -392,7 +361,7 @@ class Watch:
         self._events(step, [(kind, site, str(detail))])
 
     def _events(self, step: int, told: Sequence[tuple[str, str | None, str]]) -> None:
-        where = {"step": step, "rank": self._rank}
+        where = {"step": step, "rank": self.rank}
         rows = [where | {"kind": kind, "site": site, "detail": said} for kind, site, said in told]
         if rows:
             self._happened += rows
@@ -402,6 +371,15 @@ class Watch:
     def set_result(self, **result: Any) -> None:
         """What the run came to, JSON-able; kept in run.json."""
         self._writer.info["result"] = result
+
+    def _note_order(self, step: int) -> None:
+        last, self._last_step = self._last_step, step
+        if last is not None and step <= last:
+            kind = "repeated" if step == last else "rewound"
+            told = f"watch.step: step {step} after step {last}: rows of one step now stand twice"
+            if kind == "rewound" or kind not in self._warned:
+                self._events(step, [(kind, None, told)])
+            self._warn(f"{told}, expected a later one", once=kind)
 
     def _note_loss(self, step: int, loss: float | None) -> None:
         finite = loss is None or bool(np.isfinite(loss))
@@ -438,14 +416,20 @@ class Watch:
         for _, site, why in (notice for notice in notices if notice.kind == "not_run"):
             self._warn(f"{site}: not in the precision told: {why}", once="not_run")
 
-    def _note_unseen(self, step: int, collected: dict[str, Kinds]) -> None:
-        """Once, after a step that trained: which feed-forwards no hook has seen."""
+    def _note_unseen(self, step: int, collected: dict[str, Kinds], is_told: bool) -> None:
+        """Once, after a step that trained: which feed-forwards no hook has seen. Where all ran
+        without gradients an event tells, and a warning unless the caller has told his own numbers.
+        """
         trained = "grad_squares" in collected.get(STEP, {})
         seen = {name for name in self._unseen if f"{name}:product" in collected}
         passed_over, self._recorder.passed_over = self._recorder.passed_over, False
-        if passed_over and not (seen or trained) and len(self._unseen) == len(self._probes):
-            told = "only forwards without gradients ran, which a training's run leaves out"
-            self._warn(f"{told}; watch(..., inference=True) records them", once="inference")
+        untrained = not (seen or trained) and len(self._unseen) == len(self._probes)
+        if passed_over and untrained and "inference" not in self._warned:
+            detail = "only forwards without gradients ran, which a training's run leaves out"
+            detail += "; watch(..., inference=True) records them"
+            self._events(step, [("not_seen", None, detail)])
+            self._warned |= {"inference"} if is_told else set()
+            self._warn(detail, once="inference")
         if not self._unseen or not (seen or trained):
             return
         unseen, self._unseen = sorted(self._unseen - seen), set()

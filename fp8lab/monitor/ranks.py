@@ -118,6 +118,8 @@ class Reduction:
     """Adds up what the processes of a `group` measured in a step, in one all-reduce."""
 
     def __init__(self, group: Any) -> None:
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"watch: group={group!r:.60}, expected a process group, as group.WORLD")
         self.size = dist.get_world_size(group)
         self._group = group
         self._rank = dist.get_rank(group)

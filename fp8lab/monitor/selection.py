@@ -22,7 +22,7 @@ Nothing here needs torch; PyYAML is imported by the loader.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -116,13 +116,29 @@ def as_selections(given: Any) -> tuple[Selection, ...]:
     raise ValueError(f"select: expected Selections or sections by name, got {given!r:.60}")
 
 
+def require_seen(
+    selections: Iterable[Selection], feed_forwards: Sequence[str], rows: Sequence[str]
+) -> None:
+    """Raises ValueError for a selection of which no feed-forward has a tensor, and that no row,
+    module:role, is about."""
+    for selection in selections:
+        seen = [(name, tensor) for name in feed_forwards for tensor in selection.tensors]
+        seen += [(row.rpartition(":")[0], row.rpartition(":")[2]) for row in rows]
+        if not any(selection.names(*one) for one in seen):
+            known = dict.fromkeys([*(row.rpartition(":")[0] for row in rows), *feed_forwards])
+            told = f"{', '.join(selection.tensors)} and a name like {', '.join(selection.layers)}"
+            choice = ", ".join(list(known)[:12])
+            raise ValueError(f"watch: select: no layer has {told}, expected some of {choice}, …")
+
+
 def _read(path: Path) -> Any:
     import yaml
 
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+        told = f"{path}: cannot be read: {error.strerror}"
+        raise ValueError(f"select: {told}, expected Selections or a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ValueError(f"{path}: no YAML: {' '.join(str(error).split())[:120]}") from None
 
@@ -130,7 +146,8 @@ def _read(path: Path) -> Any:
 def _section(name: str, section: Any) -> Selection:
     known = [field.name for field in fields(Selection)]
     if not isinstance(section, Mapping):
-        raise ValueError(f"select: {name}: expected a mapping of {', '.join(known)}")
+        expected = f"a section, which is a mapping of {', '.join(known)}"
+        raise ValueError(f"select: {name}: {section!r:.60}, expected {expected}")
     values = {str(key): value for key, value in section.items() if key != "enabled"}
     for key in values:
         if key not in known:

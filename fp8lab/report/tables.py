@@ -268,7 +268,10 @@ def _steps(run: Seen) -> Cell:
     if run.steps.empty:
         return Cell("none", "warn")
     first, last = int(run.steps["step"].min()), int(run.steps["step"].max())
-    return Cell(f"{first} to {last}" if last > first else str(first))
+    events = run.run.events(["kind", "detail"])
+    breaks = events[events["kind"].isin(["resumed", "rewound", "repeated"])].itertuples()
+    told = [f"{first} to {last}" if last > first else str(first)]
+    return Cell("; ".join([*told, *(f"{one.kind}: {one.detail}" for one in breaks)]))
 
 
 def _settings(run: Seen) -> dict[str, str]:

@@ -241,10 +241,18 @@ def find_feed_forwards(model: nn.Module) -> list[FeedForwardSite]:
     return survey(model).feed_forwards
 
 
+def modules_of(model: Any) -> dict[str, nn.Module]:
+    """A model's modules by name, "" for itself. Raises TypeError in one line for what is none, as
+    an optimizer is."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {type(model).__name__}, expected an nn.Module")
+    return dict(model.named_modules())
+
+
 def survey(model: nn.Module) -> Survey:
-    """Every feed-forward of `model`, gated or not, in one go. Raises nothing."""
+    """Every feed-forward of `model`, gated or not, in one go. Raises what `modules_of` does."""
     found = Survey([], [], [])
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         site: GateSite | FeedForwardSite | str | None
         if te_name(module) is not None:
             from fp8lab.sites import te_modules
