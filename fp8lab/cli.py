@@ -169,11 +169,11 @@ def run(
             on_end=progress.ended,
         )
     if as_json:
-        _print_json([summary_of(open_run(path)) for path in find_runs(out)])
+        rows = [summary_of(open_run(path)) for path in find_runs(out)]
+        chosen = {"arm": arm, "seed": seed}
+        _print_json([row for row in rows if all(row[k] in v for k, v in chosen.items() if v)])
     else:
         print_grids(console, value.parts, out)
-    for failure in failures:
-        typer.echo(f"failed: {failure}", err=True)
     if failures:
         raise typer.Exit(1)
     if report is not None:
@@ -405,8 +405,8 @@ def tail(
 ) -> None:
     """Follow a run in the terminal while it is recorded; exit code 1 if it broke off.
 
-    Of a folder it is the newest run that is being recorded. Where no terminal is, an update is a
-    line, and a frame follows at the end.
+    A run that is not there yet is waited for. Of a folder it is the newest run that is being
+    recorded. Where no terminal is, an update is a line, and a frame follows at the end.
     """
     from fp8lab.live import follow
 

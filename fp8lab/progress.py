@@ -1,15 +1,19 @@
 """Bars for what runs in other processes: one over all runs, one for each that is under way.
 
-Where nobody watches (a file, a pipe) there are no bars but a line for each run that has ended.
+Where nobody watches (a file, a pipe) there are no bars but a line for each run that has ended. What
+failed is a line on stderr in any case.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fp8lab.terminal import printable
 
 
 class Bars:
@@ -70,7 +74,9 @@ class Bars:
         if task is not None:
             self._bars.remove_task(task)
         self._bars.advance(self._all)
-        if not self._console.is_terminal:
+        if error is not None:
+            print(f"failed: {printable(error)}", file=sys.stderr)  # above the bars, if there are
+        elif not self._console.is_terminal:
             which = f" ({self._bars.tasks[0].completed:.0f}/{self._at_most})"
-            told = error or f"done: {label}{which * self._is_planned}"
+            told = f"done: {label}{which * self._is_planned}"
             self._console.print(told, highlight=False, soft_wrap=True)

@@ -59,7 +59,7 @@ LAB = (
     (ARITHMETIC | NECK | SITES | MONITOR)
     | {"ffn", "engines", "conversion", "mitigations"}
     | {"forecast"}
-    | {"diagnosis", "guard", "checkpoint"}
+    | {"diagnosis", "guard", "checkpoint", "failure"}
 )
 ALL = LAB | {"comparison", "lab", "bisection", "progress", "report", "integrations"}
 ALL |= {"listing", "live", "terminal"}
@@ -83,6 +83,7 @@ TABLE: dict[str, set[str]] = {
     "optim": {"formats", "scaling"},
     "ffn": {"formats", "rounding"},
     "hooking": set(),
+    "failure": set(),
     "sites.tracing": set(),
     "sites.gating": {"ffn", "sites.tracing"},
     "sites.probing": {"ffn", "sites.tracing", "sites.te_modules", "sites.te_casts"},
@@ -151,7 +152,7 @@ TABLE: dict[str, set[str]] = {
     "monitor": NECK
     | SITES
     | (MONITOR - {"monitor.measure", "monitor.statistics", "sites.observe"})
-    | {"casting"},
+    | {"casting", "failure"},
     "wanted": {"record"},
     "segments": {"record", "wanted"},
     "runs": {"record", "segments", "wanted"},
@@ -167,7 +168,7 @@ TABLE: dict[str, set[str]] = {
         "runs",
         "wanted",
     },
-    "progress": set(),
+    "progress": {"terminal"},
     "bisection": {"recipe", "plan", "runs", "store", "diagnosis"},
     "checkpoint": {"formats", "recipe", "rounding", "scaling", "casting", "kernels", "record"}
     | {"sites", "monitor", "store"},

@@ -139,17 +139,25 @@ def test_run_again_does_nothing_and_shows_a_grid(runs: Path) -> None:
 
 
 def test_a_run_that_fails_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TINY_EXPERIMENT", json.dumps({"first/current/seed-5": "raises"}))
+    monkeypatch.setenv("TINY_EXPERIMENT", json.dumps({"first/current/seed-1": "raises"}))
     monkeypatch.chdir(tmp_path)
     Path("text").write_text("enough for two windows")
-    only = ("--arm", "current", "--seed", "5", "--workers", "1")
+    only = ("--arm", "current", "--seed", "1", "--workers", "1")
     result = invoke("run", TINY, *only, "--text", "text")
-    error = "first/current/seed-5: RuntimeError: it raised"
-    assert (result.exit_code, result.stderr) == (1, f"failed: {error}\n")
-    assert result.stdout.splitlines()[:2] == ["done: first/prepare/seed-5 (1/2)", error]
-    assert "FP8 failed" in spoken(result.stdout)
+    (line,) = [n for n, of in enumerate(TINY.read_text().split("\n"), 1) if "it raised" in of]
+    error = f"RuntimeError: it raised (tiny_experiment.py:{line})"
+    assert (result.exit_code, result.stderr) == (1, f"failed: first/current/seed-1: {error}\n")
+    assert result.stdout.splitlines()[0] == "done: first/prepare/seed-1 (1/2)"
+    assert "it raised" not in result.stdout and "FP8 failed" in spoken(result.stdout)
+    assert f"error {error}" in spoken(invoke("show", "runs/tiny/first/current/seed-1").stdout)
     described = json.loads(Path("runs/tiny/experiment.json").read_text())
     assert described["settings"] == {"steps": None, "text": "text", "quick": False}
+
+
+def test_run_prints_as_json_what_was_asked_for_of_a_folder_with_more(runs: Path) -> None:
+    only = ("--arm", "hot", "--seed", "0", "--steps", "3")
+    result = invoke("run", TINY, "--out", runs, *only, "--json")
+    assert [row["run"] for row in strict(result.stdout)] == [str(runs / LABELS[2])]
 
 
 def test_ls(runs: Path) -> None:
@@ -443,8 +451,8 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("ls",), "runs: no such folder"),
     (("run", "large"), f"experiment 'large': expected a .py file or one of: {EXPERIMENTS}"),
     (("run", "missing.py"), "experiment missing.py: no such file"),
-    (("run", "syntax.py"), "experiment syntax.py, line 1: SyntaxError: '(' was never closed"),
-    (("run", "fails.py"), "experiment fails.py, line 1: ModuleNotFoundError: No module named"),
+    (("run", "syntax.py"), "experiment syntax.py: SyntaxError: '(' was never closed (syntax.py, "),
+    (("run", "fails.py"), "experiment fails.py: ModuleNotFoundError: No module named 'nowhere' ("),
     (("run", "without.py"), "experiment without.py: expected a value EXPERIMENT"),
     ((*RUN, "new", "--text", "nothing.txt"), "text nothing.txt: the file is empty"),
     ((*RUN, "new", "--text", "missing.txt"), "text missing.txt: No such file or directory"),
@@ -452,6 +460,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*RUN, "foreign"), "foreign: exists and holds no experiment, expected a new folder"),
     ((*RUN, "file"), "file: Not a directory"),
     ((*RUN, "new", "--arm", "cold"), "arm cold: expected some of bf16, current, hot"),
+    ((*RUN, "new", "--seed", "5"), "seed 5: expected some of 0, 1, as the experiment has them"),
     ((*RUN, "new", "--workers", "-1"), "Invalid value for '--workers': "),
     ((*RUN, "new", "--workers", "0"), "Invalid value for '--workers': "),
     ((*RUN, "new", "--workers", "two"), "Invalid value for '--workers': "),

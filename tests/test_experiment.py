@@ -34,6 +34,7 @@ from fp8lab.lab.experiment import (
 )
 from fp8lab.lab.workers import Workers
 from fp8lab.mitigations import ClampedSwiGLU, HadamardProduct, QKClip, SmoothSwiGLU
+from fp8lab.monitor.about import command
 from fp8lab.plan import Plan
 from fp8lab.recipe import Float8CurrentScaling, HighPrecision
 from fp8lab.record import TABLES
@@ -115,7 +116,8 @@ def test_experiment_json_is_the_experiment_and_the_settings(done: tuple[Path, To
     described = json.loads((out / "experiment.json").read_text())
     settings = {"steps": None, "text": None, "quick": False}
     files = [hashlib.sha256(TINY.read_bytes()).hexdigest()[:16]]
-    assert described == experiment.describe() | {"settings": settings, "files": files}
+    made_by = {"files": files, "commands": [command()]}
+    assert described == experiment.describe() | {"settings": settings} | made_by
     assert described["prediction"] == "It does." and described["limits"] == ["It is tiny."]
     hot = described["parts"][1]["arms"][1]
     assert hot == {
@@ -265,7 +267,7 @@ def test_what_fails_or_dies_is_told_in_a_line_and_done_again(
         "second/bf16/seed-0": "its process ended with exit code 0",
         "second/bf16/seed-1": "SystemExit: 3",
     }
-    assert sorted(failures) == [f"{label}: {reason}" for label, reason in reasons.items()]
+    assert {one.split(" (tiny")[0] for one in failures} == {f"{k}: {v}" for k, v in reasons.items()}
     unprepared = {"first/bf16/seed-1", "first/current/seed-1"}
     ends = {told.labels[index]: error for index, error in told.ends.items()}
     assert ends.keys() == {*LABELS, "first/prepare/seed-0", "first/prepare/seed-1"} - unprepared
@@ -381,11 +383,11 @@ def test_a_folder_that_holds_something_else_is_refused(
     [
         (None, ": no such file"),
         ("\0", ": SyntaxError: source code string cannot contain null bytes"),
-        ("x = 1\ny = (2\n", ", line 2: SyntaxError: '(' was never closed (mine.py, line 2)"),
-        ("x = 1\n\nprint(y)\n", ", line 3: NameError: name 'y' is not defined"),
-        ("def f():\n    raise ValueError\n\nf()\n", ", line 2: ValueError"),
-        ("import nowhere\n", ", line 1: ModuleNotFoundError: No module named 'nowhere'"),
-        ("import json\n\njson.loads('{')\n", ", line 3: JSONDecodeError: Expecting property name"),
+        ("x = 1\ny = (2\n", ": SyntaxError: '(' was never closed (mine.py, line 2)"),
+        ("x = 1\n\nprint(y)\n", ": NameError: name 'y' is not defined (mine.py:3)"),
+        ("def f():\n    raise ValueError\n\nf()\n", ": ValueError (mine.py:2)"),
+        ("import nowhere\n", ": ModuleNotFoundError: No module named 'nowhere' (mine.py:1)"),
+        ("import uuid\nuuid.UUID('x')\n", ": ValueError: badly formed hexadecimal UUID string (m"),
         ("x = 1\n", ": expected a value EXPERIMENT of type Experiment"),
         ("EXPERIMENT = 'mine'\n", ": expected a value EXPERIMENT of type Experiment"),
     ],

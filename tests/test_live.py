@@ -496,11 +496,27 @@ def test_of_a_folder_the_newest_that_is_being_recorded(tmp_path: Path) -> None:
 
 
 def test_no_run_is_one_line(tmp_path: Path) -> None:
-    result = tail(tmp_path / "none")
-    assert result.exit_code == 2 and result.stdout == ""
-    assert result.stderr == (
-        f"error: {tmp_path / 'none'}: no run here, expected a directory with a run.json\n"
-    )
+    (tmp_path / "file").write_text("all of it")
+    for arguments in (["none", "--once"], ["file"], ["file/run"]):
+        result = tail(tmp_path / arguments[0], *arguments[1:])
+        assert result.exit_code == 2 and result.stdout == ""
+        expected = "no run here, expected a directory with a run.json"
+        assert result.stderr == f"error: {tmp_path / arguments[0]}: {expected}\n"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("made", ["run", "run/below", None])
+def test_a_run_that_is_not_there_yet_is_waited_for(tmp_path: Path, made: str | None) -> None:
+    watcher = Watcher("tail", tmp_path / "run", "--interval", "0.1")
+    with closing(watcher):
+        watcher.until(f"{tmp_path / 'run'}: no run yet, waiting for one; Ctrl-C ends that\n")
+        if made is None:
+            watcher.process.send_signal(signal.SIGINT)
+        else:
+            writer = going_on(tmp_path / made)
+            watcher.until("step 0  loss 2")
+            writer.close()
+        assert watcher.ended() == (130 if made is None else 0)
 
 
 def test_segments_that_are_merged_meanwhile_are_no_error(

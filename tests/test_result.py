@@ -33,6 +33,7 @@ from fp8lab.lab.result import (
     write_log,
     write_page,
 )
+from fp8lab.monitor.about import command
 from fp8lab.store import find_runs, open_run
 
 TINY = Path(__file__).with_name("tiny_experiment.py")
@@ -93,9 +94,40 @@ def test_the_page_says_verdict_question_tables_and_where_it_is_from(
     assert "| bf16 | 0 | – |" in lines
     assert "- It is tiny." in lines
     assert "![Losses](<tiny-losses.png>)" in lines
-    assert "- `fp8lab run tiny --report reports`, 4 runs" in lines
+    assert f"- `{command()}`, 4 runs" in lines
     versions = open_run(whole / "first" / "bf16" / "seed-0").info["versions"]
     assert f"torch {versions['torch']}" in page.read_text(encoding="utf-8")
+
+
+def test_a_folder_that_knows_no_command_has_the_usual_one(whole: Path, tmp_path: Path) -> None:
+    told = json.loads((whole / "experiment.json").read_text())
+    assert told.pop("commands") == [command()]
+    (whole / "experiment.json").write_text(json.dumps(told))
+    file, experiment = one_seed()
+    lines = write_page(experiment, file, whole, tmp_path).read_text(encoding="utf-8").splitlines()
+    assert "- `fp8lab run tiny --report reports`, 4 runs" in lines
+
+
+@pytest.mark.parametrize("fails", ["conclude", "a picture"])
+def test_a_conclusion_that_fails_is_a_line_and_a_file(
+    whole: Path, tmp_path: Path, fails: str
+) -> None:
+    def raising(*_: object) -> Result:
+        raise KeyError("the arm\nand more")
+
+    file, experiment = one_seed()
+    drawn = Result(
+        verdict="partly", sentence="It did.", parts=(Picture(name="a", title="A", draw=raising),)
+    )  # type: ignore[arg-type]
+    failing = replace(experiment, conclude=raising if fails == "conclude" else lambda _: drawn)
+    with pytest.raises(ValueError) as caught:
+        write_page(failing, file, whole, tmp_path / "reports")
+    place = f"(test_result.py:{raising.__code__.co_firstlineno + 1})"
+    told = f"no conclusion: KeyError: 'the arm\\nand more' {place}; all of the error is in "
+    assert str(caught.value) == f"experiment tiny: {told}{whole / 'traceback.txt'}"
+    assert (whole / "traceback.txt").read_text().startswith("Traceback (most recent call last)")
+    write_page(experiment, file, whole, tmp_path / "reports")
+    assert not (whole / "traceback.txt").exists()
 
 
 def test_the_same_runs_give_the_same_bytes(whole: Path, tmp_path: Path) -> None:
@@ -111,7 +143,8 @@ def test_the_same_runs_give_the_same_bytes(whole: Path, tmp_path: Path) -> None:
 def test_a_page_in_a_hurry_says_that_nothing_follows(quick: Path, tmp_path: Path) -> None:
     file, experiment = load_experiment(str(TINY))
     page = write_page(experiment, file, quick, tmp_path)
-    assert page.read_text(encoding="utf-8").startswith("# tiny: quick, nothing follows. ")
+    heading = page.read_text(encoding="utf-8").splitlines()[0]
+    assert heading == "# tiny: a quick run, few steps of one seed. Nothing follows from it."
     write_log(tmp_path, tmp_path / "LOG.txt")
     assert "tiny" not in (tmp_path / "LOG.txt").read_text(encoding="utf-8")
 

@@ -102,7 +102,7 @@ what_if:
          "expected product"),
         ({"a": {"tensors": ["gate"], "frq": 3}}, "select: a: unknown name 'frq', expected freq"),
         ({"a": {"layers": "x"}}, "select: a: tensors: missing"),
-        ({"a": ["gate"]}, "select: a: expected a mapping"),
+        ({"a": ["gate"]}, "select: a: ['gate'], expected a section"),
         ({"a": {"tensors": ["gate"], "freq": 0}}, "freq: expected an integer >= 1, got 0"),
         ({"a": {"tensors": ["gate"], "freq": True}}, "freq: expected an integer >= 1, got True"),
         ({"a": {"tensors": ["gate"], "end_step": -1}}, "end_step: expected an integer >= 0"),

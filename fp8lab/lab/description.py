@@ -1,9 +1,9 @@
 """`experiment.json`: what makes a folder an experiment's, written before its first run.
 
-It holds the question, the prediction, the arms and the settings, and which versions of the file
-made runs. Runs that were made under another prediction or other settings are refused: a prediction
-is written before what it predicts. Rejected: refusing another version of the file as well. Files
-are worked on; the page names every version that made a run.
+It holds the question, the prediction, the arms and the settings, which versions of the file made
+runs, and by which commands. Runs that were made under another prediction or other settings are
+refused: a prediction is written before what it predicts. Rejected: refusing another version of the
+file as well. Files are worked on; the page names every version that made a run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def file_hash(file: Path) -> str:
 
 
 def description_of(out: Path, experiment: Experiment, settings: Settings) -> dict[str, Any]:
-    """What makes `out` this experiment's folder; `files` are the versions that made its runs.
+    """What makes `out` this experiment's folder; `files` are the versions that made its runs,
+    `commands` what was typed, as far as it is known.
 
     Raises RunError if it is another's, or its runs were made under other settings, or before
     another prediction was written.
@@ -40,7 +41,7 @@ def description_of(out: Path, experiment: Experiment, settings: Settings) -> dic
         del wanted["processes"], wanted["parallel"]
     if settings.text is not None:  # where it lies on this machine is nobody's business
         wanted["text"] = Path(settings.text).name
-    description = experiment.describe() | {"settings": wanted, "files": []}
+    description = experiment.describe() | {"settings": wanted, "files": [], "commands": []}
     if out.exists() and any(out.iterdir()):
         try:
             text = file.read_text(encoding="utf-8") if file.is_file() else ""
@@ -59,8 +60,9 @@ def description_of(out: Path, experiment: Experiment, settings: Settings) -> dic
         for key in ("prediction", "refuted_if"):
             if known.get(key) != description[key]:
                 raise RunError(f"{out}: holds runs from before this {key} was written: {OTHER}")
-        files = known.get("files")
-        description["files"] = list(files) if isinstance(files, list) else []
+        for key in ("files", "commands"):
+            told = known.get(key)
+            description[key] = list(told) if isinstance(told, list) else []
     return description
 
 

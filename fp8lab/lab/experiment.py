@@ -21,7 +21,6 @@ import re
 import shutil
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +29,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fp8lab.failure import in_one_line
 from fp8lab.lab.arm import Arm, require_types
 from fp8lab.lab.description import description_of, file_hash, write_description
 from fp8lab.lab.parallel import Parallel
 from fp8lab.lab.processes import do_in_processes, require_parallel
 from fp8lab.lab.ray_workers import RayWorkers
 from fp8lab.lab.result import Result
-from fp8lab.lab.workers import Call, Workers, in_one_line
+from fp8lab.lab.workers import Call, Workers
+from fp8lab.monitor.about import command
 from fp8lab.plan import named
 from fp8lab.recipe import shown
 from fp8lab.store import Run, RunError, open_run
@@ -235,14 +236,7 @@ def load_module(path: Path, what: str) -> ModuleType:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # sys.exit() in an experiment's file is no end that goes well
-        places = [
-            (frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)
-        ]
-        if isinstance(error, SyntaxError):
-            places.append((error.filename or "", error.lineno))
-        lines = [f", line {line}" for file, line in places if file == spec.origin]
-        where = "".join([str(path), *lines[-1:]])
-        raise ValueError(f"{what} {where}: {in_one_line(error)}") from None
+        raise ValueError(f"{what} {path}: {in_one_line(error)}") from None
     return module
 
 
@@ -334,13 +328,15 @@ def run_experiment(
     tasks, as many at a time as it has cores; `out` has to be a folder that all its machines share.
 
     The callbacks get a job's index and label when it is known, its progress, and its end (with the
-    error in one line, None if it went well). Raises ValueError for an unknown arm, fewer than one
-    worker, what several processes cannot do; RunError if `out` holds other runs than these.
+    error in one line, None if it went well). Raises ValueError for an arm or a seed that is not the
+    experiment's, fewer than one worker, what several processes cannot do; RunError if `out` holds
+    other runs than these.
     """
     settings = settings or Settings()
     require_parallel(settings, experiment.parts, ray)
     seeds = None if seeds is None else list(dict.fromkeys(seeds))
     _require_seeds("run_experiment", seeds or ())
+    _require_known(experiment, seeds or ())
     wanted = None if arms is None else _known_arms(experiment, arms)
     begun: list[_Work] = []
     failures: dict[int, str] = {}
@@ -360,8 +356,9 @@ def run_experiment(
     with Workers(workers) if ray is None else RayWorkers(ray) as pool:
         description = description_of(out, experiment, settings)
         preparations, runs = _stages(experiment, out, wanted, seeds, settings.quick)
-        if (preparations or runs) and (made_by := file_hash(file)) not in description["files"]:
-            description["files"].append(made_by)
+        for name, made_by in {"files": file_hash(file), "commands": command()}.items():
+            if (preparations or runs) and made_by not in description[name]:
+                description[name].append(made_by)
         write_description(out, description)  # all that could be refused has been
         for work in runs:
             if work.path.exists():
@@ -381,6 +378,17 @@ def _known_arms(experiment: Experiment, arms: Iterable[str]) -> set[str]:
     return wanted
 
 
+def _require_known(experiment: Experiment, seeds: Iterable[int]) -> None:
+    """A prediction is about the seeds that the file names, and its page about their runs."""
+    known = list(dict.fromkeys(seed for part in experiment.parts for seed in part.seeds))
+    for seed in seeds:
+        if seed not in known:
+            expected = ", ".join(map(str, known))
+            raise ValueError(
+                f"seed {seed}: expected some of {expected}, as the experiment has them"
+            )
+
+
 def _stages(
     experiment: Experiment,
     out: Path,
@@ -394,7 +402,7 @@ def _stages(
     runs: list[_Work] = []
     for part in experiment.parts:
         seeds_of_part = part.seeds[:1] if quick else part.seeds
-        for seed in seeds_of_part if wanted_seeds is None else sorted(wanted_seeds):
+        for seed in seeds_of_part if wanted_seeds is None else sorted(wanted_seeds & {*part.seeds}):
             todo: list[_Work] = []
             for arm in part.arms:
                 path = out / part.name / arm.name / f"seed-{seed}"

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 import torch.distributed as dist
 
+from fp8lab.failure import in_one_line
 from fp8lab.lab.parallel import Parallel
-from fp8lab.lab.workers import in_one_line
 from fp8lab.store import RunError, open_run
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from fp8lab.lab.workers import Call, in_one_line
+from fp8lab.failure import in_one_line
+from fp8lab.lab.workers import Call
 
 
 class RayWorkers:

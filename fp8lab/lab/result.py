@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import pandas as pd
 
+from fp8lab.failure import in_one_line
 from fp8lab.lab.description import file_hash
 from fp8lab.runs import Run, find_runs, open_run
 
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 
 Verdict = Literal["confirmed", "refuted", "partly", "undecided"]
 """Of the prediction: as predicted, not, in some clauses only, or the runs cannot tell."""
+
+
+# In the place of a verdict: its sentence may tell of steps and seeds that were not run.
+QUICK = "a quick run, few steps of one seed. Nothing follows from it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +190,8 @@ def judged(
 def write_page(experiment: Experiment, file: Path, out: Path, folder: Path) -> Path:
     """Conclude from the runs in `out`, and write page and pictures into `folder`.
 
-    Raises ValueError if the experiment has no conclusion, or `out` lacks a run that it would have.
+    Raises ValueError if the experiment has no conclusion, `out` lacks a run that it would have, or
+    the experiment's own code fails; `out`/traceback.txt then has all of the error.
     """
     if experiment.conclude is None:
         raise ValueError(f"experiment {experiment.name}: has no conclusion to write")
@@ -199,17 +206,15 @@ def write_page(experiment: Experiment, file: Path, out: Path, folder: Path) -> P
     ]
     if missing:
         raise ValueError(f"{out}: {len(missing)} runs are not finished, {missing[0]} first")
-    result = experiment.conclude(out)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = _head(experiment, result, quick)
-    for part in result.parts:
-        if isinstance(part, str):
-            lines += [part, ""]
-        elif isinstance(part, Table):
-            lines += [f"## {part.title}", "", _markdown(part.rows), ""]
-            lines += [part.note, ""] if part.note else []
-        else:
-            lines += _drawn(part, experiment.name, folder)
+    whole = out / "traceback.txt"
+    try:
+        lines = _concluded(experiment, out, folder, quick)
+    except Exception as error:  # of the experiment's own code
+        whole.write_text(traceback.format_exc(), encoding="utf-8")
+        told = f"no conclusion: {in_one_line(error)}; all of the error is in {whole}"
+        raise ValueError(f"experiment {experiment.name}: {told}") from error
+    whole.unlink(missing_ok=True)
     lines += ["## What does not follow", "", *(f"- {one}" for one in experiment.limits), ""]
     lines += ["## Where this is from", "", *_provenance(experiment, file, out), ""]
     page = folder / f"{experiment.name}.md"
@@ -223,11 +228,27 @@ def _settings(out: Path) -> dict[str, Any]:
     return settings
 
 
+def _concluded(experiment: Experiment, out: Path, folder: Path, quick: bool) -> list[str]:
+    """The page down to the last table or picture; pictures go into `folder`."""
+    assert experiment.conclude is not None
+    result = experiment.conclude(out)
+    lines = _head(experiment, result, quick)
+    for part in result.parts:
+        if isinstance(part, str):
+            lines += [part, ""]
+        elif isinstance(part, Table):
+            lines += [f"## {part.title}", "", _markdown(part.rows), ""]
+            lines += [part.note, ""] if part.note else []
+        else:
+            lines += _drawn(part, experiment.name, folder)
+    return lines
+
+
 def _head(experiment: Experiment, result: Result, quick: bool) -> list[str]:
     against = f" Against the literature: {result.against}" if result.against else ""
-    verdict = "quick, nothing follows" if quick else result.verdict
+    verdict = f"{result.verdict}. {result.sentence}{against}"
     return [
-        f"# {experiment.name}: {verdict}. {result.sentence}{against}",
+        f"# {experiment.name}: {QUICK if quick else verdict}",
         "",
         f"**{experiment.question}**",
         "",
@@ -281,8 +302,9 @@ def _provenance(experiment: Experiment, file: Path, out: Path) -> list[str]:
     described = json.loads((out / "experiment.json").read_text(encoding="utf-8"))
     made_by = described.get("files") or [file_hash(file)]
     settings = {k: v for k, v in described["settings"].items() if v}
+    commands = described.get("commands") or [f"fp8lab run {experiment.name} --report reports"]
     return [
-        f"- `fp8lab run {experiment.name} --report reports`, {len(runs)} runs"
+        f"- {', '.join(f'`{one}`' for one in commands)}, {len(runs)} runs"
         + (f", settings {json.dumps(settings)}" if settings else ""),
         f"- the experiment's file: SHA-256 {', '.join(map(str, made_by))}",
         f"- {told}",

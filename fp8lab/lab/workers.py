@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from fp8lab.failure import in_one_line
+
 Call = tuple[Callable[..., None], tuple[Any, ...]]  # called with a function that reports, and these
 
 
@@ -125,12 +127,6 @@ class Workers:
             pipe.close()
         for process in self._processes.values():
             process.join()
-
-
-def in_one_line(error: BaseException) -> str:
-    """The error's type and the first line of what it says."""
-    reason = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {reason}".removesuffix(": ")
 
 
 def _serve(pipe: Connection) -> None:

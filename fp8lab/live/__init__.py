@@ -18,8 +18,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fp8lab.live.following import UNDER_WAY, Follower, chosen
+from fp8lab.live.following import UNDER_WAY, Follower, chosen, is_awaited
 from fp8lab.live.frames import Lines, Screen, frame
+from fp8lab.terminal import printable
 
 
 def follow(path: str | Path, console: Console, *, interval: float = 2.0, once: bool = False) -> str:
@@ -27,10 +28,17 @@ def follow(path: str | Path, console: Console, *, interval: float = 2.0, once: b
 
     A terminal shows one frame, drawn anew every `interval` seconds; elsewhere an update is a line,
     and a frame follows at the end. With `once` a frame is all. Returns the run's state then.
+    A run that is not there yet is waited for, but with `once`.
 
-    Raises RunError if there is no run at `path`, or it is damaged.
+    Raises RunError if there is no run at `path` and none can come, or it is damaged.
     """
-    follower = Follower(*chosen(Path(path)))
+    path = Path(path)
+    if not once and is_awaited(path):
+        told = f"{printable(str(path))}: no run yet, waiting for one; Ctrl-C ends that"
+        console.print(told, soft_wrap=True)
+        while is_awaited(path):
+            time.sleep(interval)
+    follower = Follower(*chosen(path))
     if once:
         view = follower.look()
         console.print(frame(view, console.width, None))

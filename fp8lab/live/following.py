@@ -26,7 +26,7 @@ from fp8lab import segments
 from fp8lab.diagnosis import judge
 from fp8lab.diagnosis.rows import Loaded
 from fp8lab.record import CLIPPED_STALENESS, SEVERITIES, Finding, Table
-from fp8lab.runs import Excerpt, Names, Numbers, Run, find_runs, hottest, open_run
+from fp8lab.runs import Excerpt, Names, Numbers, Run, find_runs, hottest, open_run, state_file
 from fp8lab.segments import RunError
 
 UNDER_WAY = ("running", "unknown")
@@ -146,6 +146,13 @@ class _Recent(Excerpt):
     ) -> pa.Table:
         steps = steps if table == "steps" else self._window
         return super().arrow(table, columns, sites=sites, steps=steps, ranks=ranks, coded=coded)
+
+
+def is_awaited(path: Path) -> bool:
+    """Whether there is no run yet at `path` or below it, and nothing but folders in its way."""
+    there = next(place for place in (path, *path.parents) if place.exists())
+    taken = state_file(path, 0).exists() or next(find_runs(path), None) is not None
+    return there.is_dir() and not taken
 
 
 def chosen(path: Path) -> tuple[Path, str]:

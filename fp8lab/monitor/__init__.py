@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from fp8lab.casting import Cast
+from fp8lab.failure import in_one_line
 from fp8lab.monitor.about import begun, describe
 from fp8lab.monitor.precision import PrecisionProbe
 from fp8lab.monitor.probes import FeedForwardProbe
@@ -82,28 +83,25 @@ def watch(
     and RMS_t need the `optimizer`.
 
     `select` names further tensors and statistics (`fp8lab.Selection`, several, sections by name, or
-    a YAML file of these). With `burst` the so many steps before an alarm and after it are kept in
-    full, for which every step is measured in full; rows wait so many steps before they are
-    written. `listeners` are called after each recorded step with its number and its numbers.
+    a YAML file of these). `burst`: so many steps before an alarm and after it are kept in full, for
+    which rows wait. `listeners` are called after each recorded step with its number and numbers.
 
     Each process of a distributed training watches its part and writes its rows. With a `group`
     (`torch.distributed.group.WORLD`) all of its processes must watch, and each `every`-th step
     costs one all-reduce that adds their rows; process 0 writes these as rank -1.
 
     `config` (JSON-able) is kept in run.json. `resume_at` goes on with an existing run from that
-    step on; what differs then (precision, `every`, versions) replaces what run.json said, and an
-    event tells after which step.
-    With `inference` the run is one of a model in use: forwards without gradients are recorded too.
+    step on, which an event tells; what differs then (precision, `every`, versions) replaces what
+    run.json said. With `inference` forwards without gradients are recorded too: a model in use.
 
-    Raises ValueError if no feed-forward can be seen, a selection is none, an optimizer is given
-    with `inference`, or another process casts a layer otherwise; TypeError for what is no model,
-    optimizer or group; RunError if `path` exists.
+    Raises TypeError for what is no model, optimizer or group; ValueError if no feed-forward can be
+    seen, a selection is none, an optimizer is given with `inference`, or another process casts a
+    layer otherwise; RunError if `path` exists.
     """
-    numbers = {"every": (every, 1), "channels": (channels, 1), "burst": (burst, 0)}
-    _check(model, inference, optimizer, **numbers, resume_at=(resume_at or 0, 0))
+    least = {"every": (every, 1), "channels": (channels, 1), "burst": (burst, 0)}
+    _check(model, inference, optimizer, **least, resume_at=(resume_at or 0, 0))
     model = unwrapped(model)
-    recorder = Recorder(every, as_selections(select), resume_at or 0, always=burst > 0)
-    recorder.inference = inference
+    recorder = Recorder(every, as_selections(select), resume_at or 0, burst > 0, inference)
     sites = _feed_forwards(model)
     taps = TensorTaps(watched_modules(model), recorder, optimizer)
     require_seen(recorder.selections, [site.name for site in sites], list(taps.sites))
@@ -475,7 +473,7 @@ class Watch:
         elif issubclass(kind, KeyboardInterrupt):
             self._close("interrupted")
         else:
-            self._close("failed", error=f"{kind.__name__}: {error}".splitlines()[0])
+            self._close("failed", error=in_one_line(error or kind()))
 
     def _close(self, state: str, **more: Any) -> None:
         try:

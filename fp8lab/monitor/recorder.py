@@ -46,13 +46,18 @@ class Recorder:
     """Knows what is due, and keeps what was measured since the last `collect`."""
 
     def __init__(
-        self, every: int, selections: Sequence[Selection], first_step: int, always: bool
+        self,
+        every: int,
+        selections: Sequence[Selection],
+        first_step: int,
+        always: bool,
+        inference: bool = False,
     ) -> None:
         for selection in selections:
             statistics.check(selection.statistics)
         self.step = first_step  # counted by `advance`: the caller may number steps otherwise
         self.full_until = -1  # steps up to this one are recorded whatever `every` says
-        self.inference = False  # every forward counts, with gradients or without
+        self.inference = inference  # every forward counts, with gradients or without
         self.passed_over = False  # a forward did not count, since this was last looked at
         self._every = every
         self._always = always
