@@ -354,7 +354,14 @@ def audit_checkpoint(
     top: Annotated[int, typer.Option(min=1, help="Channels to watch of each layer.")] = 8,
     as_json: Json = False,
 ) -> None:
-    """What a checkpoint's weights say before it is run; exit code 1 if something is severe."""
+    """What a checkpoint's weights say before it is run; exit code 1 if something is severe.
+
+    A row is a layer: alignment is the largest cosine of a channel's gate row and up row; control
+    that of pairs from different channels, chance what random ones rarely exceed; norms are those of
+    gate, up and down; gain is how large a channel's product can get, over the median channel's;
+    crest is amax / rms and kurtosis mean(x^4) / mean(x^2)^2 of the weights, the largest of the
+    layer's; survives names the recipes whose casts lose little of them.
+    """
     from fp8lab.checkpoint import audit
 
     found = audit(checkpoint, top=top)

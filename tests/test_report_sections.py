@@ -18,7 +18,8 @@ from fp8lab.record import Evidence, Finding, Severity
 from fp8lab.report import answer, drawing, what_if
 from fp8lab.report.answer import ENOUGH_STEPS, Answer, answer_of, named
 from fp8lab.report.blocks import Document, Note
-from fp8lab.report.sections import document_of
+from fp8lab.report.interactive import QUANTITIES, STATISTICS, TRACKS
+from fp8lab.report.sections import WORDS, document_of
 from fp8lab.report.story import Seen, Story, load
 from fp8lab.report.tables import Table, meaning_of, mitigations
 from fp8lab.report.verdict import verdicts
@@ -326,4 +327,16 @@ def test_a_run_is_named_by_its_arm_and_seed(story: Story) -> None:
 
 def test_a_statistic_is_explained_in_the_schemas_words() -> None:
     assert meaning_of("crest") == "amax / rms"
+    assert any("crest = amax / rms; " in words for words in WORDS)
     assert meaning_of("else") == "else"
+
+
+def test_every_statistic_that_can_be_chosen_is_explained() -> None:
+    plain = {"nans", "infs", "gate_amax", "up_amax", "product_amax", "loss", "grad_norm"}
+    plain |= {"gate_norm", "up_norm", "down_norm", "logit_max", "learning_rate", "common_loss"}
+    words = " ".join(WORDS).lower()
+    for name in {*STATISTICS, *TRACKS, *QUANTITIES} - plain:
+        known = name.removeprefix("cur_")
+        assert known in words or known.replace("_", " ") in words, name
+    for name in ("control", "twin", "gradient cosine", "dose", "saturated", "common_loss"):
+        assert name in words, name

@@ -103,6 +103,11 @@ def _with_the_missing_last(sections: list[Section]) -> list[Section]:
     return shown
 
 
+# Statistics that go by the names of their columns; the schema says what they are.
+_COLUMNS = (
+    *("crest", "kurtosis", "coincidence", "dynamic_range", "channel_ratio", "token_ratio"),
+    *("subnormal", "sqnr_db", "cosine", "gemm_error", "update_ratio", "rms_t"),
+)
 WORDS = [
     "gate, up, product, down: of a gated feed-forward, down(act(gate) ⊙ up); the product is "
     "what down takes, and a channel is one of its columns.",
@@ -110,14 +115,19 @@ WORDS = [
     "delayed scale was made for; beyond 1 the largest values are clipped (saturated).",
     "flushed: the share of what is not zero that the cast makes zero. Bulk error: the "
     "relative error of the cast outside outlier channels, which the error of the whole hides.",
-    "alignment: cosine of a channel's gate row and up row. Amplification: how much more "
-    "peaked the product is than the more peaked of its factors.",
-    "twin: the same training in high precision, of the same seed.",
+    "alignment: cosine of a channel's gate row and up row; control: that of the same gate row "
+    "with another up row, what chance gives. Amplification: how much more peaked the product is "
+    "than the more peaked of its factors.",
+    "twin: the same training in high precision, of the same seed. Dose: the power of two by "
+    "which one channel was amplified; gradient cosine: between the gradient and the exact one.",
     "the loss told, the loss's own alarm: the first step at which the loss itself says that "
     "something is wrong; a lead is how many steps before that a finding was there.",
     "loss gap: the final loss less that of the arm compared with. common_loss: the loss "
     "without the rare tokens, whose error is the rare error.",
     "function kept or changed: whether a mitigation leaves the trained function what it was.",
+    "By the names of their columns: "
+    + "; ".join(f"{name} = {meaning_of(name)}" for name in _COLUMNS)
+    + ".",
 ]
 _NOT_SHOWN = "Not shown: "
 _NO_RUN = "no run is here"

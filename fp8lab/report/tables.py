@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from fp8lab.comparison import side_by_side
 from fp8lab.diagnosis.rows import facts_of
 from fp8lab.recipe import GEMMS, gemm_in_words
-from fp8lab.record import TENSORS, Severity
+from fp8lab.record import STEPS, TENSORS, Severity
 from fp8lab.report.story import Arm, Part, Seen, Story, superscript
 from fp8lab.report.verdict import in_words, judged
 
@@ -53,8 +53,9 @@ def number(value: Any) -> str:
 
 
 def meaning_of(statistic: str) -> str:
-    """What a column of the tensors says, in the schema's own words."""
-    return next((one.meaning for one in TENSORS if one.name == statistic), statistic)
+    """What a column of tensors or steps says, in the schema's own words."""
+    columns = (*TENSORS, *STEPS)
+    return next((one.meaning for one in columns if one.name == statistic), statistic)
 
 
 def predictions(part: Part) -> Table:
