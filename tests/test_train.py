@@ -301,7 +301,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     if precision == "delayed":
         assert any(name.endswith("amax_history") for name in state(second))
     whole, again = (rows(open_run(tmp_path / name)) for name in ("whole", "resumed"))
-    assert again["steps"] == whole["steps"] and again["events"] == whole["events"] == []
+    assert again["steps"] == whole["steps"] and whole["events"] == []
+    assert [event["kind"] for event in again["events"]] == ["resumed"]
     # What was hot is forgotten when a process ends: `persistence`, channels followed since, and
     # which channels' weights are kept.
     for row in [*again["tensors"], *whole["tensors"]]:
