@@ -132,7 +132,7 @@ def test_runs_that_broke_off_are_done_again(tmp_path: Path) -> None:
     failed = [line for line in broken.stderr.splitlines() if line.startswith("failed: ")]
     assert len(failed) == 2
     assert failed[0].startswith("failed: first/delayed/seed-0: RuntimeError: rank 1 killed")
-    assert failed[1].endswith("RuntimeError: it raised")
+    assert "RuntimeError: it raised (parallel_experiment.py:" in failed[1]
     first = tmp_path / "out" / "first"
     bf16 = fp8lab.open_run(first / "bf16" / "seed-0")
     before = bf16.info["updated"]
