@@ -32,6 +32,6 @@ def in_one_line(error: BaseException) -> str:
 
 def _is_users(file: str) -> bool:
     path = Path(file).resolve()
-    is_librarys = path.is_relative_to(_OWN) or path.is_relative_to(_STANDARD)
-    is_librarys = is_librarys or not path.is_file() or not _INSTALLED.isdisjoint(path.parts)
-    return path.is_relative_to(_SHIPPED) or not is_librarys
+    of_library = path.is_relative_to(_OWN) or path.is_relative_to(_STANDARD)
+    of_library = of_library or not path.is_file() or not _INSTALLED.isdisjoint(path.parts)
+    return path.is_relative_to(_SHIPPED) or not of_library
