@@ -13,13 +13,13 @@ import statistics
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from base64 import b64decode
 from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import pytest
@@ -411,7 +411,7 @@ class Elements(HTMLParser):
         self.tags[(tag, *sorted(name for name, _ in attrs))] += 1
         source = str(dict(attrs).get("src"))
         if tag == "img":
-            self.pictures.append(b64decode(source.removeprefix("data:image/svg+xml;base64,")))
+            self.pictures.append(unquote_to_bytes(source.removeprefix("data:image/svg+xml,")))
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)

@@ -328,4 +328,4 @@ def test_a_chart_has_what_it_shows_and_marks_products_alone(tmp_path: Path) -> N
     assert heat is not None
     assert [(step, heat["layers"][row]) for step, row, _ in heat["marks"]] == [(3, "layers.0.mlp")]
     (losses,) = interactive.payload(story)["losses"]
-    assert set(losses["runs"][0]) == {"name", "arm", "lines", "marks"}
+    assert set(losses["runs"][0]) == {"name", "arm", "seed", "lines", "marks"}

@@ -20,6 +20,7 @@ from fp8lab.report.interactive import payload
 from fp8lab.report.picked import clipped_row, weight_rows
 from fp8lab.report.sections import document_of
 from fp8lab.report.story import Place, Seen, Story, load, place_of
+from fp8lab.report.thinning import short
 from fp8lab.sketch import bin_edge
 
 
@@ -369,3 +370,46 @@ def test_runs_beside_each_other_are_drawn_by_one_loss(tmp_path: Path) -> None:
         assert {y for line in beside.axes[0].lines for y in line.get_ydata()} == {value}
         (chart,) = payload(story)["losses"]
         assert chart["quantities"][0][0] == name
+
+
+def test_a_chart_opens_with_the_seed_of_the_worst_run_that_all_arms_have(tmp_path: Path) -> None:
+    """All arms and seeds at once would hide each other."""
+    for arm, seed in (("a", 0), ("a", 1), ("b", 0), ("b", 1), ("b", 2), ("c", 0), ("c", 1)):
+        rows = [{"loss": 1.0} for _ in range(3)]
+        lost = [{"step": 2, "kind": "diverged"}] * (arm == "b" and seed > 0)
+        info = {"config": {"part": "p", "arm": arm, "seed": seed}}
+        write(tmp_path / arm / str(seed), steps=rows, events=lost, info=info)
+    (chart,) = payload(load([tmp_path]))["losses"]
+    assert (chart["seeds"], chart["seed"]) == (["0", "1", "2"], 1)  # an arm lacks seed 2
+    assert [run["seed"] for run in chart["runs"]] == [0, 1, 0, 1, 2, 0, 1]
+    (alone,) = payload(load([tmp_path / "b"]))["losses"]
+    assert alone["seed"] is None
+
+
+def test_the_chart_of_layers_holds_the_rows(story: Story, worst: Seen) -> None:
+    chart = payload(story)["layers"]
+    twin = story.twin_of(worst)
+    assert twin is not None and len(chart["runs"]) == 2
+    for run, told in zip((worst, twin), chart["runs"], strict=True):
+        rows = run.products.set_index("step")["cur_amax"]
+        steps = [int(words.removeprefix("step ")) for words in chart["when"]]
+        assert [amaxes for (amaxes,) in told["amax"]] == short(rows.reindex(steps))
+    amaxes = [amax for (amax,) in chart["runs"][0]["amax"]]
+    assert amaxes[chart["chosen"]] == max(amaxes) == short([worst.products["cur_amax"].max()])[0]
+
+
+def test_the_chart_of_doses_holds_what_the_runs_say(story: Story) -> None:
+    (part,) = (part for part in story.parts if part.is_dose_response)
+    (chart,) = payload(story)["doses"]
+    assert chart["arms"] == [arm.title for arm in part.arms]
+    for quantity, key in enumerate(("loss", "gradient_cosine")):
+        for arm, told in zip(part.arms, chart["quantities"][quantity]["arms"], strict=True):
+            each = [[one[key] for one in run.doses] for run in arm.runs]
+            assert [values for _, values in told["runs"]] == [short(one) for one in each]
+            assert told["mean"][1] == short(np.mean(each, axis=0))
+            assert told["mean"][0] == [one["dose"] for one in arm.runs[0].doses]
+    for quantity, key in ((2, "bulk_error"), (3, "flushed")):
+        (arm, *_), (told, *_) = part.arms, chart["quantities"][quantity]["arms"]
+        run = arm.runs[0]
+        rows = run.products.merge(run.steps[["step", "dose"]], on="step")
+        assert told["runs"][0][1] == short(rows.dropna(subset=key).groupby("dose")[key].mean())

@@ -196,7 +196,7 @@ def test_prices_are_those_of_the_comparison(experiment: Path, tmp_path: Path) ->
     assert delayed["loss gap"].text == "+0.5"  # the median of 0.25 and 0.75
     rows = side_by_side([run.run for run in part.runs], "high")
     (ratio,) = [row["step_time_ratio"] for row in rows if row["arm"] == "train/delayed"]
-    assert delayed["time of a step"].text == f"× {ratio:.3g}"
+    assert delayed["time of a step"].text == f"×\N{NO-BREAK SPACE}{ratio:.3g}"
     assert "gap and time are to the high arm" in table.note
 
 

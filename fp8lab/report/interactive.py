@@ -1,9 +1,9 @@
 """What the page's charts show: rows picked from a story, as JSON that a browser can draw.
 
-Nothing is computed here that a picture does not show as well. A long line is thinned to the rows
-that hold the smallest and the largest value of each stretch, so that no spike is lost; a heat map
-keeps of each stretch the worst value. Numbers have four digits, those of a heat map three; what is
-not finite is null, but for what is infinite in a heat map: that is the worst there is.
+Nothing is computed here that a picture does not show as well. A long line is thinned, see
+`thinning`; a heat map keeps of each stretch the worst value. Numbers have four digits, those of a
+heat map three; what is not finite is null, but for what is infinite in a heat map: that is the
+worst there is.
 
 The budgets below bound the whole, whatever is in a run: 80 layers over 10,000 steps stay below
 4 MB. What a chart opens with is thinned least, what can be chosen instead shares what is left.
@@ -14,11 +14,9 @@ thousand columns. Names are made printable here and turned into text by `page.js
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import isfinite, isnan
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fp8lab import formats
 from fp8lab.comparison import loss_name
@@ -26,9 +24,10 @@ from fp8lab.record import CLIPPED_STALENESS
 from fp8lab.report import longest
 from fp8lab.report.answer import named
 from fp8lab.report.drawing import plain
-from fp8lab.report.picked import ranged_rows, starved_row, weight_rows
+from fp8lab.report.picked import dose_rows, ranged_rows, starved_row, weight_rows
 from fp8lab.report.pictures_of_layers import hot_channels, telling_statistic
 from fp8lab.report.story import Part, Place, Seen, Story, place_of
+from fp8lab.report.thinning import LINE_POINTS, line, rounded, short, thin
 from fp8lab.report.verdict import in_words
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 
 Chart = dict[str, Any]
 
-LINE_POINTS = 600  # of one line
 CHART_POINTS = 40_000  # of all lines of a chart
 HEAT_BINS = 200  # stretches of steps
 HEAT_CELLS = 200_000  # of the heat maps shown first, and of all others together
@@ -44,7 +42,7 @@ COLOUR_DIGITS = 3  # of what a heat map shows
 TRACK_CELLS = 200_000  # of all channels but those of the layer shown first
 SITES, CHANNELS = 16, 6  # whose channels are followed, whose weights are shown
 WEIGHT_STEPS, WEIGHTS = 24, 512  # scatters of one channel, and the points of one
-RANGE_STEPS = 48  # histograms of one tensor
+RANGE_STEPS = 48  # histograms of one tensor, steps of the layers' amaxes
 
 KINDS = ("finding", "loss", "end")  # of what is noticed; of one step the last lies on top
 # Of a tensor's statistics: what it is called, and whether the small values are the bad ones.
@@ -87,20 +85,29 @@ QUANTITIES = {
     "logit_max": "largest logit",
     "learning_rate": "learning rate",
 }
+DOSED = {
+    "loss": "loss",
+    "gradient_cosine": "cosine of the gradient with the exact one",
+    "bulk_error": "relative error of the cast, outlier channel left out",
+    "flushed": "share of the product that became zero",
+}
 
 
 def payload(story: Story) -> dict[str, Any]:
     """The data of every chart that has rows, by the name of the picture whose place it takes.
 
-    `losses` is a list, a chart for each part that trained, in the order of their pictures.
+    `losses` and `doses` are lists, a chart for each part that trained, or was measured at doses, in
+    the order of their pictures.
     """
     runs = story.worst_first()
     shown = runs[0] if runs else None
     place = None if shown is None else place_of(shown)
     trained = [_losses(story, part) for part in story.parts if not part.is_dose_response]
     charts: dict[str, Any] = {"losses": [chart for chart in trained if chart]}
+    charts["doses"] = [_doses(part) for part in story.parts if part.is_dose_response]
     if shown is not None:
         charts["heat"] = _heat(shown)
+        charts["layers"] = _layers(story, shown)
         charts["ranges"] = _ranges(story, shown, place)
     if shown is not None and place is not None:
         charts["timeline"] = _timeline(shown, place)
@@ -111,53 +118,6 @@ def payload(story: Story) -> dict[str, Any]:
     twins = ((run, story.twin_of(run)) for run in runs if not run.doses)
     charts["twin"] = next((_twin(story, run, other) for run, other in twins if other), None)
     return {name: chart for name, chart in charts.items() if chart}
-
-
-# --- picking --------------------------------------------------------------------------------------
-
-
-def thin(columns: Sequence[NDArray[np.float64]], most: int) -> NDArray[np.intp]:
-    """Of rows in order, at most `most` positions: each stretch's smallest and largest, by column.
-
-    `columns` are of one length and may hold what is not finite; a row where all are, is left out.
-    """
-    values = np.array(columns, dtype=float)
-    finite = np.isfinite(values)
-    rows = np.flatnonzero(finite.any(axis=0))
-    if len(rows) <= most:
-        return rows
-    stretches = max(1, (most - 2) // (2 * len(values)))
-    width = -(-len(rows) // stretches)
-    known = finite[:, rows]
-    kept = [np.array([0, len(rows) - 1])]
-    for column in np.concatenate(  # to be smallest: the values, and the values turned over
-        [np.where(known, sign * values[:, rows], np.inf) for sign in (1.0, -1.0)]
-    ):
-        padded = np.pad(column, (0, stretches * width - len(rows)), constant_values=np.inf)
-        best = padded.reshape(stretches, width).argmin(axis=1) + np.arange(stretches) * width
-        kept.append(best[np.isfinite(padded[best])])
-    picked: NDArray[np.intp] = rows[np.unique(np.concatenate(kept))]
-    return picked
-
-
-def short(values: Iterable[Any]) -> list[float | int | str | None]:
-    """Four significant digits; null for what is missing or not finite."""
-    return [_short(value) for value in np.asarray(values, dtype=float).ravel().tolist()]
-
-
-def _short(value: float, digits: int = 4, *, infinite: bool = False) -> float | int | str | None:
-    """Null for what is not finite; with `infinite`, "inf" and "-inf" are told."""
-    if not isfinite(value):
-        return None if isnan(value) or not infinite else f"{value:g}"
-    rounded = float(f"{value:.{digits}g}")
-    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
-
-
-def _line(rows: pd.DataFrame, values: Any, most: int = LINE_POINTS) -> list[list[Any]]:
-    """Steps and values of a thinned line; both empty where nothing was recorded."""
-    y = np.asarray(values, dtype=float)
-    kept = thin([y], most)
-    return [rows["step"].to_numpy()[kept].tolist(), short(y[kept])]
 
 
 def _share(lines: int) -> int:
@@ -190,7 +150,11 @@ def _marks(run: Seen) -> list[list[Any]]:
 
 
 def _losses(story: Story, part: Part) -> Chart | None:
-    """Every run of a part: its lines by quantity, and what was noticed."""
+    """Every run of a part: its lines by quantity, and what was noticed.
+
+    Of several arms the chart opens with one seed, the worst run's that all of them have; the others
+    are there to choose. All of them at once would hide each other.
+    """
     loss = loss_name(run.steps for run in part.runs)
     wanted = [loss, *(name for name in QUANTITIES if name not in ("common_loss", "loss"))]
     found = dict.fromkeys(name for run in part.runs for name in _recorded(run.steps, wanted))
@@ -199,15 +163,22 @@ def _losses(story: Story, part: Part) -> Chart | None:
     names = [name for name in wanted if name in found]
     most = _share(len(part.runs) * len(names))
     arms = [arm for arm in part.arms if arm.runs]
+    seeds = list(dict.fromkeys(run.seed for run in part.runs if run.seed != ""))
+    seeds.sort(key=part.seeds.index)
+    shared = set(seeds).intersection(*({run.seed for run in arm.runs} for arm in arms))
+    worst = [run.seed for run in story.worst_first() if run in part.runs and run.seed in shared]
     return {
         "quantities": [[name, QUANTITIES[name]] for name in names],
+        "seeds": [plain(str(seed)) for seed in seeds],
+        "seed": seeds.index(worst[0]) if worst and len(arms) > 1 else None,
         "arms": [plain(arm.title) for arm in arms],
         "precise": [not arm.uses_fp8 for arm in arms],
         "runs": [
             {
                 "name": plain(named(story, run), 80),
                 "arm": position,
-                "lines": {n: _line(run.steps, run.steps[n], most) for n in names if n in run.steps},
+                "seed": seeds.index(run.seed) if run.seed in seeds else None,
+                "lines": {n: line(run.steps, run.steps[n], most) for n in names if n in run.steps},
                 "marks": _marks(run),
             }
             for position, arm in enumerate(arms)
@@ -220,20 +191,20 @@ def _twin(story: Story, run: Seen, other: Seen) -> Chart | None:
     """A run beside the same training in high precision, and where they first parted."""
     pair, parted, place = (run, other), run.diagnosis.divergence, place_of(run)
     names = [n for n in QUANTITIES if all(_recorded(one.steps, [n]) for one in pair)]
-    lines = [{n: _line(one.steps, one.steps[n]) for n in names} for one in pair]
+    lines = [{n: line(one.steps, one.steps[n]) for n in names} for one in pair]
     labels = [[name, QUANTITIES[name]] for name in names]
     site = parted.site if parted is not None else "" if place is None else place.site
     norms = [one.products[one.products["site"] == site] for one in pair]
     if all(_recorded(rows, ["l2_norm"]) for rows in norms):
         labels.append(["l2_norm", f"l2 norm of {plain(site)}"])
-        for line, rows in zip(lines, norms, strict=True):
-            line["l2_norm"] = _line(rows, rows["l2_norm"])
+        for own, rows in zip(lines, norms, strict=True):
+            own["l2_norm"] = line(rows, rows["l2_norm"])
     marks = _marks(run)
     if parted is not None:
         words = f"first parted at {plain(parted.site)}"
         marks = sorted([*marks, [parted.step, [words], "parted"]], key=lambda mark: mark[0])
     titles = [plain(named(story, run), 80), "its twin in high precision"]
-    runs = [{"name": t, "lines": line} for t, line in zip(titles, lines, strict=True)]
+    runs = [{"name": t, "lines": own} for t, own in zip(titles, lines, strict=True)]
     return {"quantities": labels, "runs": runs, "marks": marks} if labels else None
 
 
@@ -250,7 +221,7 @@ def _timeline(run: Seen, place: Place) -> Chart | None:
     layers = [by_layer.get(site.removesuffix(":product"), none) for site in found]
     return {
         "steps": {
-            name: _line(run.steps, run.steps[name])
+            name: line(run.steps, run.steps[name])
             for name in ("grad_norm", "loss", "common_loss")
             if _recorded(run.steps, [name])
         },
@@ -281,14 +252,14 @@ def _causes(
     return {
         "name": plain(site),
         "channel": channel,
-        "alignment": _line(tracked, tracked["alignment"].abs(), most),
-        "control": _line(tracked, tracked["permuted_alignment"].abs(), most),
-        "amplification": _line(rows, rows["amplification"], most),
-        "amax": _line(rows, rows["cur_amax"], most),
-        "allowed": _line(scaled, scaled["cur_amax"] / scaled["staleness"], most),
-        "staleness": _line(rows, rows["staleness"], most),
-        "flushed": _line(rows, rows["flushed"], most),
-        "saturated": _line(rows, rows["saturated"], most),
+        "alignment": line(tracked, tracked["alignment"].abs(), most),
+        "control": line(tracked, tracked["permuted_alignment"].abs(), most),
+        "amplification": line(rows, rows["amplification"], most),
+        "amax": line(rows, rows["cur_amax"], most),
+        "allowed": line(scaled, scaled["cur_amax"] / scaled["staleness"], most),
+        "staleness": line(rows, rows["staleness"], most),
+        "flushed": line(rows, rows["flushed"], most),
+        "saturated": line(rows, rows["saturated"], most),
     }
 
 
@@ -312,7 +283,7 @@ def _heat(run: Seen) -> Chart | None:
         empty = [None] * len(starts)
         kept = {
             site: [
-                _short(value, COLOUR_DIGITS, infinite=True)
+                rounded(value, COLOUR_DIGITS, infinite=True)
                 for value in pick.reduceat(row, starts).tolist()
             ]
             for site, row in worst.items()
@@ -337,6 +308,55 @@ def _heat(run: Seen) -> Chart | None:
         "chosen": chosen,
         "marks": marks,
     }
+
+
+def _layers(story: Story, run: Seen) -> Chart | None:
+    """Of every layer the product's amax, by step; beside it the twin's."""
+    largest = run.products.dropna(subset="cur_amax").groupby("step")["cur_amax"].max()
+    if largest.empty:
+        return None
+    twin = story.twin_of(run)
+    runs = [run] if twin is None else [run, twin]
+    sites = list(dict.fromkeys(site for one in runs for site in one.products["site"]))
+    most = max(2, min(RANGE_STEPS, CHART_POINTS // (len(sites) * len(runs))))
+    steps = largest.index[thin([largest.to_numpy(float)], most)]
+    lines = []
+    for one in runs:
+        rows = one.products[one.products["step"].isin(steps)]
+        amaxes = rows.pivot_table("cur_amax", "step", "site", observed=True)
+        told = amaxes.reindex(index=steps, columns=sites).to_numpy(float)
+        lines.append({"name": plain(named(story, one), 80), "amax": [short(row) for row in told]})
+    return {
+        "layers": [plain(site) for site in sites],
+        "when": [plain(run.when(int(step))) for step in steps],
+        "runs": lines,
+        "chosen": int(largest.to_numpy(float)[largest.index.isin(steps)].argmax()),
+    }
+
+
+def _doses(part: Part) -> Chart:
+    """By quantity and arm the mean at each dose, and each run's own."""
+    found = dose_rows(part)
+    charts = []
+    for key, label in DOSED.items():
+        rows = found.measured if key in found.measured else found.cast
+        rows = rows.reindex(columns=["arm", "run", "dose", key]).dropna()
+        lines = []
+        for arm in found.arms:
+            mine = rows[rows["arm"] == arm.name]
+            runs = [_by_dose(one, key) for _, one in mine.groupby("run", sort=False)]
+            lines.append({"mean": _by_dose(mine, key), "runs": runs})
+        charts.append({"label": label, "arms": lines, "log": key == "bulk_error"})
+    return {
+        "arms": [plain(arm.title) for arm in found.arms],
+        "precise": [not arm.uses_fp8 for arm in found.arms],
+        "quantities": charts,
+    }
+
+
+def _by_dose(rows: pd.DataFrame, key: str) -> list[list[Any]]:
+    means = rows.groupby("dose")[key].mean()
+    return [means.index.tolist(), short(means)]
 
 
 def _channels(run: Seen, place: Place) -> Chart | None:
@@ -421,7 +441,7 @@ def _scatter(row: pd.Series) -> Chart:
     picked = sorted({*range(0, len(gate), every), peak})
     return {
         "step": int(row["step"]),
-        "alignment": _short(float(row["alignment"])),
+        "alignment": rounded(float(row["alignment"])),
         "gate": short(gate[picked]),
         "up": short(up[picked]),
         "peak": picked.index(peak),
@@ -476,5 +496,5 @@ def _histogram(run: Seen, row: pd.Series) -> Chart:
         "counts": counts.tolist(),
         "bounds": short(np.log2(bounds / float(row["scale"]))),
         "shares": short([row["flushed"], row["subnormal"], row["saturated"]]),
-        "staleness": _short(float(row["staleness"])),
+        "staleness": rounded(float(row["staleness"])),
     }

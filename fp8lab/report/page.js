@@ -2,7 +2,8 @@
 
    The data is what interactive.py picked; nothing is computed here but where to draw it. A chart is a
    function: data in; out come its choosers and `draw`, which says what to show for their state now.
-   Without this script, in print, and where a chart fails, the static picture stands. */
+   Without this script, in print, in a browser that cannot unpack and where a chart fails, the static
+   picture stands. */
 "use strict";
 
 (() => {
@@ -15,6 +16,7 @@
 
   const losses = (data) => {
     const arm = choice("Arms", ["all", ...data.arms]);
+    const seed = choice("Seeds", ["all", ...data.seeds], data.seed === null ? 0 : data.seed + 1);
     const below = data.quantities.slice(1);
     const second = choice("Below the loss", below.map(([, label]) => label));
     /* What runs in high precision is grey, in every chart, and nothing else is. */
@@ -34,7 +36,8 @@
       return signs(marks, marks.map(([step]) => at(step)), { legendgroup: `arm ${run.arm}` });
     });
     const draw = () => {
-      const runs = data.runs.filter((run) => arm.at === 0 || run.arm === arm.at - 1);
+      const runs = data.runs.filter((run) =>
+        (arm.at === 0 || run.arm === arm.at - 1) && (seed.at === 0 || run.seed === seed.at - 1));
       const keys = [data.quantities[0], ...(below.length ? [below[second.at]] : [])];
       const panels = keys.map(([key, label], at) => {
         const scale = growing(runs.map((run) => run.lines[key]));
@@ -48,7 +51,7 @@
       const shown = stacked(panels, [], 520);
       return { data: shown.data, layout: { ...shown.layout, hovermode: "closest" } };
     };
-    return { choosers: [arm, second], draw };
+    return { choosers: [arm, seed, second], draw };
   };
 
   const twin = (data) => {
@@ -261,6 +264,74 @@
     return { choosers: [place, step], draw };
   };
 
+  const grown = (values) => (values.some((y) => y > 0) ? logarithmic(...extent(values)) : axis(""));
+
+  /* A row a layer: from the first step, hollow, to the one that is chosen. */
+  const layers = (data) => {
+    const step = slider("Step", data.when.length, data.chosen);
+    const places = data.layers.map((_, at) => at);
+    const scale = () => grown(data.runs.flatMap((run) => run.amax.flat()));
+    const draw = () => {
+      step.say(data.when[step.at]);
+      const traces = data.runs.flatMap((run, at) => {
+        const [first, now] = [run.amax[0], run.amax[step.at]];
+        const [hue, symbol] = at ? ["--c8", "circle"] : ["--c2", "diamond"];
+        const dots = (x, name, when, look) => ({
+          type: "scatter", mode: "markers", x, y: places, name: text(name), cliponaxis: false,
+          text: x.map((amax, layer) => `${text(data.layers[layer])}<br>${text(when)}: ${number(amax)}`),
+          hovertemplate: "%{text}<extra></extra>", marker: { size: 10, color: colour(hue), symbol, ...look },
+        });
+        const between = {
+          type: "scatter", mode: "lines", x: places.flatMap((layer) => [first[layer], now[layer], null]),
+          y: places.flatMap((layer) => [layer, layer, null]), hoverinfo: "skip", showlegend: false,
+          line: { width: 2, color: colour("--line") },
+        };
+        return [between, dots(first, `${run.name}, ${data.when[0]}`, data.when[0], { symbol: `${symbol}-open` }),
+          dots(now, run.name, data.when[step.at])];
+      });
+      const every = Math.ceil(data.layers.length / 24);
+      const shown = places.filter((at) => at % every === 0);
+      const rows = axis("", {
+        tickvals: shown, ticktext: shown.map((at) => text(ending(data.layers[at]))), automargin: true,
+        range: [data.layers.length - 0.4, -0.6],
+      });
+      const title = { title: axis("largest magnitude of the product").title };
+      return {
+        data: traces,
+        layout: layout(Math.min(720, 150 + 26 * data.layers.length), { xaxis: { ...scale(), ...title }, yaxis: rows }),
+      };
+    };
+    return { choosers: [step], draw };
+  };
+
+  /* Bold the mean over an arm's runs, faint each of them. */
+  const doses = (data) => {
+    const quantity = choice("Quantity", data.quantities.map((one) => one.label));
+    const arm = choice("Arms", ["all", ...data.arms]);
+    const draw = () => {
+      const one = data.quantities[quantity.at];
+      const traces = one.arms.flatMap((lines, at) => {
+        if (arm.at && at !== arm.at - 1) return [];
+        const before = data.precise.slice(0, at).filter((each) => each === data.precise[at]).length;
+        const look = data.precise[at] ? grey(before) : styled(before);
+        const shared = { legendgroup: `arm ${at}`, hovertemplate: `2<sup>%{x}</sup>: %{y:.4g}` };
+        const runs = lines.runs.map((line) => curve(line, data.arms[at], { ...look, width: 0.8 },
+          { ...shared, opacity: 0.5, showlegend: false, hoverinfo: "skip", hovertemplate: null }));
+        const bold = { ...shared, mode: "lines+markers", marker: { size: 7, color: look.color } };
+        return [...runs, curve(lines.mean, data.arms[at], { ...look, width: 2.4 }, bold)];
+      });
+      const ticks = [...new Set(traces.flatMap((trace) => trace.x))].sort((a, b) => a - b);
+      return {
+        data: traces,
+        layout: layout(400, {
+          xaxis: axis("amplification of one channel", { tickvals: ticks, ticktext: ticks.map((k) => `2${sup(k)}`) }),
+          yaxis: one.log ? grown(traces.flatMap((trace) => trace.y)) : axis(""),
+        }),
+      };
+    };
+    return { choosers: [quantity, arm], draw };
+  };
+
   /* The lower edge of a bin of a histogram, as a power of two: see sketch.bin_edge. */
   const edge = (bin) => {
     const [value] = new Float32Array(new Uint32Array([bin << 21]).buffer);
@@ -332,7 +403,7 @@
 
   /* ---- into the page ---- */
 
-  const CHARTS = { losses, twin, timeline, heat, channels, weights, ranges };
+  const CHARTS = { losses, timeline, heat, channels, weights, layers, ranges, twin, doses };
 
   const replace = async (figure, make, data) => {
     const picture = figure.querySelector(".static");
@@ -360,8 +431,18 @@
     });
   };
 
+  /* Scripts and data travel compressed: of plotly two fifths are left, of the data one half. */
+  const unpacked = (id) => {
+    const coded = atob(document.getElementById(id).textContent);
+    const packed = new Uint8Array(coded.length);
+    for (let at = 0; at < coded.length; at += 1) packed[at] = coded.charCodeAt(at);
+    return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  };
+
   const start = async () => {
-    const all = JSON.parse(document.getElementById("data").textContent);
+    const [library, data] = await Promise.all([unpacked("library"), unpacked("data")]);
+    document.head.append(made("script", { textContent: library }));
+    const all = JSON.parse(data);
     for (const [name, make] of Object.entries(CHARTS)) {
       const figures = document.querySelectorAll(`figure[data-chart="${name}"]`);
       const data = [all[name] ?? []].flat();

@@ -7,11 +7,12 @@ soon show different rows.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import pandas as pd
 
 from fp8lab import formats
-from fp8lab.report.story import Place, Seen
+from fp8lab.report.story import Arm, Part, Place, Seen
 
 
 def weight_rows(run: Seen, place: Place) -> list[pd.Series]:
@@ -44,6 +45,33 @@ def starved_row(runs: Iterable[Seen]) -> tuple[Seen, pd.Series] | None:
             if best is None or row["bulk_error"] > best[1]["bulk_error"]:
                 best = run, row
     return best
+
+
+class DoseRows(NamedTuple):
+    """Of a dose response the arms that have one, what their runs measured at each `dose`, and the
+    rows of the product at `site`, each with its `arm`, `run` and `dose`."""
+
+    site: str
+    arms: list[Arm]
+    measured: pd.DataFrame
+    cast: pd.DataFrame
+
+
+def dose_rows(part: Part) -> DoseRows:
+    """The product is that of the layer in which a run's channel stands out most."""
+    arms = [arm for arm in part.arms if any(run.doses for run in arm.runs)]
+    first = next(run for run in part.runs if run.doses)
+    ratios = first.products.dropna(subset="channel_ratio")
+    site = "" if ratios.empty else str(ratios.nlargest(1, "channel_ratio").iloc[0]["site"])
+    results, casts = [], []
+    for arm in arms:
+        for run in arm.runs:
+            results.append(pd.DataFrame(run.doses).assign(arm=arm.name, run=run.label))
+            rows = run.products[run.products["site"] == site]
+            steps = run.steps.reindex(columns=["step", "dose"])  # a damaged run may lack them
+            joined = rows.merge(steps.dropna(), on="step") if len(rows) else rows
+            casts.append(joined.assign(arm=arm.name, run=run.label))
+    return DoseRows(site, arms, pd.concat(results), pd.concat(casts))
 
 
 def ranged_rows(rows: pd.DataFrame) -> pd.DataFrame:

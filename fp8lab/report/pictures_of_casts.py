@@ -20,7 +20,7 @@ from fp8lab.report.drawing import (
     new_figure,
     plain,
 )
-from fp8lab.report.story import Arm, Part, superscript
+from fp8lab.report.story import Arm, superscript
 from fp8lab.sketch import bin_edge
 
 if TYPE_CHECKING:
@@ -28,23 +28,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from fp8lab.report.picked import DoseRows
 
-def doses(part: Part, site: str) -> Figure:
+
+def doses(found: DoseRows) -> Figure:
     """Loss, gradient cosine, bulk error and flushed share against the amplification, by arm."""
-    import pandas as pd
-
     figure = new_figure(6.2)
     grid = figure.subplots(2, 2, sharex=True)
-    arms = [arm for arm in part.arms if any(run.doses for run in arm.runs)]
-    results, casts = [], []
-    for arm in arms:
-        for run in arm.runs:
-            results.append(pd.DataFrame(run.doses).assign(arm=arm.name, run=run.label))
-            rows = run.products[run.products["site"] == site]
-            steps = run.steps.reindex(columns=["step", "dose"])  # a damaged run may lack them
-            joined = rows.merge(steps.dropna(), on="step") if len(rows) else rows
-            casts.append(joined.assign(arm=arm.name, run=run.label))
-    measured, cast = pd.concat(results), pd.concat(casts)
+    _, arms, measured, cast = found
     for axes, frame, column, title in (
         (grid[0, 0], measured, "loss", "Loss"),
         (grid[0, 1], measured, "gradient_cosine", "Gradient: cosine with the exact one"),

@@ -28,7 +28,7 @@ from fp8lab.report.blocks import (
     Points,
     Section,
 )
-from fp8lab.report.picked import clipped_row, starved_row, weight_rows
+from fp8lab.report.picked import clipped_row, dose_rows, starved_row, weight_rows
 from fp8lab.report.provenance import provenance
 from fp8lab.report.story import Part, Place, Seen, Story, place_of
 from fp8lab.report.tables import meaning_of
@@ -304,16 +304,14 @@ def _dose_blocks(story: Story) -> list[Block]:
 
 
 def _dose_part(part: Part) -> list[Block]:
-    run = next(run for run in part.runs if run.doses)
-    ratios = run.products.dropna(subset="channel_ratio")
-    site = "" if ratios.empty else str(ratios.nlargest(1, "channel_ratio").iloc[0]["site"])
+    found = dose_rows(part)
     return [
         _picture(
             "doses",
-            pictures_of_casts.doses(part, site),
+            pictures_of_casts.doses(found),
             "Loss, gradient cosine, bulk error and flushed share against amplification, by arm",
             f"{part.title}. But for clamps its function is the same at every dose; the range of "
-            f"{site} grows. Bold: mean over seeds; faint: each seed.",
+            f"{found.site} grows. Bold: mean over seeds; faint: each seed.",
         ),
         Folded(
             "The numbers",

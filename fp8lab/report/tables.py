@@ -179,7 +179,7 @@ def _price(price: dict[str, Any]) -> tuple[Cell, Cell]:
     gap, ratio = price.get("loss_gap"), price.get("step_time_ratio")
     return (
         NOTHING if gap is None else Cell(f"{gap:+.3g}"),
-        NOTHING if ratio is None else Cell(f"× {ratio:.3g}"),
+        NOTHING if ratio is None else Cell(f"×\N{NO-BREAK SPACE}{ratio:.3g}"),
     )
 
 
