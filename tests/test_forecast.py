@@ -41,6 +41,7 @@ from fp8lab.casting import Cast, cast_for
 from fp8lab.cli import app
 from fp8lab.forecast import DAMAGED, MOST, RELEASED, SATURATED, WINDOW, WOUND_UP
 from fp8lab.forecast.histories import current_scales, delayed_scales
+from fp8lab.forecast.to_record import Missing, select_of
 from fp8lab.forecast.what_if import COLUMNS, recorded_sites, uses_of
 from fp8lab.linear import Fp8Linear
 from fp8lab.monitor.measure import summary
@@ -295,6 +296,59 @@ def test_operands_that_were_not_recorded_are_said_to_be_unknown(kept: Kept) -> N
         "grad_output of 2 layers (0.up, 0.down)",
     ]
     assert replay(kept.path, HighPrecision()).unknown == {}
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        DelayedScaling(),
+        Float8CurrentScaling(),
+        Float8BlockScaling(),
+        MXFP8BlockScaling(),
+        NVFP4BlockScaling(),
+        RowwiseScaling(),
+    ],
+    ids=lambda recipe: type(recipe).__name__,
+)
+def test_what_is_not_known_is_once_it_is_recorded_as_was_told(tmp_path: Path, recipe: Any) -> None:
+    """`select` is Python, and with it a run knows all that a record can tell."""
+
+    def train(path: Path, **options: Any) -> Any:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(fp8lab.GatedFeedForward(32, 64) for _ in range(3)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        with fp8lab.watch(model, path, optimizer=optimizer, every=3, **options) as watch:
+            for step in range(5):
+                loss = (model(torch.randn(32, 32)) - 1.0).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                watch.step(step, loss=loss)
+        return replay(path, recipe)
+
+    first = train(tmp_path / "first")
+    assert first.unknown and first.select in str(first)
+    assert "…" not in first.select and first.select == first.to_dict()["select"]
+    told = eval(f"dict({first.select})", {"fp8lab": fp8lab})
+    assert all(isinstance(one, Selection) for one in told["select"])
+    second = train(tmp_path / "second", **told)
+    assert second.select == "" and "to know it" not in str(second)
+    assert all("no what-if statistics" in why for why in second.unknown.values())
+    assert (second.unknown == {}) == (not isinstance(recipe, NVFP4BlockScaling))
+
+
+def test_layers_that_differ_in_numbers_are_one_pattern() -> None:
+    layers = [f"layers.{n}.mlp.{name}" for n in range(80) for name in ("gate", "up")]
+    missing = [Missing(layer, "weight") for layer in [*layers, "head", "odd[1]*"]]
+    missing += [Missing("head", "input", ("a", "b")), Missing("head", "input", ("b", "c"))]
+    told = eval(f"dict({select_of(missing)})", {"fp8lab": fp8lab})["select"]
+    assert [one.layers for one in told] == [
+        ("layers.*.mlp.gate", "layers.*.mlp.up", "head", "odd[[]1][*]"), ("head",)
+    ]  # fmt: skip
+    assert all(told[0].names(one.layer, "weight") for one in missing[:-2])
+    assert not told[0].names("odd11", "weight")
+    assert told[1].statistics == ("a", "b", "c")
+    assert select_of([]) == ""
 
 
 def old_runs(folder: Path, version: int) -> list[Path]:

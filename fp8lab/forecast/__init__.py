@@ -41,6 +41,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from fp8lab.forecast.to_record import Missing, missing_of, select_of
 from fp8lab.forecast.what_if import (
     Use,
     Uses,
@@ -48,11 +49,13 @@ from fp8lab.forecast.what_if import (
     layers_of_feed_forwards,
     recorded_sites,
     replayed,
+    statistics_of,
+    uses_in,
     uses_of,
 )
 from fp8lab.formats import FloatFormat
 from fp8lab.plan import Plan, as_recipe, recipe_to_dict
-from fp8lab.recipe import OPERANDS, DelayedScaling, HighPrecision, shown
+from fp8lab.recipe import OPERANDS, DelayedScaling, HighPrecision, Operand, shown
 from fp8lab.record import CLIPPED_STALENESS
 from fp8lab.runs import Run, open_run
 
@@ -108,8 +111,8 @@ class Forecast:
 
     `frame` has a row per operand and step, see `what_if.COLUMNS`: a number is exact where its `low`
     and `high` agree, lies between them, or is missing, and `reason` says why. `troubles` come worst
-    first; `unknown` says of what nothing or not all is known, and why; `left_out` are the operands
-    that the plan leaves in high precision.
+    first; `unknown` says of what nothing or not all is known, and why, and `missing` what a run has
+    to record to know it; `left_out` are the operands that the plan leaves in high precision.
     """
 
     run: str
@@ -117,8 +120,15 @@ class Forecast:
     frame: pd.DataFrame
     troubles: tuple[Trouble, ...]
     unknown: dict[str, str]
+    missing: tuple[Missing, ...]
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
+
+    @property
+    def select(self) -> str:
+        """The argument of `watch` with which a next run knows what this one does not, as Python;
+        empty where there is none."""
+        return select_of(self.missing)
 
     @property
     def serious(self) -> tuple[Trouble, ...]:
@@ -156,6 +166,7 @@ class Forecast:
             "safer_plan": recipe_to_dict(self.safer_plan) if self.serious else None,
             "operands": list(_extremes(self.frame)),
             "unknown": self.unknown,
+            "select": self.select,
             "left_out": list(self.left_out),
             "notes": list(self.notes),
         }
@@ -187,6 +198,7 @@ class Forecast:
         lines += [f"left in high precision: {', '.join(self.left_out)}"] * bool(self.left_out)
         lines += ["not known:"] * bool(self.unknown)
         lines += [f"  {site}: {reason}" for site, reason in self.unknown.items()]
+        lines += [f"to know it, watch the next run with {self.select}"] * bool(self.select)
         return "\n".join([*lines, *self.notes])
 
 
@@ -205,11 +217,13 @@ def replay(run: Run | str | Path, recipe: Any) -> Forecast:
     frame = replayed(run, uses.cast)
     troubles: list[Trouble] = []
     notes = list(_events_told(run))
-    unknown = uses.unknown | _not_recorded(run, plan, uses)
+    left = _not_recorded(run, plan, uses)
+    unknown, missing = uses.unknown | _in_words(plan, left), list(_missing(run, plan, left))
     by_use = dict(tuple(frame.groupby(["site", "gemms"], sort=False)))
     for use in uses.cast:
         rows = by_use.get((use.site, ", ".join(use.gemms)), frame[:0]).reset_index(drop=True)
         unknown |= _unknown(use, rows)
+        missing += missing_of(use, rows)
         if isinstance(use.recipe, DelayedScaling) and len(rows):
             notes += _cold_start(use, rows.iloc[0])
             rows = rows[1:]
@@ -221,6 +235,7 @@ def replay(run: Run | str | Path, recipe: Any) -> Forecast:
         frame=frame,
         troubles=tuple(troubles),
         unknown=unknown,
+        missing=tuple(missing),
         left_out=tuple(uses.left_out),
         notes=tuple(notes),
     )
@@ -342,27 +357,45 @@ def _cold_start(use: Use, first: pd.Series) -> Iterator[str]:
     yield f"cold start: scale 1 {told}: {use.site} in step {int(first['step'])}"
 
 
-def _not_recorded(run: Run, plan: Plan, uses: Uses) -> dict[str, str]:
-    """Operands of layers that the plan casts and no row is about."""
+def _not_recorded(run: Run, plan: Plan, uses: Uses) -> dict[Operand, list[str]]:
+    """By operand the layers of which the plan casts it and no row is about it."""
     names = layers_of_feed_forwards(run).values()
     own = dict.fromkeys(layer for parts in names for layer in parts.values())
     layers = layers_of(run) or list(own)
     known = {(use.layer, use.operand) for use in uses.cast}
-    told = {}
-    for operand in OPERANDS:
-        missing = [
+    return {
+        operand: [
             layer
             for layer in layers
             if plan.covers(layer)
             and (layer, operand) not in known
             and not isinstance(plan.recipe_for(layer, operand), HighPrecision)
         ]
-        if missing:
-            listed = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-            count = "1 layer" if len(missing) == 1 else f"{len(missing)} layers"
-            selection = f"Selection(tensors=({operand!r},), freq=1)"
-            told[f"{operand} of {count} ({listed})"] = f"not recorded: {selection}"
+        for operand in OPERANDS
+    }
+
+
+def _in_words(plan: Plan, left: dict[Operand, list[str]]) -> dict[str, str]:
+    told = {}
+    for operand, layers in left.items():
+        if layers:
+            listed = ", ".join(layers[:3]) + (", …" if len(layers) > 3 else "")
+            count = "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
+            uses = (use for layer in layers for use in uses_in("", layer, operand, plan))
+            whys = {statistics_of(use)[1]: None for use in uses if not use.is_scaled_whole}
+            why = "; ".join(["not recorded", *filter(None, whys)])
+            told[f"{operand} of {count} ({listed})"] = why
     return told
+
+
+def _missing(run: Run, plan: Plan, left: dict[Operand, list[str]]) -> Iterator[Missing]:
+    """What to record of them, as far as they are modules: of fused experts nothing can be asked."""
+    linears = run.info.get("linears")
+    for operand, layers in left.items():
+        for layer in layers:
+            if not isinstance(linears, dict) or layer in linears:
+                for use in uses_in(f"{layer}:{operand}", layer, operand, plan):
+                    yield from missing_of(use, None)
 
 
 def _unknown(use: Use, rows: pd.DataFrame) -> dict[str, str]:

@@ -66,6 +66,10 @@ _OF_FEED_FORWARD: dict[str, tuple[str, Operand]] = {
 _OPERANDS = ("input", "weight", "grad_output")
 _PATTERNS = ("*:product", "*:grad_gate", "*:grad_up", "*:grad_output", "*:input", "*:weight")
 
+# Why something is unknown that a run can record.
+EVERY_STEP = "a delayed scale needs the amax of every step"
+AMAX_ALONE, NO_BINS = "recorded with its amax alone", "no histogram"
+
 _COUNTS = ("saturated", "flushed", "subnormal")
 _KEYS = ["step", "rank", "site"]
 _BINS = ("bins", "histogram_start", "histogram")
@@ -144,14 +148,14 @@ def uses_of(run: Run, sites: list[str], plan: Plan) -> Uses:
         else:
             continue
         if plan.covers(layer):
-            found.cast.extend(_uses(site, layer, operand, plan))
+            found.cast.extend(uses_in(site, layer, operand, plan))
         else:
             found.left_out.append(site)
     return found
 
 
-def _uses(site: str, layer: str, operand: Operand, plan: Plan) -> Iterator[Use]:
-    """One for all GEMMs that take the same codes."""
+def uses_in(site: str, layer: str, operand: Operand, plan: Plan) -> Iterator[Use]:
+    """What a plan casts an operand of a layer to: one for all GEMMs that take the same codes."""
     alike: dict[Any, list[str]] = {}
     for gemm, operands in GEMMS.items():
         if operand in operands:
@@ -458,18 +462,15 @@ def _take_what_ifs(frame: pd.DataFrame, use: Use) -> None:
 
 def _reasons(frame: pd.DataFrame, use: Use) -> Any:
     """Why a number is missing in a row; empty where none is but what has no definition."""
-    module, _, role = use.site.rpartition(":")
     name, why = statistics_of(use)
     full = frame["flushed_low"].notna() & frame["saturated_low"].notna()
     if not use.is_scaled_whole:
         names = f"{name.format('underflows%')}, {name.format('overflows%')}"
-        selection = f"Selection(layers=({module!r},), tensors=({role!r},), statistics=…)"
-        return np.where(full, "", why or f"record {names} with {selection}")
+        return np.where(full, "", why or f"record {names}")
     if isinstance(use.recipe, DelayedScaling):
         why = foreign_function(use.recipe)
         if not why and frame["scale"].isna().all():
-            selection = f"Selection(layers=({module!r},), tensors=({role!r},), freq=1)"
-            why = f"a delayed scale needs the amax of every step: record it with {selection}"
+            why = EVERY_STEP
     no_scale = why if isinstance(use.recipe, DelayedScaling) and why else "an amax is not known"
-    no_bins = np.where(frame["count"].isna(), "recorded with its amax alone", "no histogram")
+    no_bins = np.where(frame["count"].isna(), AMAX_ALONE, NO_BINS)
     return np.where(frame["scale"].isna(), no_scale, np.where(full, "", no_bins))
