@@ -224,6 +224,7 @@ def test_what_if_is_what_replay_says(story: Story) -> None:
             continue
         assert worst == (str(forecast.troubles[0]) if forecast.troubles else "–")
         assert f"counts in {frame['flushed_low'].notna().sum()}" in known
+        assert forecast.select and table.note.endswith("the select=[…] that would record it")
         assert (forecast.serious != ()) == ("serious since step" in told)
     assert {told for told, *_ in cells.values()} > {"unknown"}
 

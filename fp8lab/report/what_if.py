@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fp8lab.forecast import Forecast, replay
-from fp8lab.forecast.to_record import select_of
 from fp8lab.recipe import (
     DelayedScaling,
     Float8BlockScaling,
@@ -52,8 +51,8 @@ def what_if(run: Seen, name: str) -> Table | str:
     forecasts = [replay(run.run, recipe) for recipe in RECIPES]
     notes = [*dict.fromkeys(note for one in forecasts for note in one.notes)]
     notes += _unknown(forecasts[0].unknown)
-    select = select_of(one for forecast in forecasts for one in forecast.missing)
-    notes += [f"to know it, watch the next run with {select}"] * bool(select)
+    if any(forecast.select for forecast in forecasts):
+        notes.append("fp8lab replay RUN --recipe R prints the select=[…] that would record it")
     told = f"The tensors of {name} as they were recorded, cast by other recipes"
     rows_of = [_row(recipe, one) for recipe, one in zip(RECIPES, forecasts, strict=True)]
     return Table(title=told, head=HEAD, rows=rows_of, note="; ".join(notes))
