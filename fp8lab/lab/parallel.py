@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fp8lab.agreement import rank_of, world_size
 from fp8lab.ffn import FeedForward, GatedFeedForward
-from fp8lab.monitor.ranks import rank_of, world_size
 
 Parallel = Literal["ddp", "fsdp2", "tensor_parallel"]
 
@@ -133,7 +133,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> None:
     norms: list[Tensor] = [torch.linalg.vector_norm(one.grad) for one in plain]
     norms += [torch.linalg.vector_norm(one.grad).full_tensor() for one in spread]
     total = math.hypot(*(float(norm) for norm in norms))
-    factor = min(1.0, largest / (total + 1e-6))  # as torch's
+    factor = largest / (total + 1e-6)
+    factor = 1.0 if factor > 1.0 else factor  # NaN stays, as torch's: then no gradient is one
     for one in parameters:
         assert one.grad is not None
         one.grad.mul_(factor)

@@ -81,10 +81,11 @@ def do_in_processes(
     try:
         assert process.stdout is not None
         for line in process.stdout:
-            kind, _, said = line.removeprefix(MARK).partition(" ")
-            if line.startswith(MARK) and kind == "error":
+            _, mark, told = line.partition(MARK)  # after what an experiment printed, maybe
+            kind, _, said = told.partition(" ")
+            if mark and kind == "error":
                 errors.append(json.loads(said))
-            elif line.startswith(MARK):
+            elif mark:
                 send(Report(**json.loads(said)))
     except BaseException:
         process.terminate()
