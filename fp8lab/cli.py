@@ -30,6 +30,7 @@ from fp8lab.listing import (
     print_rows,
     rank_in_words,
     ranks_of,
+    stopped_first,
     summary_of,
 )
 from fp8lab.progress import Bars
@@ -220,9 +221,9 @@ def show(run: RunPath, as_json: Json = False) -> None:
     info["state"] = opened.state
     info |= {key: value for key, value in summary_of(opened).items() if key not in info}
     events = opened.events()[["step", "rank", "kind", "site", "detail"]].to_dict("records")
-    ranks = ranks_of(opened)
+    ranks, first = ranks_of(opened), stopped_first(opened)
     if as_json:
-        _print_json(info | {"ranks": ranks, "events": events})
+        _print_json(info | {"ranks": ranks, "stopped_first": first, "events": events})
         return
     console = Console(markup=False)
     table = Table(show_header=False, box=None)
@@ -230,6 +231,8 @@ def show(run: RunPath, as_json: Json = False) -> None:
         table.add_row(printable(name), printable(told))
     for row in ranks if len(ranks) > 1 else []:
         table.add_row(f"rank {row['rank']}", printable(rank_in_words(row)))
+    if first is not None:
+        table.add_row("stopped first", printable(first))
     for event in events:
         told = f"{event['kind']}: {event['detail']}"
         where = f", rank {event['rank']}" if len(ranks) > 1 else ""

@@ -25,6 +25,9 @@ from fp8lab.store import Run, find_runs, open_run
 from fp8lab.terminal import printable
 
 NAMED = 3  # layers, of those that are cast alike
+OFTEN = 5.0  # seconds between two writes of a process, if it does not say
+# What gloo and NCCL say in a process of which another has gone.
+CUT_OFF = ("connection closed by peer", "connection reset", "broken pipe", "remote process exited")
 WRAPPED = 32  # characters, beyond which a cell of several words goes on in the next line
 
 
@@ -88,6 +91,40 @@ def rank_in_words(row: Mapping[str, Any]) -> str:
     told = told if error is None else f"{told}: {error}"
     refused = row["refused"]
     return told if refused is None else f"{told}; not written: {refused}"
+
+
+def stopped_first(run: Run) -> str | None:
+    """Which of several processes stopped first, in words, as far as anything tells; None where all
+    came to their end, or were interrupted together.
+
+    A process that lost the connection to another was alive when that was not; of those that are
+    gone without a word some may have been ended because one failed. Else the times of the last
+    writes tell, where they are further apart than processes write.
+    """
+    rows = run.ranks()
+    rows = rows[rows["state"] != "left"]
+    lost = rows[rows["state"].isin(["killed", "failed", "unknown"])]
+    if len(rows) < 2 or lost.empty:
+        return None
+    cut_off = lost["error"].fillna("").str.contains("|".join(CUT_OFF), case=False)
+    own = lost[~cut_off]
+    if own.empty:
+        return "not known: each lost the connection to another"
+    failed = own[own["state"] == "failed"]
+    own = (own if failed.empty else failed).sort_values("flushed")
+    first, others = own.iloc[0], rows[rows["rank"] != own["rank"].iloc[0]]
+    gap = float(others["flushed"].min() - first["flushed"])
+    told = (number_of(run.info_of(rank).get("flush_seconds")) for rank in rows["rank"])
+    writes = max(OFTEN if one is None else one for one in told)
+    if len(own) > 1 and not gap > writes:
+        ranks = ", ".join(map(str, sorted(own["rank"])))
+        return (
+            f"not known: ranks {ranks} wrote last within {writes:g} s, which is how often they do"
+        )
+    last = "before its first step"
+    if pd.notna(first["last_step"]):
+        last = f"last step {first['last_step']}"
+    return f"rank {first['rank']}, {last}" + (f", {gap:.0f} s before the others" * (gap >= 1.0))
 
 
 def print_grids(console: Console, parts: Iterable[Any], out: Path) -> None:

@@ -78,7 +78,8 @@ class Diagnosis:
     recorded event said by itself that something is wrong, None if it never did; `divergence` is
     where the run first parted from its twin, None without one or if it never did; `lost` names, of
     several processes, those whose rows may end early (see `Run.lost`); `is_empty` where no step was
-    recorded, and nothing can be said."""
+    recorded, and nothing can be said, but by `ended` how such a run came to its end, if that was no
+    good one."""
 
     run: str
     findings: tuple[Finding, ...]
@@ -86,6 +87,7 @@ class Diagnosis:
     divergence: Divergence | None = None
     is_empty: bool = False
     lost: str = ""
+    ended: str = ""
 
     @property
     def first_alarm(self) -> int | None:
@@ -102,6 +104,7 @@ class Diagnosis:
             "first_alarm": self.first_alarm,
             "divergence": None if self.divergence is None else self.divergence.to_dict(),
             "lost": self.lost,
+            "ended": self.ended,
             "findings": [finding.to_dict() for finding in self.findings],
         }
 
@@ -109,7 +112,7 @@ class Diagnosis:
         parted = "" if self.divergence is None else f"\n{self.divergence}"
         parted += f"\n{self.lost}: its rows end there" if self.lost else ""
         if self.is_empty:
-            told = "nothing was recorded: is watch.step called in the loop?"
+            told = f"nothing was recorded: {self.ended or 'is watch.step called in the loop?'}"
             return f"{self.run}: {told}{parted}"
         if not self.findings:
             told = "" if self.loss_alarm is None else f"; the loss told at step {self.loss_alarm}"
@@ -130,7 +133,16 @@ def diagnose(run: Run | str | Path, twin: Run | str | Path | None = None) -> Dia
     run = run if isinstance(run, Run) else open_run(run)
     twin = twin if twin is None or isinstance(twin, Run) else open_run(twin)
     judged = judge(Loaded(run), None if twin is None else Loaded(twin))
-    return replace(judged, lost=run.lost)
+    return replace(judged, lost=run.lost, ended=_end_of(run) if judged.is_empty else "")
+
+
+def _end_of(run: Run) -> str:
+    state = run.state
+    if state in ("running", "finished"):
+        return ""
+    errors = (run.info_of(rank).get("error") for rank in run.folders())
+    error = next((error for error in errors if error is not None), None)
+    return f"{state} before its first step" + ("" if error is None else f": {error}")
 
 
 def judge(rows: Rows, twin: Rows | None = None) -> Diagnosis:
