@@ -15,17 +15,19 @@ at the layers that exist; they must be the layers that train.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
 from torch import nn
 
+from fp8lab.agreement import unlike, world_size
 from fp8lab.casting import FusedProduct
 from fp8lab.engines import torchao, transformer_engine
 from fp8lab.linear import Fp8Linear
-from fp8lab.plan import Plan, as_recipe
-from fp8lab.recipe import Accumulation, Recipe, shown
-from fp8lab.regions import close_region, open_region
+from fp8lab.plan import Plan, as_recipe, in_words
+from fp8lab.recipe import GEMMS, Accumulation, Recipe, shown
+from fp8lab.regions import close_region, open_region, register
 from fp8lab.sites import GateSite, find_gates, modules_of
 from fp8lab.sites.probing import is_probing
 
@@ -59,6 +61,9 @@ def convert(
     `fp8lab.autocast` is used. A checkpoint from before the conversion loads into the converted
     model, whose scales then start afresh.
 
+    Of several processes one that converts a layer otherwise than another has warns of it: what
+    wraps the model next may end the training without a word on the cause.
+
     Raises ValueError if no layer matched, a pattern matched none, a layer is converted already, a
     matching layer cannot be converted, or the backend cannot do what the plan says; ImportError
     without the backend's library, RuntimeError without the device that it needs. Then nothing is
@@ -84,6 +89,7 @@ def convert(
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.register_forward_hook(_nothing)  # keeps it off the path around its layers
+    _warn_if_unlike(model, plan, set(chosen))
     names = {id(layer): name for name, layer in chosen.items()}
     label = Label({names[id(layer)]: layer for layer in converted}, backend)
     model.register_forward_pre_hook(label)
@@ -107,9 +113,30 @@ def _chosen(model: nn.Module, plan: Plan) -> dict[str, nn.Linear]:
 
 def _emulate(chosen: dict[str, nn.Linear], plan: Plan) -> list[nn.Module]:
     told = {name: plan.recipes_of(name, "convert") for name in chosen}
-    return [
-        Fp8Linear.adopt(linear, *told[name], plan.accumulation) for name, linear in chosen.items()
-    ]
+    for name, linear in chosen.items():
+        layer = Fp8Linear.adopt(linear, *told[name], plan.accumulation)
+        if layer.has_delayed_scales:
+            register(layer, name)
+    return [*chosen.values()]
+
+
+def _warn_if_unlike(model: nn.Module, plan: Plan, chosen: set[str]) -> None:
+    """No error: nobody can know here whether another process means the same model."""
+    if world_size() == 1:
+        return
+    told: dict[str, dict[str, str]] = {}
+    for name, layer in model.named_modules():
+        weight = getattr(layer, "weight", None)
+        if weight is None or weight.dim() != 2:
+            continue
+        uses = [(o, gemm) for gemm, operands in GEMMS.items() for o in operands]
+        told[f"{name} {list(weight.shape)}"] = {
+            f"{o}@{gemm}": in_words(plan.recipe_for(name, o, gemm))
+            for o, gemm in uses
+            if name in chosen
+        }
+    if (line := unlike("convert", told)) is not None:
+        warnings.warn(f"convert: {line}", stacklevel=3)
 
 
 class Label:

@@ -38,10 +38,10 @@ from typing import Any, Protocol
 import pyarrow as pa
 from torch import nn
 
+from fp8lab.agreement import world_size
 from fp8lab.diagnosis import OF_PRECISION, OF_TRAINING, judge
 from fp8lab.diagnosis.rows import Loaded
 from fp8lab.monitor import Watch
-from fp8lab.monitor.ranks import world_size
 from fp8lab.monitor.recorder import StepRows
 from fp8lab.record import SEVERITIES, TABLES, Finding, Severity, Table
 from fp8lab.runs import Excerpt, Names, Numbers, wanted_of

@@ -138,6 +138,10 @@ class Fp8Linear(nn.Linear):
         accumulation = "" if self.accumulation is None else f", {self.accumulation}"
         return f"{super().extra_repr()}, {', '.join(casts)}{accumulation}"
 
+    @property
+    def has_delayed_scales(self) -> bool:
+        return "amax_history" in self._buffers
+
     def recipe_for(self, operand: Operand, gemm: Gemm) -> Recipe:
         """The recipe in force for an operand of one GEMM."""
         return self.gemm_recipes.get((operand, gemm), self.recipes[operand])
@@ -277,7 +281,7 @@ class Fp8Linear(nn.Linear):
 
     def start_afresh(self, *operands: Operand) -> None:
         """Forget the amaxes and delayed scales of these operands."""
-        if "amax_history" not in self._buffers:
+        if not self.has_delayed_scales:
             return
         columns = [OPERANDS.index(operand) for operand in operands]
         self.amax_history[:, columns] = 0.0

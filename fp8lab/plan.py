@@ -245,6 +245,14 @@ def recipe_to_dict(recipe: Recipe | Plan) -> dict[str, Any]:
     return data
 
 
+def in_words(recipe: Recipe) -> str:
+    """A recipe's name with the settings that are not TE's default."""
+    settings = recipe_to_dict(recipe)
+    name = settings.pop("recipe")
+    told = ", ".join(f"{setting}={value}" for setting, value in settings.items())
+    return f"{name} ({told})" if told else str(name)
+
+
 def recipe_from_dict(data: Any, where: str) -> Plan:
     """The plan that `data` describes; `where` (a file, a key) opens every error message.
 

@@ -10,7 +10,8 @@ breaks gradient accumulation.
 
 With several processes the amaxes of a step are reduced to their maximum over all of them before
 the scales move, in one call for all converted layers, whether they ran or not, as in Transformer
-Engine: every rank must convert the same layers in the same order and take the same steps.
+Engine: every rank must convert the same layers in the same order and take the same steps. A number
+for what is reduced travels along, so that amaxes of other layers are never mixed in silence.
 
 Known limit: there is one set of regions in a process, so two threads must not train at once.
 """
@@ -18,6 +19,7 @@ Known limit: there is one set of regions in a process, so two threads must not t
 from __future__ import annotations
 
 import weakref
+import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import TracebackType
@@ -26,6 +28,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fp8lab.agreement import said_of, unlike, world_size
 from fp8lab.recipe import Operand
 
 
@@ -42,30 +45,52 @@ class Layer(Protocol):
 
 
 # Every layer with delayed scales, in the order of conversion, which all ranks share; which of them
-# ran in a step, and in which order, they need not.
-_registered: weakref.WeakKeyDictionary[Layer, None] = weakref.WeakKeyDictionary()
+# ran in a step, and in which order, they need not. With each what it is, in words.
+_registered: weakref.WeakKeyDictionary[Layer, str] = weakref.WeakKeyDictionary()
+_compared: set[int] = set()  # what all ranks have been found to reduce alike, as a number each
+WAITED = 5.0  # seconds, for the rank that knows what differs: the training is over
 
 
-def register(layer: Layer) -> None:
-    """Take part in the reductions over ranks."""
-    _registered[layer] = None
+def register(layer: Layer, name: str = "") -> None:
+    """Take part in the reductions over ranks, by the name that the layer has on all of them."""
+    if name or layer not in _registered:
+        _registered[layer] = f"{name} {layer!r}".strip()
 
 
 def _move(layers: Iterable[Layer], *operands: Operand) -> None:
-    distributed = torch.distributed
-    started = distributed.is_available() and distributed.is_initialized()
-    if started and distributed.get_world_size() > 1:
+    if world_size() > 1:
         for layer in layers:  # a copy of a model was never converted itself
             register(layer)
         layers = list(_registered)
-        amaxes = [amax for layer in layers for amax in layer.running_amaxes(*operands)]
-        if amaxes:
-            largest = torch.stack(amaxes)
-            distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
-            for amax, shared in zip(amaxes, largest, strict=True):
-                amax.copy_(shared)
+        _share([(layer, layer.running_amaxes(*operands)) for layer in layers])
     for layer in layers:
         layer.move_scales(*operands)
+
+
+def _share(running: list[tuple[Layer, list[Tensor]]]) -> None:
+    """Make every amax the largest of all ranks. Raises RuntimeError, on all ranks alike, where they
+    reduce as many amaxes of other layers."""
+    amaxes = [amax for _, of_layer in running for amax in of_layer]
+    if not amaxes:
+        return
+    words = [f"{len(of)} amaxes of {_registered[layer]}" for layer, of in running if of]
+    number = zlib.crc32("\n".join(words).encode()) >> 8  # of 24 bits, exact in float32
+    told = torch.tensor([number, -number], dtype=torch.float32, device=amaxes[0].device)
+    largest = torch.cat([torch.stack(amaxes), told])
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    if number not in _compared:  # reading it waits for a device: once
+        if float(largest[-2]) != -float(largest[-1]):
+            _refuse(words)
+        _compared.add(number)
+    for amax, shared in zip(amaxes, largest, strict=False):
+        amax.copy_(shared)
+
+
+def _refuse(words: list[str]) -> None:
+    place = "delayed scaling"
+    told = {f"layer {number}": {"reduces": one} for number, one in enumerate(words)}
+    line = unlike(place, told) or said_of(place, WAITED) or "ranks reduce amaxes of other layers"
+    raise RuntimeError(f"{place}: {line}: convert the same layers in the same order on all ranks")
 
 
 class Steps:

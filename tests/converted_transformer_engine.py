@@ -11,7 +11,9 @@ import contextlib
 import copy
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -390,3 +392,84 @@ def warmed_up(path: str, is_fp8: list[bool]) -> None:
                 output = model["mlp"](torch.randn(TOKENS, DIM, dtype=torch.bfloat16))
             output.sum().backward()
             watch.step(step)
+
+
+def read_and_not_run(path: str) -> list[list[Any]]:
+    """A layer of TE's whose weight alone is used, one that runs, and one that is frozen."""
+    import transformer_engine.pytorch as te
+    import watched_transformer_engine as modules
+
+    import fp8lab
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = modules.OwnGate(torch.bfloat16)
+            self.read, self.runs, self.frozen = (
+                te.Linear(DIM, DIM, bias=False, params_dtype=torch.bfloat16, device="cpu")
+                for _ in range(3)
+            )
+            self.frozen.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.linear(x, self.frozen.weight) + self.mlp(x)
+            return self.runs(x) + nn.functional.linear(x, self.read.weight)
+
+    _fresh()
+    model = Reads()
+    with warnings.catch_warnings(record=True), fp8lab.watch(model, path, every=1) as watch:
+        warnings.simplefilter("always")
+        for step in range(2):
+            model(torch.randn(TOKENS, DIM, dtype=torch.bfloat16)).sum().backward()
+            watch.step(step)
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
+    events = fp8lab.open_run(path).events()
+    return events[["step", "kind", "site"]].values.tolist()  # type: ignore[no-any-return]
+
+
+def of_two_processes(folder: str, is_fp8: list[bool]) -> tuple[list[list[Any]], list[str]]:
+    """Events of the second of two processes that only a store joins, and what it was warned of:
+    each runs TE's layers in FP8 or not, and both record the same run."""
+    import transformer_engine.pytorch as te
+    import watched_transformer_engine as modules
+
+    import fp8lab
+    from fp8lab import agreement
+
+    store, rank_of, times = agreement._store, agreement.rank_of, agreement._times
+    shared, place = torch.distributed.HashStore(), Path.cwd()
+    said: list[str] = []
+    try:
+        for rank, enabled in enumerate(is_fp8):
+            _fresh()
+            agreement._store = lambda: shared
+            agreement.rank_of = lambda rank=rank: rank  # type: ignore[misc]
+            agreement._times = type(times)()
+            Path(folder, str(rank)).mkdir()
+            os.chdir(Path(folder, str(rank)))
+            model = nn.ModuleDict({"mlp": modules.OwnGate(torch.bfloat16)})
+            recipe = _te_recipe(fp8lab.DelayedScaling())
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                with fp8lab.watch(model, "run", every=1) as watch:
+                    for step in range(2):
+                        with te.autocast(enabled=enabled, recipe=recipe):
+                            x = torch.randn(TOKENS, DIM, dtype=torch.bfloat16)
+                            output = model["mlp"](x)
+                        output.sum().backward()
+                        watch.step(step)
+            said = [str(one.message) for one in warned]
+        events = fp8lab.open_run("run").events()
+        return events[["step", "kind", "site", "detail"]].values.tolist(), said
+    finally:
+        agreement._store, agreement.rank_of, agreement._times = store, rank_of, times
+        os.chdir(place)
+
+
+def words_of_converted(recipe: Any) -> dict[str, dict[str, str]]:
+    """What a process whose model was converted to TE's layers tells the others."""
+    import fp8lab
+    from fp8lab.monitor.precision import in_full
+
+    _fresh()
+    return in_full(fp8lab.convert(plain(torch.bfloat16), recipe, backend="te"))

@@ -91,31 +91,37 @@ MISMATCHES: dict[str, tuple[Any, Any, int]] = {
 
 @scenario
 def mismatch(folder: Path) -> dict[str, str | None]:
-    """Each in turn: the first process watches, then the others, which are told; and at last one
-    that nobody catches, while the first process trains."""
+    """Each in turn, and at last one of which torch's wrapper sees something before anybody
+    watches."""
     told = {}
     first = dist.get_rank() == 0
     for name, (plan, other, layers) in MISMATCHES.items():
         model = model_of(plan) if first else model_of(other, layers)
-        if not first:
-            dist.barrier()
         try:
-            with fp8lab.watch(model, folder / name, group=dist.group.WORLD if first else None):
+            with fp8lab.watch(model, folder / name, group=dist.group.WORLD):
                 told[name] = None
         except ValueError as error:
             told[name] = str(error)
-        if first:
-            dist.barrier()
-        dist.barrier()
     tell(folder, told)
+    nn.parallel.DistributedDataParallel(model_of(MISMATCHES["recipe"][0 if first else 1]))
+    return told
+
+
+@scenario
+def uncaught(folder: Path) -> None:
+    """Without a group: the process that begins first trains, until the other one refuses."""
+    first = dist.get_rank() == 0
     model = model_of(MISMATCHES["setting"][0 if first else 1])  # of which DDP sees nothing
     wrapped = nn.parallel.DistributedDataParallel(model)
+    if not first:
+        dist.barrier()
     with fp8lab.watch(wrapped, folder / "uncaught", every=1, flush_seconds=0.0) as watching:
+        if first:
+            dist.barrier()
         for step in range(1000):
             loss = wrapped(tokens_of(step)[:, :-1]).square().mean()
             loss.backward()
             watching.step(step, loss=loss)
-    return told
 
 
 # --- losses -----------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ FUNCTION_LINES = 60
 IMPORT_SECONDS = 0.1
 
 ARITHMETIC = {"formats", "recipe", "plan", "rounding", "kernels", "casting", "regions", "linear"}
-ARITHMETIC |= {"scaling", "optim", "accumulation", "rewriting"}
+ARITHMETIC |= {"scaling", "optim", "accumulation", "rewriting", "agreement"}
 STORE = {"store", "runs", "segments", "wanted"}
 NECK = {"formats", "recipe", "sketch", "record"} | STORE
 SITES = {
@@ -54,6 +54,7 @@ MONITOR |= {
     "sites.observe",
     "monitor.about",
     "monitor.precision",
+    "monitor.beginning",
 }
 LAB = (
     (ARITHMETIC | NECK | SITES | MONITOR)
@@ -75,7 +76,8 @@ TABLE: dict[str, set[str]] = {
     "kernels": {"formats", "sketch"},
     "scaling": {"formats", "recipe", "kernels"},
     "casting": {"formats", "recipe", "plan", "rounding", "kernels", "scaling"},
-    "regions": {"recipe"},
+    "agreement": set(),
+    "regions": {"agreement", "recipe"},
     "accumulation": {"recipe"},
     "rewriting": set(),
     "linear": {"formats", "recipe", "kernels", "scaling", "casting", "regions", "accumulation"}
@@ -117,7 +119,7 @@ TABLE: dict[str, set[str]] = {
         "monitor.statistics",
         "monitor.selection",
     },
-    "monitor.ranks": {"sketch", "monitor.recorder"},
+    "monitor.ranks": {"agreement", "sketch", "store", "monitor.recorder"},
     "monitor.probes": {
         "casting",
         "sites.gating",
@@ -147,12 +149,23 @@ TABLE: dict[str, set[str]] = {
         "monitor.recorder",
         "sites.te_casts",
         "sites.torchao_casts",
+        "agreement",
     },
-    "monitor.about": {"monitor.precision", "monitor.probes", "monitor.ranks", "sites", "store"},
+    "monitor.beginning": {
+        "agreement",
+        "monitor.precision",
+        "monitor.ranks",
+        "monitor.recorder",
+        "monitor.selection",
+        "monitor.taps",
+        "sites",
+        "store",
+    },
+    "monitor.about": {"monitor.precision", "monitor.probes", "sites"},
     "monitor": NECK
     | SITES
     | (MONITOR - {"monitor.measure", "monitor.statistics", "sites.observe"})
-    | {"casting", "failure"},
+    | {"agreement", "casting", "failure"},
     "wanted": {"record"},
     "segments": {"record", "wanted"},
     "runs": {"record", "segments", "wanted"},
@@ -160,8 +173,8 @@ TABLE: dict[str, set[str]] = {
     "forecast": {"formats", "recipe", "plan", "record", "runs", "segments", "sketch"},
     "diagnosis": NECK | {"plan"},
     "guard": {
+        "agreement",
         "monitor",
-        "monitor.ranks",
         "monitor.recorder",
         "diagnosis",
         "record",

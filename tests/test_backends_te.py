@@ -298,3 +298,36 @@ def test_a_precision_that_changes(te: TransformerEngine, tmp_path: Path, ends_in
     said = f"input@output was {words[1]} and is {words[0]}; so 6 of 6 operands"
     events = run.events()[["step", "kind", "site", "detail"]].values.tolist()
     assert sorted(events) == [[2, "precision_changed", n, said] for n in sorted(LAYERS["own"])]
+
+
+def test_a_layer_of_te_s_that_does_not_run_is_told(te: TransformerEngine, tmp_path: Path) -> None:
+    events = te(worker.read_and_not_run, str(tmp_path / "run"))
+    assert events == [[0, "not_run", "read"]]
+
+
+@pytest.mark.parametrize("is_fp8", [[True, False], [True, True]], ids=str)
+def test_processes_whose_layers_of_te_s_differ(
+    te: TransformerEngine, is_fp8: list[bool], tmp_path: Path
+) -> None:
+    """Who comes second tells the first layer that differs, of the step in which it is told."""
+    events, said = te(worker.of_two_processes, str(tmp_path), is_fp8)
+    if is_fp8[0] == is_fp8[1]:
+        assert (events, said) == ([], [])
+        return
+    ((step, kind, site, detail),) = events
+    assert (step, kind) == (0, "unlike")
+    assert site in LAYERS["own"]
+    use = "grad_output@grad_input: BF16 HighPrecision on rank 1, E5M2 DelayedScaling on rank 0"
+    rows, columns = LAYERS["own"][site]
+    assert detail == f"{site} {rows}x{columns}: {use}, expected the same on both"
+    assert [f"{site}: cast otherwise by another process: {detail}" in one for one in said] == [True]
+
+
+def test_what_a_converted_model_tells_other_processes(te: TransformerEngine) -> None:
+    """Before a forward, where nothing runs yet: the recipe that it was converted to."""
+    words = te(worker.words_of_converted, DELAYED)
+    casts = {"every operand": "DelayedScaling (amax_history_len=3)"}
+    assert set(map(str, words.values())) == {str(casts)}
+    other = te(worker.words_of_converted, CURRENT)
+    assert set(map(str, other.values())) == {str({"every operand": "Float8CurrentScaling"})}
+    assert words.keys() == other.keys()

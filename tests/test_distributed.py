@@ -90,7 +90,7 @@ def processes_of(size: int, scenario: str, folder: Path) -> list[subprocess.Pope
 def asked(*arguments: object) -> str:
     """What the program prints."""
     done = CliRunner().invoke(app, [str(one) for one in arguments])
-    assert done.exit_code in (0, 1), done.output
+    assert done.exit_code in (0, 1, 2), done.output
     return done.stdout
 
 
@@ -104,33 +104,57 @@ def mismatched(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_processes_that_cast_otherwise_stop_before_they_train(mismatched: Any) -> None:
+    """All of a group, by one line. Whoever came second says what it has first."""
     first, second = told_in(mismatched[1])
-    assert set(first) == set(second) == set(MISMATCHES)
-    assert set(first.values()) == {None}  # whoever comes first cannot know
+    assert first == second
+    assert set(first) == set(MISMATCHES)
     where = "watch: layers.0.attention.query 32x32: grad_output@grad_input"
-    delayed, same = "E5M2 DelayedScaling (amax_history_len=4)", "expected the same on both"
-    assert second == {
-        "recipe": f"{where}: E5M2 Float8CurrentScaling on rank 1, {delayed} on rank 0, {same}",
-        "setting": f"{where}: E5M2 DelayedScaling (margin=1, amax_history_len=4) on rank 1, "
-        f"{delayed} on rank 0, {same}",
-        "one operand": "watch: layers.1.mlp.down 88x32: input@output: BF16 HighPrecision on rank 1,"
-        f" {delayed.replace('E5M2', 'E4M3')} on rank 0, {same}",
-        "not converted": f"{where}: not converted on rank 1, {delayed} on rank 0, {same}",
-        "none": None,
-        "other layers": None,
+    delayed = "E5M2 DelayedScaling (amax_history_len=4)"
+    expected = {
+        "recipe": (where, "E5M2 Float8CurrentScaling", delayed),
+        "setting": (where, "E5M2 DelayedScaling (margin=1, amax_history_len=4)", delayed),
+        "one operand": (
+            "watch: layers.1.mlp.down 88x32: input@output",
+            "BF16 HighPrecision",
+            delayed.replace("E5M2", "E4M3"),
+        ),
+        "not converted": (where, "not converted", delayed),
     }
-    for name, told in second.items():
-        ranks = fp8lab.open_run(mismatched[1] / name).ranks()["rank"]
-        assert len(ranks) == (2 if told is None else 1), name
+    for name, (place, there, here) in expected.items():
+        either = f"{there} on rank 1, {here} on rank 0", f"{here} on rank 0, {there} on rank 1"
+        told = [f"{place}: {one}, expected the same on both" for one in either]
+        assert first[name] in told, name
+        assert not (mismatched[1] / name).exists()
+    for name in set(MISMATCHES) - set(expected):
+        assert first[name] is None
+        assert len(fp8lab.open_run(mismatched[1] / name).ranks()) == 2
 
 
-def test_a_mismatch_ends_the_training_of_all_processes(mismatched: Any) -> None:
-    done, folder = mismatched
+def test_what_a_wrapper_dies_of_is_said_before(mismatched: Any) -> None:
+    """DistributedDataParallel compares buffers, and says of a mismatch what gloo does."""
+    done, _ = mismatched
     assert done.returncode == 1
-    told = [line for line in done.stderr.splitlines() if "ValueError: watch: " in line]
-    assert len(told) == 1
-    assert told[0].endswith("expected the same on both")
-    assert len(fp8lab.open_run(folder / "uncaught").steps()) == 0
+    told = re.findall("UserWarning: convert: (.+)", done.stderr)
+    assert len(told) == 1 + len(MISMATCHES) - 2  # all but "none" and "other layers" differ
+    assert told[-1].startswith("layers.0.attention.query [32, 32]: grad_output@grad_input: ")
+    assert {"Float8CurrentScaling on rank 1", "DelayedScaling (amax_history_len=4) on rank 0"} == {
+        *told[-1].split(": ")[-1].split(", ")[:2]
+    }
+
+
+def test_a_mismatch_is_said_by_all_processes_that_it_ends(tmp_path: Path) -> None:
+    """Without a group: the first one learns of it when its connection is gone."""
+    processes = processes_of(2, "uncaught", tmp_path)
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    lines = [re.sub(r"^\[rank\d]: ", "", error.strip().splitlines()[-1]) for error in errors]
+    assert lines[0] == lines[1]
+    assert lines[0].startswith("ValueError: watch: layers.0.attention.query 32x32: grad_output@")
+    run = fp8lab.open_run(tmp_path / "uncaught")
+    assert run.info["error"] == lines[0]
+    assert len(run.steps()) == 0
+    told = asked("diagnose", run.path)
+    assert " ".join(told.split()).endswith(f"recorded: failed before its first step: {lines[0]}")
 
 
 # --- losses -----------------------------------------------------------------------------------

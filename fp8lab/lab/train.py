@@ -22,12 +22,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from fp8lab.agreement import world_size
 from fp8lab.lab.data import read_text, stdlib_text
 from fp8lab.lab.model import LanguageModel, next_byte_loss
 from fp8lab.lab.parallel import clip_gradients, mean_over_processes, part_of
 from fp8lab.linear import Fp8Linear
 from fp8lab.monitor import Watch
-from fp8lab.monitor.ranks import world_size
 from fp8lab.plan import named
 from fp8lab.recipe import shown
 

@@ -24,7 +24,6 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,24 +32,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fp8lab.agreement import said_of
 from fp8lab.casting import Cast
 from fp8lab.failure import in_one_line
-from fp8lab.monitor.about import begun, describe
+from fp8lab.monitor.about import describe
+from fp8lab.monitor.beginning import Asked, Prepared, prepared, writer_at
 from fp8lab.monitor.precision import PrecisionProbe
 from fp8lab.monitor.probes import FeedForwardProbe
-from fp8lab.monitor.ranks import Reduction, plain_name, unwrapped, watched_modules
-from fp8lab.monitor.recorder import Kinds, Recorder, StepRows
-from fp8lab.monitor.selection import Selection, as_selections, require_seen
+from fp8lab.monitor.ranks import Reduction, in_all
+from fp8lab.monitor.recorder import Kinds, StepRows
+from fp8lab.monitor.selection import Selection
 from fp8lab.monitor.step_probes import STEP, OptimizerProbe, OutputProbe, step_columns
-from fp8lab.monitor.taps import TensorTaps
 from fp8lab.record import CLIPPED_STALENESS, STEPS
-from fp8lab.sites import FeedForwardSite, GateSite, find_gates, modules_of, survey
 from fp8lab.store import RunWriter
 
 Listener = Callable[[int, dict[str, float]], None]
 Observer = Callable[[StepRows], None]
 
 _STEP_COLUMNS = {column.name for column in STEPS}
+_TOLD = {"not_run": "not in the precision told", "unlike": "cast otherwise by another process"}
 
 
 def watch(
@@ -87,52 +87,33 @@ def watch(
     which rows wait. `listeners` are called after each recorded step with its number and numbers.
 
     Each process of a distributed training watches its part and writes its rows. With a `group`
-    (`torch.distributed.group.WORLD`) all of its processes must watch, and each `every`-th step
-    costs one all-reduce that adds their rows; process 0 writes these as rank -1.
+    (`torch.distributed.group.WORLD`) all of its processes must watch, and all raise the same if one
+    cannot begin; each `every`-th step costs one all-reduce that adds their rows; the group's first
+    process writes these as rank -1.
 
     `config` (JSON-able) is kept in run.json. `resume_at` goes on with an existing run from that
     step on, which an event tells; what differs then (precision, `every`, versions) replaces what
     run.json said. With `inference` forwards without gradients are recorded too: a model in use.
 
     Raises TypeError for what is no model, optimizer or group; ValueError if no feed-forward can be
-    seen, a selection is none, an optimizer is given with `inference`, or another process casts a
-    layer otherwise; RunError if `path` exists.
+    seen, a selection is none, an optimizer is given with `inference`, or processes cast or watch
+    otherwise; RunError if `path` exists.
     """
-    least = {"every": (every, 1), "channels": (channels, 1), "burst": (burst, 0)}
-    _check(model, inference, optimizer, **least, resume_at=(resume_at or 0, 0))
-    model = unwrapped(model)
-    recorder = Recorder(every, as_selections(select), resume_at or 0, burst > 0, inference)
-    sites = _feed_forwards(model)
-    taps = TensorTaps(watched_modules(model), recorder, optimizer)
-    require_seen(recorder.selections, [site.name for site in sites], list(taps.sites))
-    of_watch = {"every": every, "inference": inference, "config": dict(config or {})}
     reduction = None if group is None else Reduction(group)
-    writer = begun(path, model, describe(model, sites) | of_watch, resume_at)
-    probes = [FeedForwardProbe(site, channels, recorder) for site in sites]
-    watching = Watch(model, recorder, probes, taps, writer, reduction, burst, flush_seconds)
-    watching.listeners += listeners
-    watching.attach(optimizer)
-    return watching
+    asked = Asked(model, optimizer, every, channels, burst, select, inference, resume_at, path)
+    ready = in_all(group, lambda: prepared(asked, reduction), lambda ready: asked.alike(ready))
 
+    def begin() -> Watch:
+        told = {"every": every, "inference": inference, "config": dict(config or {})}
+        told |= {"flush_seconds": flush_seconds}
+        writer = writer_at(path, describe(ready.model, ready.sites) | told, resume_at)
+        probes = [FeedForwardProbe(site, channels, ready.recorder) for site in ready.sites]
+        watching = Watch(ready, probes, writer, reduction, burst, flush_seconds)
+        watching.listeners += listeners
+        watching.attach(optimizer)
+        return watching
 
-def _check(model: Any, inference: bool, optimizer: Any, **numbers: tuple[int, int]) -> None:
-    modules_of(model)
-    if optimizer is not None and not hasattr(optimizer, "register_step_pre_hook"):
-        raise TypeError(f"watch: optimizer: {type(optimizer).__name__}, expected a torch optimizer")
-    if inference and optimizer is not None:
-        raise ValueError("watch: inference with optimizer=, expected one of them")
-    for name, (value, least) in numbers.items():
-        if not isinstance(value, int | np.integer) or value < least:
-            got = f"watch: {name}={value!r:.60}"
-            raise ValueError(f"{got}, expected an integer of at least {least}")
-
-
-def _feed_forwards(model: nn.Module) -> list[GateSite | FeedForwardSite]:
-    found = survey(model)
-    sites: list[GateSite | FeedForwardSite] = [*found.gates, *found.feed_forwards]
-    if not sites:
-        find_gates(model)  # says why
-    return [replace(site, name=plain_name(site.name)) for site in sites]
+    return in_all(group, begin, undo=lambda begun, why: begun.__exit__(type(why), why, None))
 
 
 class Watch:
@@ -140,30 +121,26 @@ class Watch:
 
     def __init__(
         self,
-        model: nn.Module,
-        recorder: Recorder,
+        ready: Prepared,
         probes: list[FeedForwardProbe],
-        taps: TensorTaps,
         writer: RunWriter,
         reduction: Reduction | None,
         burst: int,
         flush_seconds: float,
     ) -> None:
-        self._model = model
-        self._recorder = recorder
-        self._probes = probes
-        self._taps = taps
+        self._model, self._recorder = ready.model, ready.recorder
+        self._probes, self._taps = probes, ready.taps
         self._writer = writer
         self._reduction = reduction
         self._burst = burst
         self._flush_seconds = flush_seconds
-        self._precision = PrecisionProbe(model, recorder)
+        self._precision = PrecisionProbe(ready.model, ready.recorder, str(writer.path))
         self._optimizer: OptimizerProbe | None = None
         self._handles: list[Any] = []
         self._held: deque[StepRows] = deque()
         self._unseen = {probe.site.name for probe in probes}
         self._last_time: float | None = None
-        self._last_step = recorder.step - 1 if recorder.step else None
+        self._last_step = ready.recorder.step - 1 if ready.recorder.step else None
         self._last_flush = time.monotonic()
         self._warned: set[str] = set()
         self._loss_was_finite = True
@@ -258,7 +235,7 @@ class Watch:
             collected[STEP] = {k: v if k == "logit_max" else v[-1:] for k, v in of_step.items()}
         self._note_order(step)
         rows = StepRows(step, self._recorder.is_regular)
-        merged = self._merged(collected)
+        merged = self._merged(step, collected)
         self._note_unseen(step, collected, is_told=loss is not None or bool(metrics))
         of_step = collected.pop(STEP, {})
         alarming = self._add_rows(step, rows, collected)
@@ -304,11 +281,17 @@ class Watch:
     def _whole_row(self, site: str, kinds: Kinds) -> dict[str, Any]:
         return self._recorder.row(site, kinds) | self._recorder.casts.get(site, {})
 
-    def _merged(self, collected: dict[str, Kinds]) -> dict[str, Kinds] | None:
+    def _merged(self, step: int, collected: dict[str, Kinds]) -> dict[str, Kinds] | None:
         """What all processes have measured together, in a step of which all know that it is due."""
         if self._reduction is None or not self._recorder.is_scheduled:
             return None
-        return self._reduction.reduce(collected, self._recorder)
+        try:
+            return self._reduction.reduce(step, collected, self._recorder)
+        except ValueError as error:
+            if "not_merged" not in self._warned:
+                self.event(step, "not_merged", str(error))
+            self._warn(f"rows of all processes are left out: {error}", once="not_merged")
+            return None
 
     def _step_row(self, kinds: Kinds, merged: dict[str, Kinds] | None) -> dict[str, Any]:
         probe = self._optimizer
@@ -411,8 +394,9 @@ class Watch:
             except OSError as error:  # it is written again when the run ends
                 self._warn(f"run.json cannot be written: {error}", once="info")
         self._events(step, notices)
-        for _, site, why in (notice for notice in notices if notice.kind == "not_run"):
-            self._warn(f"{site}: not in the precision told: {why}", once="not_run")
+        for kind, site, why in notices:
+            if kind != "precision_changed":
+                self._warn(f"{site}: {_TOLD[kind]}: {why}", once=kind)
 
     def _note_unseen(self, step: int, collected: dict[str, Kinds], is_told: bool) -> None:
         """Once, after a step that trained: which feed-forwards no hook has seen. Where all ran
@@ -472,6 +456,10 @@ class Watch:
                 self._warn("nothing is recorded: call watch.step(step, loss=loss) in the loop")
         elif issubclass(kind, KeyboardInterrupt):
             self._close("interrupted")
+        # Of a process that refused to begin, torch tells the others that a connection is closed.
+        elif issubclass(kind, RuntimeError) and (line := said_of(str(self.path))) is not None:
+            self._close("failed", error=f"ValueError: watch: {line}")
+            raise ValueError(f"watch: {line}") from error
         else:
             self._close("failed", error=in_one_line(error or kind()))
 

@@ -1,5 +1,5 @@
-"""How a run begins, and what its run.json says of what is watched: software, machine, the precision
-of each layer, and the feed-forwards as they were found.
+"""What run.json says of what is watched: software, machine, the precision of each layer, and the
+feed-forwards as they were found.
 
 A run is passed on to others, so nothing here says where on a machine a file lies.
 """
@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp8lab.monitor.precision import in_full, known_from_birth, linears
+from fp8lab.monitor.precision import known_from_birth, linears
 from fp8lab.monitor.probes import how_seen
-from fp8lab.monitor.ranks import job_at, rank_of, require_alike, world_size
 from fp8lab.sites import FeedForwardSite, GateSite
-from fp8lab.store import RunWriter, open_run
 
 
 def describe(model: nn.Module, sites: Sequence[GateSite | FeedForwardSite]) -> dict[str, Any]:
@@ -45,32 +43,6 @@ def describe(model: nn.Module, sites: Sequence[GateSite | FeedForwardSite]) -> d
 def command() -> str:
     """The command line of this process as it was typed, but for where files lie."""
     return " ".join([Path(sys.argv[0]).name, *map(_without_place, sys.argv[1:])])
-
-
-def begun(
-    path: str | Path, model: nn.Module, info: dict[str, Any], resume_at: int | None
-) -> RunWriter:
-    """The run of this process, made, or with `resume_at` gone on with; an event says so then."""
-    rank = rank_of()
-    require_alike(str(path), in_full(model))
-    if job := job_at(str(path)):
-        info["job"] = job
-    if resume_at is None:
-        return RunWriter.create(path, info, rank=rank)
-    steps = open_run(path).arrow("steps", "step", ranks=rank)["step"].to_pylist()
-    writer = RunWriter.resume(path, resume_at, info, rank=rank, ranks=world_size())
-    told = _resumed(resume_at, max(steps, default=None))
-    writer.append("events", [{"step": resume_at, "kind": "resumed", "detail": told}])
-    return writer
-
-
-def _resumed(step: int, last: int | None) -> str:
-    if last is None:
-        return f"at step {step}, the first"
-    told = f"at step {step} after step {last}"
-    if last >= step:
-        return f"{told}: the rows from step {step} on gave way"
-    return told if last == step - 1 else f"{told}: of those between nothing is recorded"
 
 
 def _own_version() -> str:

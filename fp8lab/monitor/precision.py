@@ -7,21 +7,29 @@ run in high precision, too. Who says nothing (a plain `nn.Linear`) is not here: 
 no attribute of it tells.
 
 What is known from birth is true of a layer that runs. One that does not, though its weight gets a
-gradient, is told: somebody else computes with the weight, in what precision no one knows.
+gradient, is told: somebody else computes with the weight, in what precision no one knows. So it is
+with a layer of TE's. Of weights that FSDP2 has sharded the gradient is looked for at the whole
+weight, which the module has while it runs: what the shard gets may be another process's.
 
-Cost: a hook on the outermost modules of TE; on every other layer that says its precision one, and
-one on its weight, which go after the first step that trained. Rejected: TE's global state when
-recording begins; no region is open then.
+Processes must agree. Precision known from birth is compared before a run begins; what TE's layers
+say of a step with what they say elsewhere in that step, and who says otherwise second leaves an
+event.
+
+Cost: a hook on the outermost modules of TE; on every layer that says its precision one, and one on
+its weight, which go after the first step that trained. Rejected: TE's global state when recording
+begins; no region is open then.
 """
 
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fp8lab.agreement import unlike
 from fp8lab.hooking import OfOneModel
 from fp8lab.monitor.probes import counts
 from fp8lab.monitor.ranks import watched_modules
@@ -51,11 +59,17 @@ def in_full(model: nn.Module) -> Precision:
     said, modules, sizes = known_from_birth(model), dict(watched_modules(model)), linears(model)
     told: Precision = {}
     for name in dict.fromkeys((*said, *sizes)):
-        size = f" {sizes[name]['in']}x{sizes[name]['out']}" if name in sizes else ""
-        told[name + size] = {
+        told[_sized(name, sizes)] = {
             use: words + _settings(modules[name], use) for use, words in said.get(name, {}).items()
         }
+        # Converted to TE's, it runs under that recipe or stops.
+        if name in modules and (recipe := te_casts.declared(modules[name])) is not None:
+            told[_sized(name, sizes)] = {"every operand": te_casts.declared_in_words(recipe)}
     return told
+
+
+def _sized(name: str, sizes: dict[str, dict[str, Any]]) -> str:
+    return f"{name} {sizes[name]['in']}x{sizes[name]['out']}" if name in sizes else name
 
 
 def _settings(module: nn.Module, use: str) -> str:
@@ -99,21 +113,20 @@ class Notice(NamedTuple):
 
 
 class PrecisionProbe:
-    """Asks TE's layers when they have run, and whether the others, which know it, run at all."""
+    """Asks TE's layers when they have run, and whether those that say it run at all; `path` is
+    where the other processes write that record the same run."""
 
-    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
+    def __init__(self, model: nn.Module, recorder: Recorder, path: str) -> None:
         self._recorder = recorder
+        self._path = path
+        self._sizes = linears(model)
         self._told: Precision = {}
         self._latest: Precision = {}
         self._modules = dict(watched_modules(model))
         self._calls = _Calls(model)
 
     def attach(self) -> list[Any]:
-        outermost: list[str] = []  # inside of te.ops.Sequential no hook is called
-        for name, module in self._modules.items():
-            inside = any(name.startswith(f"{outer}.") or not outer for outer in outermost)
-            if te_casts.te_name(module) is not None and not inside:
-                outermost.append(name)
+        outermost = _outermost_of_te(self._modules)
         return [*(self._asked(name) for name in outermost), *self._calls.attach()]
 
     def _asked(self, outer: str) -> Any:
@@ -149,7 +162,20 @@ class PrecisionProbe:
         ]
         self._told |= told
         self._latest = {}
+        words = {_sized(name, self._sizes): said for name, said in told.items()}
+        place = f"{self._path}/step {self._recorder.step}"
+        if words and (line := unlike(place, words)) is not None:
+            notices.append(Notice("unlike", line.partition(" ")[0], line))
         return told, notices + self._calls.not_run()
+
+
+def _outermost_of_te(modules: dict[str, nn.Module]) -> list[str]:
+    outermost: list[str] = []  # inside of te.ops.Sequential no hook is called
+    for name, module in modules.items():
+        inside = any(name.startswith(f"{outer}.") or not outer for outer in outermost)
+        if te_casts.te_name(module) is not None and not inside:
+            outermost.append(name)
+    return outermost
 
 
 def _change(before: dict[str, str], now: dict[str, str]) -> str:
@@ -158,11 +184,18 @@ def _change(before: dict[str, str], now: dict[str, str]) -> str:
     return f"{use} was {before.get(use)} and is {now[use]}{others if len(changed) > 1 else ''}"
 
 
+def _weights_of(layer: nn.Module, is_te: bool) -> list[nn.Parameter]:
+    if is_te:
+        return [one for one in layer.parameters() if one.dim() >= 2]
+    weight = layer._parameters.get("weight")
+    return [] if weight is None else [weight]
+
+
 class _Seen:
     """Whether something happened. A compiled model notes it too, without a break in its graph."""
 
     def __init__(self) -> None:
-        self.forward = self.gradient = False
+        self.forward = self.gradient = self.is_hooked = False
 
     def ran(self, *_: Any) -> None:
         self.forward = self.forward or torch.is_grad_enabled()
@@ -172,35 +205,72 @@ class _Seen:
 
 
 class _Calls:
-    """Which layers that say their precision from birth are run by the first step that trains."""
+    """Which layers that say their precision are run by the first step that trains."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         named = dict(watched_modules(model))
         self._layers = {name: named[name] for name in known_from_birth(model)}
+        # What TE runs inside of its own modules no hook shows: all in one runs with it.
+        self._layers |= {name: named[name] for name in _outermost_of_te(named)}
         self._seen = {name: _Seen() for name in self._layers}
         self._root = _Seen()
         self._handles: list[Any] = []
 
     def attach(self) -> list[Any]:
         for name, layer in self._layers.items():
-            weight, seen = layer._parameters.get("weight"), self._seen[name]
-            if weight is not None and weight.requires_grad:
+            seen, is_te = self._seen[name], te_casts.te_name(layer) is not None
+            weights = [w for w in _weights_of(layer, is_te) if w.requires_grad]
+            if weights:
                 self._handles.append(layer.register_forward_hook(OfOneModel(seen.ran)))
+            for weight in weights:
                 # Not `.grad` after the step: what another process has got may be in it.
                 self._handles.append(weight.register_hook(seen.got_gradient))  # type: ignore[no-untyped-call]
+        self._handles += self._attach_to_whole()
         if self._handles:
             self._handles.append(self._model.register_forward_hook(OfOneModel(self._root.ran)))
-        return list(self._handles)
+        return [self]
+
+    def remove(self) -> None:
+        """Leave no hook behind."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _attach_to_whole(self) -> list[Any]:
+        """Before the forward of a module that FSDP2 gathers, and after it has: on the weights that
+        it has then, once."""
+        if not torch.distributed.is_available():
+            return []
+        from torch.distributed.fsdp import FSDPModule
+
+        of_unit: dict[nn.Module, list[tuple[nn.Module, _Seen]]] = {}
+        units = [(n, m) for n, m in watched_modules(self._model) if isinstance(m, FSDPModule)]
+        for name, layer in self._layers.items():
+            around = [m for n, m in units if n in ("", name) or name.startswith(f"{n}.")]
+            if around:  # the innermost
+                of_unit.setdefault(around[-1], []).append((layer, self._seen[name]))
+        return [
+            unit.register_forward_pre_hook(OfOneModel(partial(self._gathered, layers)))
+            for unit, layers in of_unit.items()
+        ]
+
+    def _gathered(self, layers: list[tuple[nn.Module, _Seen]], *_: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        for layer, seen in layers:
+            weights = _weights_of(layer, te_casts.te_name(layer) is not None)
+            for weight in () if seen.is_hooked else weights:
+                if weight.requires_grad:
+                    self._handles.append(weight.register_hook(seen.got_gradient))  # type: ignore[no-untyped-call]
+            seen.is_hooked = True
 
     def not_run(self) -> list[Notice]:
         """Once, after the first step that trained from its forward on."""
         trained = any(seen.gradient for seen in self._seen.values())
         if not trained or not (self._root.forward or any(s.forward for s in self._seen.values())):
             return []
-        for handle in self._handles:
-            handle.remove()
-        self._handles, there = [], dict(watched_modules(self._model))
+        self.remove()
+        there = dict(watched_modules(self._model))
         found = []
         for name, layer in self._layers.items():
             if reason := self._why_not(layer, there.get(name), self._seen[name]):

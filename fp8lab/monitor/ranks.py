@@ -15,78 +15,83 @@ counts once a process; the output of a down projection, where that is so, is lef
 
 from __future__ import annotations
 
-import hashlib
-import json
-import uuid
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from fp8lab.agreement import UnlikeError, rank_of, unlike, world_size
 from fp8lab.monitor.recorder import Kinds, Recorder, Vector, merged_kind
 from fp8lab.sketch import NUM_EXTREMES, NUM_SUMS
+from fp8lab.store import RunError
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
 _Key = tuple[str, str]  # site, kind
+_Done = TypeVar("_Done")
 # Long, or of this process alone.
 _NOT_REDUCED = ("channels", "amaxes", "tokens", "weights", "sampled", "loss")
 
 
-def rank_of() -> int:
-    """This process's number in torch.distributed, 0 without."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+def in_all(
+    group: Any,
+    do: Callable[[], _Done],
+    settings: Callable[[_Done], Mapping[str, object]] | None = None,
+    *,
+    undo: Callable[[_Done, Exception], None] | None = None,
+) -> _Done:
+    """What `do` returns, if no process of the group fails at it and all have the same `settings`.
 
-
-def world_size() -> int:
-    """How many processes torch.distributed has, 1 without."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def job_at(path: str) -> str | None:
-    """A name for this training, the same for all processes that record into `path`; None for one
-    process. Agreed through the store by which they found each other: nobody waits for anybody."""
-    if world_size() == 1:
-        return None
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    mine = uuid.uuid4().hex
-    agreed = _get_default_store().compare_set(f"fp8lab/{path}", "", mine)
-    return str(agreed, "ascii")
-
-
-def require_alike(path: str, casts: Mapping[str, Mapping[str, str]]) -> None:
-    """Compare what each use of each layer's operands is cast to (layer -> use -> words) with what
-    the other processes say that watch into `path`; layers that one process alone has may be
-    anything.
-
-    Through the same store: whoever says a layer's words first leaves them there, and nobody waits.
-    Processes with the words of the first one, which is all of them but in a mismatch or where
-    layers are spread out, compare one hash. Raises ValueError in one line for the first layer that
-    is cast otherwise elsewhere; the process that comes second is the one that knows.
+    Else every one of them raises the same line, and undoes what it has done. A collective, without
+    a group none: then this is `do()`, and who comes second raises alone.
     """
-    if world_size() == 1:
-        return
-    from torch.distributed.distributed_c10d import _get_default_store
+    if group is None:
+        try:
+            return do()
+        except UnlikeError as told:
+            raise ValueError(*told.args) from None
+    done, error = None, None
+    mine: dict[str, str] = {}
+    try:
+        done = do()
+        mine = {name: str(value) for name, value in (settings(done) if settings else {}).items()}
+    except Exception as raised:
+        error = raised
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    said = dist.get_rank(), _in_one_line(error), mine
+    dist.all_gather_object(everyone, said, group=group)
+    failed = next((one for _, one, _ in everyone if one is not None), None)
+    failed = failed or _unlike_settings(everyone)
+    if failed is None:
+        return done  # type: ignore[return-value]
+    kind, line = failed
+    failure = kind(line)
+    if error is None and undo is not None:
+        undo(done, failure)  # type: ignore[arg-type]
+    raise failure from error
 
-    store, rank = _get_default_store(), rank_of()
-    count = store.add(f"fp8lab/{path}/watches of {rank}", 1)  # the same run may go on otherwise
-    place = f"fp8lab/{path}/casts {count}"
-    words = json.dumps(casts, sort_keys=True)
-    mine = f"{rank} {hashlib.sha256(words.encode()).hexdigest()}"
-    agreed = str(store.compare_set(place, "", mine), "ascii")
-    if agreed != mine and agreed.partition(" ")[2] == mine.partition(" ")[2]:
-        return
-    for layer, uses in casts.items():
-        said = store.compare_set(f"{place}/{layer}", "", json.dumps([rank, dict(uses)]))
-        other, theirs = json.loads(str(said, "ascii"))
-        for use in sorted(uses.keys() | theirs.keys()):
-            here, there = (one.get(use, "not converted") for one in (uses, theirs))
-            if here != there:
-                told = f"{here} on rank {rank}, {there} on rank {other}"
-                raise ValueError(f"watch: {layer}: {use}: {told}, expected the same on both")
+
+def _in_one_line(error: Exception | None) -> tuple[type[Exception], str] | None:
+    if error is None:
+        return None
+    if isinstance(error, UnlikeError):
+        return ValueError, str(error)
+    kinds = (RunError, ValueError, TypeError)
+    kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
+    told = " ".join(str(error).split()) or type(error).__name__
+    return kind, f"{told} (on rank {rank_of()})"
+
+
+def _unlike_settings(everyone: list[Any]) -> tuple[type[Exception], str] | None:
+    first, _, here = everyone[0]
+    for rank, _, there in everyone[1:]:
+        for name, value in here.items():
+            if there[name] != value:
+                told = f"{value:.200} on rank {first}, {there[name]:.200} on rank {rank}"
+                return ValueError, f"watch: {name}: {told}, expected the same in a group"
+    return None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -115,14 +120,20 @@ def watched_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 class Reduction:
-    """Adds up what the processes of a `group` measured in a step, in one all-reduce."""
+    """Adds up what the processes of a `group` measured in a step, in one all-reduce.
+
+    Raises ValueError in a process that is no member of the group.
+    """
 
     def __init__(self, group: Any) -> None:
-        if not isinstance(group, dist.ProcessGroup):
+        no_member = dist.GroupMember.NON_GROUP_MEMBER
+        if not isinstance(group, dist.ProcessGroup) and group != no_member:
             raise TypeError(f"watch: group={group!r:.60}, expected a process group, as group.WORLD")
+        self._rank = dist.get_rank(group)
+        if self._rank < 0:
+            raise ValueError(f"watch: group: rank {rank_of()} is no member, expected one that is")
         self.size = dist.get_world_size(group)
         self._group = group
-        self._rank = dist.get_rank(group)
         self.writes = self._rank == 0  # the first process of the group writes for all
         self._layout: dict[_Key, int] | None = None  # length of the vector
         self._unlike: set[_Key] = set()  # not of one length on all processes: nothing to add up
@@ -130,8 +141,22 @@ class Reduction:
         on_gpu = "nccl" in str(dist.get_backend(group))
         self._device = torch.device("cuda" if on_gpu else "cpu")
 
-    def reduce(self, collected: dict[str, Kinds], recorder: Recorder) -> dict[str, Kinds]:
-        """The same for all processes together: as if their parts were micro-batches of one."""
+    def require_own_rows(self, path: str, sites: Iterable[str]) -> None:
+        """Raises UnlikeError if another group adds up rows of one of these sites for the run at
+        `path`: there is one row of all processes together, and it would be of either."""
+        if self.size < world_size():
+            group = f"ranks {', '.join(map(str, dist.get_process_group_ranks(self._group)))}"
+            told = {f"group: rows of {site} together": {"added up": group} for site in sites}
+            if (line := unlike(f"{path}/groups", told)) is not None:
+                raise UnlikeError(f"watch: {line}: give group=dist.group.WORLD, or None")
+
+    def reduce(
+        self, step: int, collected: dict[str, Kinds], recorder: Recorder
+    ) -> dict[str, Kinds]:
+        """The same for all processes together: as if their parts were micro-batches of one.
+
+        Raises ValueError, in all processes alike, where this is not the same step for all of them.
+        """
         mine = {
             (site, kind): merged_kind(kind, vectors, recorder.names_of(site))
             for site, kinds in collected.items()
@@ -139,10 +164,10 @@ class Reduction:
             for kind, vectors in kinds.items()
             if kind not in _NOT_REDUCED
         }
-        reduced = None if self._layout is None else self._all_reduce(self._alike(mine))
+        reduced = None if self._layout is None else self._all_reduce(step, self._alike(mine))
         if reduced is None:  # some process met a tensor for the first time: all agree anew
             self._agree(mine, recorder.wholes)
-            reduced = self._all_reduce(self._alike(mine))
+            reduced = self._all_reduce(step, self._alike(mine))
         assert reduced is not None
         return reduced
 
@@ -163,20 +188,22 @@ class Reduction:
         for rank, (_, sites) in reversed(list(enumerate(everyone))):
             self._owner |= dict.fromkeys(sites, rank)
 
-    def _all_reduce(self, mine: dict[_Key, Vector]) -> dict[str, Kinds] | None:
+    def _all_reduce(self, step: int, mine: dict[_Key, Vector]) -> dict[str, Kinds] | None:
         """None, on every process alike, if one of them holds something that is not agreed."""
         assert self._layout is not None
         known = self._layout
         is_new = any(known.get(key) != len(vector) for key, vector in mine.items())
         sent = {k: v for k, v in mine.items() if self._owner.get(k[0], self._rank) == self._rank}
         added = [key for key in self._layout if key[1] == "summary"]
-        length = 1 + len(added) * NUM_SUMS
+        head = 1 + self.size
+        length = head + len(added) * NUM_SUMS
         apart = sum(1 + self._apart(key) for key in self._layout)
         packed = np.zeros(length + self.size * apart, dtype=np.int64)
         packed[0] = is_new
+        packed[1 + self._rank] = step
         for number, key in enumerate(added):
             if key in sent and not is_new:
-                packed[1 + number * NUM_SUMS :][:NUM_SUMS] = sent[key][:NUM_SUMS]
+                packed[head + number * NUM_SUMS :][:NUM_SUMS] = sent[key][:NUM_SUMS]
         at = length + self._rank * apart
         for key in self._layout:
             if key in sent and not is_new:
@@ -187,6 +214,10 @@ class Reduction:
         tensor = torch.from_numpy(packed).to(self._device)
         dist.all_reduce(tensor, group=self._group)
         packed = tensor.cpu().numpy()
+        if (packed[1:head] != packed[1]).any():
+            other = int(np.argmax(packed[1:head] != packed[1]))
+            told = f"step {packed[1]} of process 0 and step {packed[1 + other]} of process {other}"
+            raise ValueError(f"{told} of the group came together, expected the same step")
         return None if packed[0] else self._taken_apart(packed, added, length, apart)
 
     def _apart(self, key: _Key) -> int:
@@ -206,7 +237,7 @@ class Reduction:
             at += 1 + width
             if kind == "summary":
                 number = added.index((site, kind))
-                sums = packed[1 + number * NUM_SUMS :][:NUM_SUMS]
+                sums = packed[1 + self.size + number * NUM_SUMS :][:NUM_SUMS]
                 vectors = [np.concatenate([sums, np.max(present, axis=0)])] if present else []
             else:
                 vectors = [part.view(np.float64) for part in present]

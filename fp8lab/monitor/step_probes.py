@@ -107,7 +107,8 @@ class OptimizerProbe(_Guarded):
                 STEP, "grad_squares", self._weighted(parameters, squares).sum()[None]
             )
         if self._recorder.is_due:
-            self._stride = -(-sum(local(p).numel() for p in parameters) // SAMPLED_PARAMETERS)
+            count = sum(local(p).numel() for p in parameters)  # 0 of shards that hold nothing
+            self._stride = max(1, -(-count // SAMPLED_PARAMETERS))
             self._before = [(p, _sample(p, self._stride).clone()) for p in parameters]
             groups = self._optimizer.param_groups
             self._rms = [self._rms_of_stored(p, g) for g in groups for p in g["params"]]

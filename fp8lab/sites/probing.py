@@ -76,6 +76,8 @@ def numbers(module: nn.Module) -> list[float]:
     found: dict[float, None] = {}
     for owner in (module, *module.children()):
         for value in (*vars(owner).values(), *owner._parameters.values()):
+            if hasattr(value, "to_local"):  # a shard, which may be of nothing
+                value = value.to_local()
             if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
                 value = float(value.detach())
             is_number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fp8lab.casting import Cast, cast_for
-from fp8lab.plan import from_te
+from fp8lab.plan import from_te, in_words
 from fp8lab.recipe import (
     GEMMS,
     DelayedScaling,
@@ -153,6 +153,21 @@ def linears_in(module: Any) -> dict[str, tuple[int, int]]:
 def _linear_op(module: Any) -> Any:
     """The operation in a linear layer of te.ops; any other module as it is."""
     return getattr(module, "basic_ops", [module])[0]
+
+
+def declared(module: Any) -> Any:
+    """The recipe, TE's own object, under which a layer that was converted to TE's runs or stops;
+    None of every other module."""
+    return getattr(module, "declared", None) if te_name(module) is not None else None
+
+
+def declared_in_words(recipe: Any) -> str:
+    """A recipe of TE's with the settings that are not TE's default; of one that we have no word
+    for its name."""
+    try:
+        return in_words(from_te(recipe))
+    except ValueError:
+        return type(recipe).__name__
 
 
 def precision(module: Any) -> dict[str, str] | None:

@@ -1,0 +1,183 @@
+"""Processes that should do the same and do not: none goes on with it, and none waits for another.
+
+Real processes, started once by torchrun, over gloo. What each of them told, or was told, is looked
+at here; of two that share a store alone this process plays both.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+import fp8lab
+from fp8lab import agreement
+
+SCRIPT = Path(__file__).with_name("agreement_on_cpu.py")
+LAYER = "Fp8Linear(in_features=32, out_features=88, bias=False, "
+LAYER += "input=DelayedScaling, weight=DelayedScaling, grad_output=DelayedScaling)"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("agreement")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", str(SCRIPT), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def told(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("every", "ValueError: watch: every: 1 on rank 0, 2 on rank 1, expected the same in a"),
+        ("select", "ValueError: watch: select: (Selection(tensors=('residual',), layers=('*',)"),
+        ("no_model", "TypeError: watch: model None, expected an nn.Module (on rank 1)"),
+    ],
+)
+def test_who_watches_otherwise_stops_all_before_there_is_a_run(
+    name: str, line: str, told: list[dict[str, Any]], folder: Path
+) -> None:
+    first, second = told
+    assert first[name] == second[name]
+    assert first[name].startswith(line)
+    assert "\n" not in first[name]
+    assert not (folder / name).exists()
+
+
+@pytest.mark.long
+def test_who_cannot_begin_stops_all(told: list[dict[str, Any]], folder: Path) -> None:
+    """Also those that had begun, which say why in the run."""
+    first, second = (one["cannot_begin"] for one in told)
+    assert first == second
+    assert first.startswith(f"RunError: {folder / 'cannot_begin' / 'ranks' / '1'}: exists already")
+    assert first.endswith("(on rank 1)")
+    run = fp8lab.open_run(folder / "cannot_begin")
+    assert (run.state_of(0), run.info_of(0)["error"]) == ("failed", first)
+
+
+@pytest.mark.long
+def test_who_is_no_member_of_the_group_leaves_nothing(told: list[dict[str, Any]]) -> None:
+    ranks, refused = (one["no_member"] for one in told)
+    assert ranks == [0]
+    assert refused == "ValueError: watch: group: rank 1 is no member, expected one that is"
+
+
+@pytest.mark.long
+def test_rows_of_all_processes_are_there_once(told: list[dict[str, Any]]) -> None:
+    merged, refused = (one["of_two_groups"] for one in told)
+    assert [row[0] for row in merged] == [0]
+    where = "rows of layers.0.mlp together: added up: ranks 1 on rank 1, ranks 0 on rank 0"
+    assert refused.startswith(f"ValueError: watch: group: {where}")
+
+
+@pytest.mark.long
+def test_rows_of_other_steps_are_not_added_up(told: list[dict[str, Any]]) -> None:
+    merged, _, events = told[0]["skipped"]
+    assert [row[0] for row in merged] == [0]
+    words = "step 2 of process 0 and step 3 of process 1 of the group came together, expected the"
+    for one in told:
+        (warned,) = one["skipped"][1]
+        assert f"rows of all processes are left out: {words} same step" in warned
+    expected = [[step, rank, "not_merged", f"{words} same step"] for step, rank in ((2, 0), (3, 1))]
+    assert events == expected
+
+
+@pytest.mark.long
+def test_a_sharded_weight_that_is_read_is_no_layer_that_runs(told: list[dict[str, Any]]) -> None:
+    expected = [[0, rank, "not_run", f"{n}.read"] for rank in range(2) for n in range(2)]
+    assert told[0]["sharded"] == told[1]["sharded"] == expected
+
+
+@pytest.mark.long
+def test_a_process_may_hold_nothing_of_a_parameter(told: list[dict[str, Any]]) -> None:
+    assert told[0]["of_nothing"] == told[1]["of_nothing"] == [True, True]
+
+
+@pytest.mark.long
+def test_a_nan_in_one_gradient_clips_as_torch_clips_it(told: list[dict[str, Any]]) -> None:
+    """torch's factor is then NaN: no gradient is left, and the loss tells it at once."""
+    assert [one["clipped"] for one in told] == [0, 0]
+
+
+@pytest.mark.long
+def test_amaxes_of_other_layers_are_not_mixed(told: list[dict[str, Any]]) -> None:
+    """As many of the same sizes: without a look at what they are of, a gate has an up's scale."""
+    first, second = (one["other_amaxes"] for one in told)
+    assert first == second
+    up, gate = (f"2 amaxes of layers.0.mlp.{name} {LAYER}" for name in ("up", "gate"))
+    here = f"{up} on rank 0, {gate} on rank 1", f"{gate} on rank 1, {up} on rank 0"
+    assert first in [
+        f"RuntimeError: delayed scaling: layer 4: reduces: {one}, expected the same on both: "
+        f"convert the same layers in the same order on all ranks"
+        for one in here
+    ]
+
+
+# --- through a store alone ----------------------------------------------------------------------
+
+
+class Two:
+    """This process as two that share a store."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._patch, self._times = patch, [agreement._times.copy() for _ in range(2)]
+        store = dist.HashStore()
+        patch.setattr(agreement, "_store", lambda: store)
+
+    def be(self, rank: int) -> None:
+        self._patch.setattr(agreement, "rank_of", lambda: rank)
+        self._patch.setattr(agreement, "_times", self._times[rank])
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> Two:
+    return Two(monkeypatch)
+
+
+def test_who_comes_second_knows(two: Two) -> None:
+    two.be(0)
+    assert agreement.unlike("here", {"a": {"input": "E4M3"}, "b": {}}) is None
+    assert agreement.said_of("here") is None
+    two.be(1)
+    line = "b: input: E4M3 on rank 1, not converted on rank 0, expected the same on both"
+    said = agreement.unlike("here", {"a": {"input": "E4M3"}, "b": {"input": "E4M3"}})
+    assert said == line
+    two.be(0)
+    assert agreement.said_of("here") == line
+    assert agreement.said_of("elsewhere") is None
+
+
+def test_what_one_process_alone_has_may_be_anything(two: Two) -> None:
+    two.be(0)
+    assert agreement.unlike("here", {"a": {"input": "E4M3"}}) is None
+    two.be(1)
+    assert agreement.unlike("here", {"b": {"input": "E5M2"}}) is None
+
+
+def test_a_place_is_compared_as_often_as_it_is_named(two: Two) -> None:
+    """The n-th time of one process with the n-th of the other: a run that goes on otherwise."""
+    for words, told in (("E4M3", None), ("E5M2", None)):
+        two.be(0)
+        assert agreement.unlike("here", {"a": {"input": words}}) is told
+    two.be(1)
+    assert agreement.unlike("here", {"a": {"input": "E4M3"}}) is None
+    assert agreement.unlike("here", {"a": {"input": "E4M3"}}) is not None
+
+
+def test_one_process_says_nothing_to_nobody() -> None:
+    assert agreement.unlike("here", {"a": {}}) is None
+    assert agreement.said_of("here") is None
+    assert agreement.job_at("here") is None
