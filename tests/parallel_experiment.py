@@ -34,6 +34,7 @@ class Doomed(NextByte):
         time.sleep(BEFALLS.get("pause", 0.0))
         if step == 2 and dist.is_initialized() and dist.get_rank() == dist.get_world_size() - 1:
             if self.fate == "raises":
+                print("half a line", end="", flush=True)
                 raise RuntimeError("it raised\nand said more")
             if self.fate == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)

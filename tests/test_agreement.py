@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
 
 import fp8lab
 from fp8lab import agreement
@@ -181,3 +183,16 @@ def test_one_process_says_nothing_to_nobody() -> None:
     assert agreement.unlike("here", {"a": {}}) is None
     assert agreement.said_of("here") is None
     assert agreement.job_at("here") is None
+
+
+def test_a_store_that_compares_nothing_is_no_reason_not_to_convert() -> None:
+    """torch's own, of processes that are not there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model = fp8lab.convert(nn.Sequential(nn.Linear(8, 8)), fp8lab.DelayedScaling())
+        model(torch.ones(2, 8)).sum().backward()
+        assert float(model[0].scale[0]) == 448.0  # type: ignore[index, union-attr, arg-type]
+    finally:
+        dist.destroy_process_group()

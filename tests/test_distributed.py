@@ -355,8 +355,8 @@ def test_the_rows_of_a_killed_process_and_of_all_others_are_there(with_a_victim:
 
 def test_show_names_the_process_that_was_killed_and_when(with_a_victim: Any) -> None:
     path, last, before = with_a_victim
-    ranks = json.loads(asked("show", path, "--json"))["ranks"]
-    *others, victim = ranks
+    shown = json.loads(asked("show", path, "--json"))
+    *others, victim = ranks = shown["ranks"]
     assert [row["rank"] for row in ranks] == list(range(len(last)))
     assert (victim["state"], victim["error"]) == ("killed", None)
     assert victim["last_step"] >= 5
@@ -368,7 +368,10 @@ def test_show_names_the_process_that_was_killed_and_when(with_a_victim: Any) -> 
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(victim["flushed"]))
     text = asked("show", path)
     told = f"rank {victim['rank']} killed, last step {victim['last_step']}, written {when}"
-    assert " ".join(text.split()).endswith(told)
+    # Those that torch told of a closed connection were there when it was closed.
+    first = f"rank {victim['rank']}, last step {victim['last_step']}"
+    assert " ".join(text.split()).endswith(f"{told} stopped first {first}")
+    assert shown["stopped_first"] == first
 
 
 def test_what_is_said_of_a_killed_run_names_the_process(with_a_victim: Any, tmp_path: Path) -> None:

@@ -116,6 +116,10 @@ def test_a_process_may_have_what_another_has_not(tmp_path: Path) -> None:
         counts = [merged.loc[step, f"layers.{layer}.mlp:gate"]["count"] for layer in range(3)]
         alone = parts[1].loc[step, "layers.2.mlp:gate"]["count"]
         assert counts == [2 * alone, 2 * alone, alone]
+        # The process that writes has never met it, nor what was asked of it.
+        row, own = (rows.loc[step, "layers.2:residual"] for rows in (merged, parts[1]))
+        for name in ("mxfp8_underflows%", "l1_norm", "cur_amax"):
+            assert row[name] == own[name], name
     assert fp8lab.open_run(tmp_path / "run").steps()["rms_t"].notna().all()
 
 

@@ -86,10 +86,9 @@ def watch(
     a YAML file of these). `burst`: so many steps before an alarm and after it are kept in full, for
     which rows wait. `listeners` are called after each recorded step with its number and numbers.
 
-    Each process of a distributed training watches its part and writes its rows. With a `group`
-    (`torch.distributed.group.WORLD`) all of its processes must watch, and all raise the same if one
-    cannot begin; each `every`-th step costs one all-reduce that adds their rows; the group's first
-    process writes these as rank -1.
+    Each process of a distributed training watches its part and writes its rows. In a `group`
+    (`torch.distributed.group.WORLD`) all must watch, and all raise if one cannot; an all-reduce in
+    each `every`-th step adds up their rows, which the first process writes as rank -1.
 
     `config` (JSON-able) is kept in run.json. `resume_at` goes on with an existing run from that
     step on, which an event tells; what differs then (precision, `every`, versions) replaces what
@@ -99,13 +98,13 @@ def watch(
     seen, a selection is none, an optimizer is given with `inference`, or processes cast or watch
     otherwise; RunError if `path` exists.
     """
-    reduction = None if group is None else Reduction(group)
+    reduction = Reduction(group) if group is not None else None
     asked = Asked(model, optimizer, every, channels, burst, select, inference, resume_at, path)
-    ready = in_all(group, lambda: prepared(asked, reduction), lambda ready: asked.alike(ready))
+    ready = in_all(group, lambda: prepared(asked, reduction), asked.alike)
+    told = {"config": dict(config or {}), "inference": inference}
+    told |= {"every": every, "flush_seconds": flush_seconds}
 
     def begin() -> Watch:
-        told = {"every": every, "inference": inference, "config": dict(config or {})}
-        told |= {"flush_seconds": flush_seconds}
         writer = writer_at(path, describe(ready.model, ready.sites) | told, resume_at)
         probes = [FeedForwardProbe(site, channels, ready.recorder) for site in ready.sites]
         watching = Watch(ready, probes, writer, reduction, burst, flush_seconds)
@@ -325,7 +324,11 @@ class Watch:
     def _write_merged(self, step: int, merged: dict[str, Kinds]) -> None:
         if self._reduction is not None and self._reduction.writes:
             where = {"step": step, "rank": -1}
-            rows = [self._whole_row(s, kinds) for s, kinds in merged.items() if s != STEP]
+            rows = [
+                self._reduction.row(site, kinds, self._recorder)
+                for site, kinds in merged.items()
+                if site != STEP
+            ]
             self._writer.append("tensors", [where | row for row in rows])
 
     def _tell(self, rows: StepRows) -> None:

@@ -22,6 +22,7 @@ begins; no region is open then.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -239,12 +240,11 @@ class _Calls:
     def _attach_to_whole(self) -> list[Any]:
         """Before the forward of a module that FSDP2 gathers, and after it has: on the weights that
         it has then, once."""
-        if not torch.distributed.is_available():
+        fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # whoever has sharded has imported it
+        if fsdp is None:
             return []
-        from torch.distributed.fsdp import FSDPModule
-
         of_unit: dict[nn.Module, list[tuple[nn.Module, _Seen]]] = {}
-        units = [(n, m) for n, m in watched_modules(self._model) if isinstance(m, FSDPModule)]
+        units = [(n, m) for n, m in watched_modules(self._model) if isinstance(m, fsdp.FSDPModule)]
         for name, layer in self._layers.items():
             around = [m for n, m in units if n in ("", name) or name.startswith(f"{n}.")]
             if around:  # the innermost

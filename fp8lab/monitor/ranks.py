@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fp8lab.agreement import UnlikeError, rank_of, unlike, world_size
-from fp8lab.monitor.recorder import Kinds, Recorder, Vector, merged_kind
+from fp8lab.monitor.recorder import Kinds, Recorder, Vector, merged_kind, tensor_row
 from fp8lab.sketch import NUM_EXTREMES, NUM_SUMS
 from fp8lab.store import RunError
 
@@ -138,6 +138,9 @@ class Reduction:
         self._layout: dict[_Key, int] | None = None  # length of the vector
         self._unlike: set[_Key] = set()  # not of one length on all processes: nothing to add up
         self._owner: dict[str, int] = {}  # the one process that sends a whole tensor
+        # What the row of a site is about, of a process that has measured it: its statistics, its
+        # cast. The one that writes may never have met it.
+        self._about: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {}
         on_gpu = "nccl" in str(dist.get_backend(group))
         self._device = torch.device("cuda" if on_gpu else "cpu")
 
@@ -166,7 +169,7 @@ class Reduction:
         }
         reduced = None if self._layout is None else self._all_reduce(step, self._alike(mine))
         if reduced is None:  # some process met a tensor for the first time: all agree anew
-            self._agree(mine, recorder.wholes)
+            self._agree(mine, recorder)
             reduced = self._all_reduce(step, self._alike(mine))
         assert reduced is not None
         return reduced
@@ -174,19 +177,28 @@ class Reduction:
     def _alike(self, mine: dict[_Key, Vector]) -> dict[_Key, Vector]:
         return {key: vector for key, vector in mine.items() if key not in self._unlike}
 
-    def _agree(self, mine: dict[_Key, Vector], wholes: set[str]) -> None:
+    def _agree(self, mine: dict[_Key, Vector], recorder: Recorder) -> None:
         everyone: list[Any] = [None] * self.size
         lengths = {key: len(vector) for key, vector in mine.items()}
-        whole_here = {site for site, _ in mine if site in wholes}
-        dist.all_gather_object(everyone, (lengths, whole_here), group=self._group)
+        sites = {site for site, _ in mine}
+        about = {site: (recorder.names_of(site), recorder.casts.get(site, {})) for site in sites}
+        said = lengths, sites & recorder.wholes, about
+        dist.all_gather_object(everyone, said, group=self._group)
         union = dict(self._layout or {})
-        for lengths, _ in everyone:
+        for lengths, _, about in everyone:
             union |= lengths
-        for lengths, _ in everyone:
+            self._about |= about
+        for lengths, _, _ in everyone:
             self._unlike |= {key for key, length in lengths.items() if length != union[key]}
         self._layout = {key: union[key] for key in sorted(union.keys() - self._unlike)}
-        for rank, (_, sites) in reversed(list(enumerate(everyone))):
-            self._owner |= dict.fromkeys(sites, rank)
+        for rank, (_, wholes, _) in reversed(list(enumerate(everyone))):
+            self._owner |= dict.fromkeys(wholes, rank)
+
+    def row(self, site: str, kinds: Kinds, recorder: Recorder) -> dict[str, Any]:
+        """The row of a tensor that some process has measured, maybe another one."""
+        names, cast = self._about.get(site, ((), {}))
+        row = tensor_row(site, kinds, recorder.names_of(site) or names)
+        return row | recorder.casts.get(site, cast if "operand" in kinds else {})
 
     def _all_reduce(self, step: int, mine: dict[_Key, Vector]) -> dict[str, Kinds] | None:
         """None, on every process alike, if one of them holds something that is not agreed."""

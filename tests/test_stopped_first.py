@@ -1,0 +1,70 @@
+"""Which process stopped first: what its state, its error and the time of its last write can tell,
+and where they cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fp8lab.listing import stopped_first
+from fp8lab.runs import folder_of, state_file
+from fp8lab.store import RunWriter, open_run
+
+CLOSED = "RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:1"
+RESET = "RuntimeError: [pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer"
+OWN = "ValueError: loss is nan"
+
+
+def run_of(path: Path, ranks: list[tuple[str, int | None, float, str | None]], **info: Any) -> str:
+    """What is said of processes with a state, a last step, the time of a last write, an error."""
+    for rank, (state, step, written, error) in enumerate(ranks):
+        writer = RunWriter.create(path, {"job": "one", **info}, rank=rank)
+        if step is not None:
+            writer.append("steps", [{"step": step}])
+        writer.flush()
+        file = state_file(path, rank)
+        told = json.loads(file.read_text()) | {"error": error}
+        told |= {"state": state} if state != "killed" else {"pid": 1 << 22, "born": 1}
+        file.write_text(json.dumps(told))
+        os.utime(folder_of(path, rank) / "segments", (written, written))
+    return str(stopped_first(open_run(path)))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "told"),
+    [
+        ([("finished", 9, 100, None), ("finished", 9, 101, None)], "None"),
+        ([("interrupted", 9, 100, None), ("interrupted", 9, 101, None)], "None"),
+        ([("left", 3, 50, None), ("finished", 9, 101, None)], "None"),
+        # A connection that is closed was not closed by who says so, however late the other wrote.
+        ([("failed", 9, 100, CLOSED), ("killed", 8, 99, None)], "rank 1, last step 8, 1 s"),
+        ([("failed", 9, 100, RESET), ("killed", 9, 104, None)], "rank 1, last step 9"),
+        ([("failed", 9, 100, RESET), ("killed", None, 99.9, None)], "rank 1, before its"),
+        ([("failed", 9, 100, CLOSED), ("failed", 9, 99, RESET)], "not known: each lost the"),
+        # torchrun ends the others, which had waited for the one that failed.
+        ([("killed", 9, 70, None), ("failed", 9, 100, OWN)], "rank 1, last step 9"),
+        ([("failed", 9, 102, OWN), ("failed", 9, 100, OWN)], "not known: ranks 0, 1"),
+        ([("failed", 12, 120, OWN), ("failed", 9, 100, OWN)], "rank 1, last step 9, 20 s"),
+        ([("killed", 120, 112, None), ("killed", 99, 100, None)], "rank 1, last step 99, 12 s"),
+        ([("killed", 120, 104, None), ("killed", 99, 100, None)], "not known: ranks 0, 1"),
+        ([("finished", 20, 150, None), ("killed", 9, 100, None)], "rank 1, last step 9, 50 s"),
+    ],
+)  # fmt: skip
+def test_which_process_stopped_first(ranks: Any, told: str, tmp_path: Path) -> None:
+    said = run_of(tmp_path / "run", ranks)
+    assert said.startswith(told)
+    assert (said == "None") == (told == "None")
+
+
+def test_how_often_processes_write_is_in_the_run(tmp_path: Path) -> None:
+    ranks = [("killed", 120, 112.0, None), ("killed", 99, 100.0, None)]
+    told = "not known: ranks 0, 1 wrote last within 60 s, which is how often they do"
+    assert run_of(tmp_path / "run", ranks, flush_seconds=60.0) == told
+
+
+def test_one_process_has_none_before_it(tmp_path: Path) -> None:
+    assert run_of(tmp_path / "run", [("failed", 1, 100.0, OWN)]) == "None"
