@@ -46,7 +46,7 @@ def told(folder: Path) -> list[dict[str, Any]]:
     [
         ("every", "ValueError: watch: every: 1 on rank 0, 2 on rank 1, expected the same in a"),
         ("select", "ValueError: watch: select: (Selection(tensors=('residual',), layers=('*',)"),
-        ("no_model", "TypeError: watch: model None, expected an nn.Module (on rank 1)"),
+        ("no_model", "TypeError: model: NoneType, expected an nn.Module (on rank 1)"),
     ],
 )
 def test_who_watches_otherwise_stops_all_before_there_is_a_run(

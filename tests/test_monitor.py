@@ -214,7 +214,11 @@ def test_hooks_are_gone_and_rows_are_there_however_it_ends(end: str, tmp_path: P
     assert hooks_of(model, optimizer) == before
     run = open_run(tmp_path / "run")
     assert run.state == state
-    assert run.info.get("error") == ("RuntimeError: first line" if state == "failed" else None)
+    told = None
+    if state == "failed":
+        assert error is not None and error.__traceback__ is not None
+        told = f"RuntimeError: first line (test_monitor.py:{error.__traceback__.tb_lineno})"
+    assert run.info.get("error") == told
     assert run.steps()["step"].tolist() == list(range(5))
     train(model, optimizer, range(5, 7))
     assert len(open_run(tmp_path / "run").steps()) == 5
