@@ -52,7 +52,8 @@ from fp8lab.recipe import (
 )
 from fp8lab.regions import register, steps
 from fp8lab.rewriting import OfAnotherForwardError, Rewrite
-from fp8lab.scaling import absolute_maximum, is_the_same_both_ways, scale_for
+from fp8lab.rounding import ROUNDED_ONCE
+from fp8lab.scaling import absolute_maximum, is_the_same_both_ways, matrix_shape, scale_for
 
 
 class Fp8Linear(nn.Linear):
@@ -216,7 +217,8 @@ class Fp8Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         fused = self.product_in and self.product_in.dtype
-        if torch.is_autocast_enabled(input.device.type) and fused is None:
+        by_torch = fused is None and input.dtype in ROUNDED_ONCE  # the rest is refused below
+        if by_torch and torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         dtype, output_scale, weight = fused or input.dtype, None, self.weight
         if self.rewrite is not None:
@@ -297,7 +299,7 @@ class Fp8Linear(nn.Linear):
             self._running[operand] = torch.maximum(self._running.get(operand, amax), amax)
         else:
             values = how.fake_quantized()
-        return values.reshape(-1, values.shape[-1])
+        return values.reshape(matrix_shape(values.shape))
 
     def quantized_again(
         self, operand: Operand, tensor: Tensor, gemm: Gemm, first: Tensor, counts: bool
@@ -465,7 +467,9 @@ class _Gemms(torch.autograd.Function):
         ctx.layer, ctx.dtypes, ctx.shape = layer, (input.dtype, weight.dtype), input.shape
         ctx.dtype, ctx.is_fused = dtype, layer.product_in is not None
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return output.to(dtype).view(*input.shape[:-1], layer.out_features)
+        shape = (*input.shape[:-1], layer.out_features)
+        # Not `view`: torch forbids to change one in place, as ReLU(inplace=True) behind it does.
+        return cast(Tensor, torch.ops.aten._unsafe_view(output.to(dtype), shape))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -495,6 +499,6 @@ class _Gemms(torch.autograd.Function):
                 grad_weight = grad_weight.to(ctx.dtypes[1])
         if ctx.needs_input_grad[2]:
             # Not a GEMM: TE sums the bias gradient from the unquantised gradient.
-            unquantized = grad_outputs[0].reshape(-1, layer.out_features)
+            unquantized = grad_outputs[0].reshape(matrix_shape(grad_outputs[0].shape))
             grad_bias = unquantized.float().sum(0).to(ctx.bias_dtype)
         return grad_input, grad_weight, grad_bias, None, None, None, None, None, None

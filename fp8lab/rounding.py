@@ -11,6 +11,7 @@ Rejected: arithmetic on bit patterns in eager torch, slower than torch's own cas
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -30,6 +31,8 @@ NATIVE: dict[FloatFormat, torch.dtype] = {
     formats.FP32: torch.float32,
 }
 FORMAT_OF = {dtype: fmt for fmt, dtype in NATIVE.items()}
+# What a format's values are rounded from; float64 would be rounded twice.
+ROUNDED_ONCE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -52,12 +55,15 @@ def round_to(
     specification.
 
     Raises ValueError for float64 (its values would be rounded twice), for E8M0, which holds
-    scales and not elements, and for `overflow="special"` in a format without infinity and NaN.
+    scales and not elements, for `overflow="special"` in a format without infinity and NaN, and for
+    a rounding or an overflow that is none.
     """
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if tensor.dtype not in ROUNDED_ONCE:
         raise ValueError(f"round_to: {tensor.dtype}, expected float32, bfloat16 or float16")
     if not fmt.signed:
         raise ValueError(f"round_to: {fmt.name} is a format of scales, expected one of elements")
+    if overflow not in (None, "saturate", "special"):
+        raise ValueError(f"round_to: overflow={overflow!r}, expected 'saturate' or 'special'")
     if overflow == "special" and fmt.top == "finite":
         raise ValueError(f"round_to: overflow={overflow!r}: {fmt.name} has no infinity and no NaN")
     rounded = round_float32(tensor.float(), fmt, rounding, generator, overflow).to(tensor.dtype)
@@ -125,7 +131,8 @@ def _round_by_quantum(
 def codes_of(rounded: Tensor, fmt: FloatFormat) -> Tensor:
     """The codes of values of `fmt`: in the format's own torch dtype, or uint8 bit patterns.
 
-    float32, any shape. Raises ValueError for NaN in a format that has none.
+    float32, any shape; infinity where the format has one. Raises ValueError for NaN in a format
+    that has none.
     """
     if fmt in NATIVE:
         return rounded.to(NATIVE[fmt])
@@ -157,4 +164,4 @@ def _values(fmt: FloatFormat, device: torch.device) -> Tensor:
 
 @cache
 def _listed(fmt: FloatFormat) -> list[float]:
-    return list(fmt.values())
+    return [*fmt.values(), *[math.inf] * fmt.has_infinity]

@@ -107,6 +107,7 @@ RECIPES = {
     "mixed-too": {"input": DELAYED, "weight": CURRENT, "grad_output": FP32},
 }
 SHAPES = [(16,), (6, 16), (2, 3, 16), (0, 16), (2, 0, 16)]
+NO_FEATURES = "ignore:Initializing zero-element tensors"
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -166,6 +167,42 @@ def test_autocast_of_torch_is_an_input_in_bf16(name: str) -> None:
     assert inside["grad_input"].dtype == torch.float32
     for what in inside:
         assert torch.equal(inside[what].float(), outside[what].float()), what
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool])
+def test_autocast_of_torch_lets_nothing_in_that_is_refused(name: str, dtype: torch.dtype) -> None:
+    x = torch.ones(3, 16, dtype=dtype)
+    for layer in (layer_with(RECIPES[name]), nn.Linear(16, 8)):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises((ValueError, RuntimeError)):
+            layer(x)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_output_may_be_changed_in_place(name: str, shape: Any, dtype: torch.dtype) -> None:
+    layer = layer_with(RECIPES[name])
+    twin = copy.deepcopy(layer)
+    x, other = torch.randn(shape).to(dtype), torch.randn(*shape[:-1], 8).to(dtype)
+    output = layer(x)
+    output += other
+    nn.ReLU(inplace=True)(output).square().sum().backward()
+    nn.ReLU()(twin(x) + other).square().sum().backward()
+    assert torch.equal(layer.weight.grad, twin.weight.grad)
+    assert torch.equal(layer.bias.grad, twin.bias.grad)
+
+
+@pytest.mark.filterwarnings(NO_FEATURES)
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0)])
+def test_no_features(name: str, sizes: tuple[int, int]) -> None:
+    layer, x = layer_with(RECIPES[name], *sizes), torch.randn(3, sizes[0], requires_grad=True)
+    output = layer(x)
+    output.backward(torch.ones(3, sizes[1]))
+    assert torch.equal(output, layer.bias.expand(3, sizes[1]))
+    assert torch.equal(x.grad, torch.zeros(3, sizes[0]))
+    assert torch.equal(layer.weight.grad, torch.zeros(sizes[::-1]))
 
 
 def test_the_bias_gradient_is_not_quantized() -> None:
