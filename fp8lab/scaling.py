@@ -102,7 +102,9 @@ def scale_for(
     An amax of 0, infinity or NaN gives `previous`, or 1 without one. A scale that would be infinite
     is `largest_scale`. Source: TE `recipe_common.cuh`, `delayed_scaling.cu`.
     """
-    largest = torch.full_like(amax, fmt.max * 2.0**-margin, dtype=torch.float32)
+    most = fmt.max * 2.0**-margin
+    most = most if most <= FLOAT32_MAX else math.inf  # torch converts nothing that overflows
+    largest = torch.full_like(amax, most, dtype=torch.float32)
     scale = torch.div(largest, amax)
     scale = torch.where(scale.isinf(), largest_scale, scale)
     if power_of_two:

@@ -672,7 +672,7 @@ def pick(generator: np.random.Generator) -> float:
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("algorithm", ["max", "most_recent"])
-@pytest.mark.parametrize("margin", [0, 3, -2, 135])
+@pytest.mark.parametrize("margin", [0, 3, -2, 135, -149])
 @pytest.mark.parametrize("fp8_format", [Format.HYBRID, Format.GAUDI2])
 def test_the_kernel_moves_scales_as_the_plain_path(
     algorithm: Any, margin: int, fp8_format: Format, monkeypatch: pytest.MonkeyPatch
