@@ -27,6 +27,7 @@ from fp8lab.formats import FloatFormat, Rounding
 from fp8lab.kernels import gpu_casts
 from fp8lab.plan import as_recipe
 from fp8lab.recipe import (
+    OPERANDS,
     BitNetScaling,
     DelayedScaling,
     Direction,
@@ -40,7 +41,7 @@ from fp8lab.recipe import (
     RowwiseScaling,
     operand_format,
 )
-from fp8lab.rounding import codes_of, round_float32, values_of
+from fp8lab.rounding import ROUNDED_ONCE, codes_of, round_float32, values_of
 from fp8lab.scaling import (
     FLOAT32_MAX,
     Tile,
@@ -174,11 +175,10 @@ def cast_for(
     default generator of the device.
 
     Raises ValueError for delayed scaling without a scale, whose history is kept by a layer, for a
-    scale where there are many, and for float64, which would be rounded twice.
+    scale where there are many, for float64, which would be rounded twice, and for an operand or a
+    direction that is none.
     """
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        raise ValueError(f"{operand}: {dtype}, expected float32, bfloat16 or float16")
+    _check(tensor, operand, direction)
     if scale is not None and (
         not isinstance(scale, Tensor) or scale.dtype is not torch.float32 or scale.dim() > 0
     ):
@@ -206,6 +206,16 @@ def cast_for(
     if isinstance(recipe, NVFP4BlockScaling):
         return _nvfp4_cast(tensor, recipe, operand, direction)
     return _tile_cast(tensor, recipe, operand, direction, fmt)
+
+
+def _check(tensor: Tensor, operand: Operand, direction: Direction) -> None:
+    if operand not in OPERANDS:
+        raise ValueError(f"operand: {operand!r}, expected one of {', '.join(OPERANDS)}")
+    if direction not in ("rowwise", "columnwise"):
+        raise ValueError(f"{operand}: direction={direction!r}, expected 'rowwise' or 'columnwise'")
+    if tensor.dtype not in ROUNDED_ONCE:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{operand}: {dtype}, expected float32, bfloat16 or float16")
 
 
 def _tile_cast(
@@ -296,6 +306,7 @@ def _in_one_pass(
     """Fake-quantises into `out` if amax, scales and cast of these tiles can go together."""
     if not isinstance(recipe, Float8BlockScaling | MXFP8BlockScaling):
         return False
+    _check(tensor, operand, direction)
     kind: kernels.ScaleKind = "exponent"
     if isinstance(recipe, Float8BlockScaling):
         kind = "any" if recipe.use_f32_scales else "power_of_two"
@@ -341,6 +352,8 @@ class FusedProduct:
 class Quantized(NamedTuple):
     """Codes, of the shape of the source, and what dequantises them.
 
+    Where the recipe turns the operand by a random Hadamard transform they are of the turned tensor,
+    [tokens up to a multiple of 16, channels], as `Cast.rotated` is, and so is what is dequantised.
     `codes` are of the format's own torch dtype, or its bit patterns in uint8 where torch has none;
     `scale_inv` is float32, [] or one for each `tile` of the tensor seen as [tokens, last axis].
     """
@@ -382,7 +395,8 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, tensor: Tensor, how: Cast) -> Tensor:
         values = how.fake_quantized()
         if how.rotated:
-            values = rotated_back(values, matrix_shape(tensor.shape)[0]).reshape(tensor.shape)
+            values = rotated_back(values, matrix_shape(tensor.shape)[0])
+            values = values.reshape(tensor.shape).clone()  # a view could not be changed in place
         result = values.to(tensor.dtype)
         return result.clone() if result.data_ptr() == tensor.data_ptr() else result
 

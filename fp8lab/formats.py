@@ -143,6 +143,8 @@ class FloatFormat:
         if rounding not in ("nearest", "toward_zero", "stochastic"):
             expected = "'nearest', 'toward_zero' or 'stochastic'"
             raise ValueError(f"rounding: {rounding!r}, expected {expected}")
+        if overflow not in (None, "saturate", "special"):
+            raise ValueError(f"overflow: {overflow!r}, expected 'saturate' or 'special'")
         if math.isnan(value):
             if not self.has_nan:
                 raise ValueError(f"{self.name}: NaN cannot be represented, the format has no NaN")

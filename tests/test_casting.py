@@ -25,12 +25,14 @@ from fp8lab.formats import E2M1, E4M3, E5M2, FORMATS, FloatFormat
 from fp8lab.recipe import (
     OPERANDS,
     DelayedScaling,
+    Float8BlockScaling,
     Float8CurrentScaling,
     Format,
     HighPrecision,
+    MXFP8BlockScaling,
     operand_format,
 )
-from fp8lab.rounding import round_to
+from fp8lab.rounding import codes_of, round_to, values_of
 from fp8lab.scaling import absolute_maximum, scale_for
 
 ML_DTYPES: dict[str, Any] = {
@@ -321,6 +323,20 @@ def test_round_to_refuses() -> None:
         round_to(torch.ones(2), formats.E8M0)
     with pytest.raises(ValueError, match="rounding: 'up', expected 'nearest'"):
         round_to(torch.ones(2), E4M3, "up")
+    for fmt in (E4M3, formats.E2M1, formats.FP32):
+        with pytest.raises(ValueError, match="round_to: overflow='saturated', expected 'satu"):
+            round_to(torch.ones(2), fmt, overflow="saturated")
+
+
+@pytest.mark.parametrize("fmt", [formats.E4M3_GAUDI2, E5M2], ids=repr)
+def test_infinity_has_a_code_where_the_format_has_one(fmt: FloatFormat) -> None:
+    given = torch.tensor([1e9, -1e9, INF, -INF, fmt.max])
+    rounded = round_to(given, fmt, overflow="special")
+    assert rounded.tolist() == [INF, -INF, INF, -INF, fmt.max]
+    codes = codes_of(rounded, fmt)
+    theirs = rounded.numpy().astype(ML_DTYPES[fmt.name]).view(np.uint8)
+    assert codes.view(torch.uint8).tolist() == theirs.tolist()
+    assert torch.equal(values_of(codes, fmt), rounded)
 
 
 # --- amax and scale ---------------------------------------------------------------------------
@@ -548,6 +564,15 @@ def test_what_does_not_fit_is_refused_in_one_line() -> None:
             ValueError, match=r"^weight: \w+, expected float32, bfloat16 or float16$"
         ):
             fake_quantize(x.to(dtype), current, "weight")
+    for recipe in (current, Float8BlockScaling(), MXFP8BlockScaling(), HighPrecision()):
+        out = torch.empty(4, 128)
+        for more in ({}, {"out": out}):
+            with pytest.raises(ValueError, match=r"^operand: 'inputs', expected one of input, "):
+                fake_quantize(x, recipe, "inputs", **more)  # type: ignore[arg-type]
+            with pytest.raises(ValueError, match=r"^input: direction='columns', expected 'roww"):
+                fake_quantize(x, recipe, "input", direction="columns", **more)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"^input: int64, expected float32, bfloat16 or"):
+            fake_quantize(x.long(), recipe, "input", out=out)
 
 
 def test_the_result_is_memory_of_its_own() -> None:
@@ -559,3 +584,4 @@ def test_the_result_is_memory_of_its_own() -> None:
     x.requires_grad_()
     fake_quantize(x, NVFP4BlockScaling(), "input", direction="columnwise", out=out)
     assert not out.requires_grad
+    fake_quantize(x, NVFP4BlockScaling(), "input", direction="columnwise").relu_()

@@ -330,6 +330,11 @@ def test_an_unknown_rounding_is_refused(value: float) -> None:
         formats.E4M3.round(value, "up")
 
 
+def test_an_unknown_overflow_is_refused() -> None:
+    with pytest.raises(ValueError, match="overflow: 'saturated', expected 'saturate' or 'special'"):
+        formats.E4M3.round(1e9, overflow="saturated")
+
+
 def test_a_format_is_a_frozen_keyword_only_value() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         formats.E4M3.bias = 8

@@ -345,7 +345,7 @@ class TokensBalanced(_Balanced):
 def power_of_two_scale(amax: Tensor) -> Tensor:
     """float32 powers of two, of amax's shape, that bring each amax into (1/2, 1].
 
-    An amax that is 0, infinite or NaN gets 1.
+    None is beyond 2^-126 and 2^126. An amax that is 0, infinite or NaN gets 1.
     """
     amax = amax.detach().float()
     fraction, exponent = torch.frexp(amax)
