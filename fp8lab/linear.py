@@ -322,12 +322,11 @@ class Fp8Linear(nn.Linear):
         self, left: Tensor, right: Tensor, gemm: Gemm, bias: Tensor | None = None
     ) -> Tensor:
         """left [m, k] @ right [n, k]^T + bias, float32, accumulated as the layer was told."""
-        if torch.get_float32_matmul_precision() != "highest":
-            raise RuntimeError(
-                "Fp8Linear: float32 matmul precision "
-                f"{torch.get_float32_matmul_precision()!r}, expected 'highest': it would round "
-                "operands that are exact in FP32"
-            )
+        # A lower one would round operands that are exact in FP32. Asked of where this GEMM runs:
+        # `get_float32_matmul_precision` raises where two places differ.
+        place = torch.backends.cuda if left.is_cuda else torch.backends.mkldnn
+        if (found := place.matmul.fp32_precision) not in ("none", "ieee"):
+            raise RuntimeError(f"Fp8Linear: float32 matmul precision {found!r}, expected 'ieee'")
         if self.accumulation is None or not self._is_short(gemm):
             return functional.linear(left, right, bias)
         product = multiply_in_steps(left, right.t(), self.accumulation)

@@ -81,7 +81,7 @@ TABLE: dict[str, set[str]] = {
     "accumulation": {"recipe"},
     "rewriting": set(),
     "linear": {"formats", "recipe", "kernels", "scaling", "casting", "regions", "accumulation"}
-    | {"rewriting"},
+    | {"rewriting", "rounding"},
     "optim": {"formats", "scaling"},
     "ffn": {"formats", "rounding"},
     "hooking": set(),

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -411,11 +413,30 @@ def test_a_checkpoint_without_fp8_state_starts_it_afresh() -> None:
     assert on_meta.scale.tolist() == [1.0] * 3 and not on_meta.amax_history.any()
 
 
-def test_a_low_matmul_precision_is_refused() -> None:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with pytest.raises(RuntimeError, match=r"^Fp8Linear: float32 matmul precision 'medium'"):
-            layer_with(CURRENT)(torch.randn(3, 16))
-    finally:
-        torch.set_float32_matmul_precision(before)
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ("torch.set_float32_matmul_precision('medium')", "bf16"),
+        ("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", "bf16"),
+        ("torch.backends.fp32_precision = 'tf32'", "tf32"),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", None),
+        ("torch.backends.cudnn.fp32_precision = 'tf32'", None),
+    ],
+)
+def test_a_low_matmul_precision_is_refused_where_it_matters(
+    settings: str, refused: str | None
+) -> None:
+    # In a process of its own: torch cannot be brought back to what it was before.
+    code = f"""
+import torch, fp8lab
+from fp8lab.linear import Fp8Linear
+{settings}
+recipes = dict.fromkeys(("input", "weight", "grad_output"), fp8lab.Float8CurrentScaling())
+Fp8Linear(16, 8, recipes=recipes)(torch.randn(3, 16)).sum().backward()
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if refused is None:
+        assert ran.returncode == 0, ran.stderr
+    else:
+        said = f"RuntimeError: Fp8Linear: float32 matmul precision '{refused}', expected 'ieee'"
+        assert ran.stderr.splitlines()[-1] == said
