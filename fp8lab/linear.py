@@ -216,10 +216,9 @@ class Fp8Linear(nn.Linear):
         return cast_for(tensor, recipe, operand, scale, direction)
 
     def forward(self, input: Tensor) -> Tensor:
-        fused = self.product_in and self.product_in.dtype
-        by_torch = fused is None and input.dtype in ROUNDED_ONCE  # the rest is refused below
-        if by_torch and torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
+        fused, place = self.product_in and self.product_in.dtype, input.device.type
+        if fused is None and input.dtype in ROUNDED_ONCE and torch.is_autocast_enabled(place):
+            input = input.to(torch.get_autocast_dtype(place))
         dtype, output_scale, weight = fused or input.dtype, None, self.weight
         if self.rewrite is not None:
             input, weight, _, output_scale = self.rewrite(input, weight)
@@ -322,8 +321,7 @@ class Fp8Linear(nn.Linear):
         self, left: Tensor, right: Tensor, gemm: Gemm, bias: Tensor | None = None
     ) -> Tensor:
         """left [m, k] @ right [n, k]^T + bias, float32, accumulated as the layer was told."""
-        # A lower one would round operands that are exact in FP32. Asked of where this GEMM runs:
-        # `get_float32_matmul_precision` raises where two places differ.
+        # Of this GEMM's device: `get_float32_matmul_precision` raises where two of them differ.
         place = torch.backends.cuda if left.is_cuda else torch.backends.mkldnn
         if (found := place.matmul.fp32_precision) not in ("none", "ieee"):
             raise RuntimeError(f"Fp8Linear: float32 matmul precision {found!r}, expected 'ieee'")
@@ -466,8 +464,7 @@ class _Gemms(torch.autograd.Function):
         ctx.layer, ctx.dtypes, ctx.shape = layer, (input.dtype, weight.dtype), input.shape
         ctx.dtype, ctx.is_fused = dtype, layer.product_in is not None
         ctx.bias_dtype = None if bias is None else bias.dtype
-        shape = (*input.shape[:-1], layer.out_features)
-        # Not `view`: torch forbids to change one in place, as ReLU(inplace=True) behind it does.
+        shape = (*input.shape[:-1], layer.out_features)  # no `view`: ReLU(inplace=True) may follow
         return cast(Tensor, torch.ops.aten._unsafe_view(output.to(dtype), shape))
 
     @staticmethod
