@@ -479,15 +479,15 @@ SURVIVORS = ("bf16", "fp8-current", "product-bf16", "smooth")
 def rare_token_runs(out: Path, seeds: list[int], steps: int | None) -> Path:
     """Trainings of the main experiment, without its other parts."""
     file, experiment = load_experiment("swiglu_divergence")
-    parts = tuple(part for part in experiment.parts if part.name == "divergence")
+    (part,) = (part for part in experiment.parts if part.name == "divergence")
+    others = dataclasses.replace(part, seeds=tuple(seeds))  # other than the rules were made on
     arms = ("fp8-delayed", "anti-windup", *SURVIVORS)
     failures = run_experiment(
         file,
-        dataclasses.replace(experiment, parts=parts),
+        dataclasses.replace(experiment, parts=(others,)),
         out,
         workers=2,
         arms=arms,
-        seeds=seeds,
         settings=Settings(steps=steps),
     )
     assert failures == []
