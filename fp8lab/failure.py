@@ -31,7 +31,12 @@ def in_one_line(error: BaseException) -> str:
 
 
 def _is_users(file: str) -> bool:
-    path = Path(file).resolve()
+    try:
+        path = Path(file).resolve()
+        if not path.is_file():
+            return False
+    except (OSError, ValueError):  # generated code may call its file anything, of any length
+        return False
     of_library = path.is_relative_to(_OWN) or path.is_relative_to(_STANDARD)
-    of_library = of_library or not path.is_file() or not _INSTALLED.isdisjoint(path.parts)
+    of_library = of_library or not _INSTALLED.isdisjoint(path.parts)
     return path.is_relative_to(_SHIPPED) or not of_library

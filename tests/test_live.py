@@ -504,6 +504,12 @@ def test_no_run_is_one_line(tmp_path: Path) -> None:
         assert result.stderr == f"error: {tmp_path / arguments[0]}: {expected}\n"
 
 
+def test_where_there_is_no_disk_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a drive that is none: nothing of the path is there."""
+    monkeypatch.setattr(Path, "exists", lambda _: False)
+    assert not following.is_awaited(Path("nowhere/run"))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("made", ["run", "run/below", None])
 def test_a_run_that_is_not_there_yet_is_waited_for(tmp_path: Path, made: str | None) -> None:

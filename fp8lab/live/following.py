@@ -150,7 +150,7 @@ class _Recent(Excerpt):
 
 def is_awaited(path: Path) -> bool:
     """Whether there is no run yet at `path` or below it, and nothing but folders in its way."""
-    there = next(place for place in (path, *path.parents) if place.exists())
+    there = next((place for place in (path, *path.parents) if place.exists()), path)
     taken = state_file(path, 0).exists() or next(find_runs(path), None) is not None
     return there.is_dir() and not taken
 
