@@ -147,6 +147,8 @@ FORMER_NAMES: dict[Table, dict[str, str]] = {table: {} for table in TABLES}
 
 # An amax more than an octave beyond the one that made the scale in force: the operand is clipped.
 CLIPPED_STALENESS = 2.0
+# How the detail of `resumed` ends where steps are missing before it.
+NOTHING_BETWEEN = "of those between nothing is recorded"
 
 Severity = Literal["high", "medium", "low"]
 SEVERITIES: tuple[Severity, ...] = ("high", "medium", "low")

@@ -254,6 +254,9 @@ def test_a_step_that_was_told_before_is_loud(tmp_path: Path) -> None:
         f"watch.step: step 0 after step {last}: {twice}, expected a later one" for last in (0, 2)
     ]
     assert fp8lab.open_run(path).steps()["step"].tolist() == [0, 0, 0, 0, 1, 1, 1, 2]
+    first, second, *_ = fp8lab.replay(path, fp8lab.DelayedScaling()).notes
+    taken = "the last of each are taken, the others are not"
+    assert first == second == f"from step 0 on rows of one step stand twice: {taken}"
 
 
 @pytest.mark.parametrize(
@@ -273,6 +276,8 @@ def test_a_resumed_run_says_so(resume_at: int, told: str, tmp_path: Path) -> Non
     assert told_of(path) == [[resume_at, "resumed", told]]
     page = fp8lab.write_report([path], tmp_path / "page.md").read_text(encoding="utf-8")
     assert f"0 to {resume_at + 1}; resumed: {told}" in page
+    notes = " ".join(fp8lab.replay(path, fp8lab.DelayedScaling()).notes)
+    assert ("before step 9 steps are missing, and amaxes" in notes) == (resume_at == 9)
 
 
 def test_a_step_before_that_of_the_resume_is_loud(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ from fp8lab.forecast.what_if import (
 from fp8lab.formats import FloatFormat
 from fp8lab.plan import Plan, as_recipe, recipe_to_dict
 from fp8lab.recipe import OPERANDS, DelayedScaling, HighPrecision, Operand, shown
-from fp8lab.record import CLIPPED_STALENESS
+from fp8lab.record import CLIPPED_STALENESS, NOTHING_BETWEEN
 from fp8lab.runs import Run, open_run
 
 # Chosen on seeds 100 to 123 of the rare-token regression, see above.
@@ -412,7 +412,10 @@ def _unknown(use: Use, rows: pd.DataFrame) -> dict[str, str]:
 
 def _events_told(run: Run) -> Iterator[str]:
     events = run.events(["kind", "detail"])
+    twice = "rows of one step stand twice: the last of each are taken, the others are not"
     for kind, told in {
+        "repeated": twice,
+        "rewound": twice,
         "nonfinite_loss": "the run's own loss is not finite",
         "nonfinite_product": "a product of the run itself is not finite",
         "diverged": "the run itself diverged",
@@ -421,6 +424,9 @@ def _events_told(run: Run) -> Iterator[str]:
         steps = events.loc[events["kind"] == kind, "step"]
         if len(steps):
             yield f"from step {int(steps.min())} on {told}"
+    resumed = events[events["kind"] == "resumed"]
+    for step in resumed.loc[resumed["detail"].str.endswith(NOTHING_BETWEEN), "step"].unique():
+        yield f"before step {step} steps are missing, and amaxes of delayed scales among them"
 
 
 def _extremes(frame: pd.DataFrame) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,7 @@ from fp8lab.monitor.ranks import Reduction, plain_name, unwrapped, watched_modul
 from fp8lab.monitor.recorder import Recorder
 from fp8lab.monitor.selection import Selection, as_selections, require_seen
 from fp8lab.monitor.taps import TensorTaps
+from fp8lab.record import NOTHING_BETWEEN
 from fp8lab.sites import FeedForwardSite, GateSite, find_gates, modules_of, survey
 from fp8lab.store import RunWriter, open_run
 
@@ -113,4 +114,4 @@ def _resumed(step: int, last: int | None) -> str:
     told = f"at step {step} after step {last}"
     if last >= step:
         return f"{told}: the rows from step {step} on gave way"
-    return told if last == step - 1 else f"{told}: of those between nothing is recorded"
+    return told if last == step - 1 else f"{told}: {NOTHING_BETWEEN}"
