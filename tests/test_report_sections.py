@@ -332,6 +332,17 @@ def test_a_statistic_is_explained_in_the_schemas_words() -> None:
     assert meaning_of("else") == "else"
 
 
+def test_what_all_processes_say_of_the_steps_is_said_once(tmp_path: Path) -> None:
+    events = [
+        {"step": step, "rank": rank, "kind": "resumed", "detail": f"at step {step}"}
+        for rank in range(3)
+        for step in (1, 2)
+    ]
+    run = write(tmp_path / "run", steps=[{"loss": 1.0}] * 4, events=events)
+    page = fp8lab.write_report([run.path], tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "0 to 3; resumed: at step 1; resumed: at step 2 |" in page
+
+
 def test_every_statistic_that_can_be_chosen_is_explained() -> None:
     plain = {"nans", "infs", "gate_amax", "up_amax", "product_amax", "loss", "grad_norm"}
     plain |= {"gate_norm", "up_norm", "down_norm", "logit_max", "learning_rate", "common_loss"}

@@ -272,7 +272,8 @@ def _steps(run: Seen) -> Cell:
     events = run.run.events(["kind", "detail"])
     breaks = events[events["kind"].isin(["resumed", "rewound", "repeated"])].itertuples()
     told = [f"{first} to {last}" if last > first else str(first)]
-    return Cell("; ".join([*told, *(f"{one.kind}: {one.detail}" for one in breaks)]))
+    told += [f"{one.kind}: {one.detail}" for one in breaks]
+    return Cell("; ".join(dict.fromkeys(told)))  # as a rule all processes say the same
 
 
 def _settings(run: Seen) -> dict[str, str]:
