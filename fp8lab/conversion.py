@@ -21,6 +21,7 @@ from contextlib import suppress
 from typing import Literal, get_args
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fp8lab.agreement import unlike, world_size
 from fp8lab.casting import FusedProduct
@@ -66,9 +67,9 @@ def convert(
     wraps the model next may end the training without a word on the cause.
 
     Raises ValueError if no layer matched, a pattern matched none, a layer is converted already, a
-    matching layer cannot be converted, or the backend cannot do what the plan says; ImportError
-    without the backend's library, RuntimeError without the device that it needs. Then nothing is
-    converted.
+    matching layer cannot be converted, or the backend cannot do what the plan says; TypeError for
+    what is no model; ImportError without the backend's library, RuntimeError without the device
+    that it needs. Then nothing is converted.
     """
     if backend not in get_args(Backend):
         choice = ", ".join(map(repr, get_args(Backend)))
@@ -127,8 +128,8 @@ def _warn_if_unlike(model: nn.Module, plan: Plan, chosen: set[str]) -> None:
         return
     told: dict[str, dict[str, str]] = {}
     for name, layer in model.named_modules():
-        weight = getattr(layer, "weight", None)
-        if weight is None or weight.dim() != 2:
+        weight = layer._parameters.get("weight")
+        if weight is None or is_lazy(weight) or weight.dim() != 2:
             continue
         uses = [(o, gemm) for gemm, operands in GEMMS.items() for o in operands]
         told[f"{name} {list(weight.shape)}"] = {

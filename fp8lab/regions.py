@@ -47,7 +47,8 @@ class Layer(Protocol):
 # Every layer with delayed scales, in the order of conversion, which all ranks share; which of them
 # ran in a step, and in which order, they need not. With each what it is, in words.
 _registered: weakref.WeakKeyDictionary[Layer, str] = weakref.WeakKeyDictionary()
-_compared: set[int] = set()  # what all ranks have been found to reduce alike, as a number each
+# What all ranks have been found to reduce alike: a number, and as it is sent from a device.
+_compared: dict[tuple[int, torch.device], Tensor] = {}
 WAITED = 5.0  # seconds, for the rank that knows what differs: the training is over
 
 
@@ -68,20 +69,22 @@ def _move(layers: Iterable[Layer], *operands: Operand) -> None:
 
 
 def _share(running: list[tuple[Layer, list[Tensor]]]) -> None:
-    """Make every amax the largest of all ranks. Raises RuntimeError, on all ranks alike, where they
-    reduce as many amaxes of other layers."""
+    """Make every amax the largest of all ranks. Raises RuntimeError where they reduce as many
+    amaxes of other layers: at the first step on all ranks alike, later on those that changed."""
     amaxes = [amax for _, of_layer in running for amax in of_layer]
     if not amaxes:
         return
     words = [f"{len(of)} amaxes of {_registered[layer]}" for layer, of in running if of]
     number = zlib.crc32("\n".join(words).encode()) >> 8  # of 24 bits, exact in float32
-    told = torch.tensor([number, -number], dtype=torch.float32, device=amaxes[0].device)
+    place = number, amaxes[0].device
+    if (told := _compared.get(place)) is None:
+        told = torch.tensor([number, -number], dtype=torch.float32, device=place[1])
     largest = torch.cat([torch.stack(amaxes), told])
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-    if number not in _compared:  # reading it waits for a device: once
+    if place not in _compared:  # making it and reading it wait for a device: once
         if float(largest[-2]) != -float(largest[-1]):
             _refuse(words)
-        _compared.add(number)
+        _compared[place] = told
     for amax, shared in zip(amaxes, largest, strict=False):
         amax.copy_(shared)
 

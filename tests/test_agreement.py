@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import fp8lab
 from fp8lab import agreement
+from fp8lab.monitor.precision import in_full
 
 SCRIPT = Path(__file__).with_name("agreement_on_cpu.py")
 LAYER = "Fp8Linear(in_features=32, out_features=88, bias=False, "
@@ -185,14 +189,84 @@ def test_one_process_says_nothing_to_nobody() -> None:
     assert agreement.job_at("here") is None
 
 
-def test_a_store_that_compares_nothing_is_no_reason_not_to_convert() -> None:
-    """torch's own, of processes that are not there."""
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """One process of two, of which torch plays the other, who is not there."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        model = fp8lab.convert(nn.Sequential(nn.Linear(8, 8)), fp8lab.DelayedScaling())
-        model(torch.ones(2, 8)).sum().backward()
-        assert float(model[0].scale[0]) == 448.0  # type: ignore[index, union-attr, arg-type]
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_store_that_compares_nothing_is_no_reason_not_to_convert() -> None:
+    model = fp8lab.convert(nn.Sequential(nn.Linear(8, 8)), fp8lab.DelayedScaling())
+    model(torch.ones(2, 8)).sum().backward()
+    assert float(model[0].scale[0]) == 448.0  # type: ignore[index, union-attr, arg-type]
+
+
+class Made(TorchFunctionMode):
+    """Counts what is made of numbers of Python: on a GPU the host waits for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += func in (torch.tensor, torch.Tensor.item, torch.Tensor.__float__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_number_that_travels_with_amaxes_costs_no_wait_but_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fp8lab.regions._compared", {})
+    model = fp8lab.convert(nn.Sequential(nn.Linear(8, 8)), fp8lab.DelayedScaling())
+    counts = []
+    for _ in range(3):
+        with Made() as made:
+            model(torch.ones(2, 8)).sum().backward()
+        counts.append(made.count)
+    assert counts[0] > 0 and counts[1:] == [0, 0]
+
+
+class Odd(nn.Module):
+    """Of which `weight` is no tensor, as of torch's quantised layers."""
+
+    def weight(self) -> None: ...
+
+
+@pytest.mark.parametrize("other", [Odd, partial(nn.LazyLinear, 4)], ids=["method", "lazy"])
+def test_what_has_no_weight_yet_is_compared_with_nothing(
+    other: Any, two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fp8lab.conversion.world_size", lambda: 2)
+    two.be(0)
+    model = nn.Sequential(nn.Linear(8, 8), other())
+    fp8lab.convert(model, fp8lab.DelayedScaling(), include=["0"])
+    assert type(model[0]).__name__ == "Fp8Linear"
+
+
+def largest(history: Tensor) -> Tensor:
+    return history.amax(0)
+
+
+class Largest:
+    def __call__(self, history: Tensor) -> Tensor:
+        return largest(history)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "name"),
+    [(largest, "largest"), (partial(largest), "partial"), (Largest(), "Largest")],
+)
+def test_a_function_has_the_same_words_in_every_process(algorithm: Any, name: str) -> None:
+    """What Python shows of many has an address in it, and watching would be refused for that."""
+    recipe = fp8lab.DelayedScaling(amax_compute_algo=algorithm)
+    model = fp8lab.convert(nn.Sequential(nn.Linear(8, 8)), recipe)
+    words = in_full(model)["0 8x8"]["input@output"]
+    assert words == f"E4M3 DelayedScaling (amax_compute_algo=function {name})"

@@ -23,7 +23,6 @@ begins; no region is open then.
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,6 +34,7 @@ from fp8lab.hooking import OfOneModel
 from fp8lab.monitor.probes import counts
 from fp8lab.monitor.ranks import watched_modules
 from fp8lab.monitor.recorder import Recorder
+from fp8lab.plan import in_words
 from fp8lab.sites import te_casts, torchao_casts
 from fp8lab.sites.observe import eagerly
 
@@ -77,12 +77,7 @@ def _settings(module: nn.Module, use: str) -> str:
     if not callable(getattr(type(module), "recipe_for", None)):
         return ""
     recipe = module.recipe_for(*use.split("@"))  # type: ignore[operator]
-    other = {
-        one.name: getattr(value, "__qualname__", value)  # a function's repr is of one process
-        for one in fields(recipe)
-        if (value := getattr(recipe, one.name)) != one.default
-    }
-    return f" ({', '.join(f'{name}={value}' for name, value in other.items())})" if other else ""
+    return in_words(recipe).removeprefix(type(recipe).__name__)
 
 
 def linears(model: nn.Module) -> dict[str, dict[str, Any]]:
