@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from rows_by_hand import write
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -335,6 +336,20 @@ def test_what_is_not_known_is_once_it_is_recorded_as_was_told(tmp_path: Path, re
     assert second.select == "" and "to know it" not in str(second)
     assert all("no what-if statistics" in why for why in second.unknown.values())
     assert (second.unknown == {}) == (not isinstance(recipe, NVFP4BlockScaling))
+
+
+def test_what_no_watch_can_record_is_not_asked_for(tmp_path: Path) -> None:
+    """`watch` refuses a selection of which it sees nothing, and a LayerNormMLP hides its layers."""
+    sizes = {"in": 32, "out": 32}
+    inside = {"class": "transformer_engine.LayerNormMLP", **sizes}
+    linears = {"mlp.fc1": inside, "mlp.fc2": inside, "head": {"class": "Linear", **sizes}}
+    sites = [{"site": "mlp", "gate": "fc1_weight", "up": "fc1_weight", "down": "fc2_weight"}]
+    info = {"linears": linears, "sites": sites}
+    run = write(tmp_path / "run", steps=[{}], tensors=[{"step": 0, "site": "mlp:x"}], info=info)
+    told = replay(run, Float8CurrentScaling())
+    assert "mlp.fc1, mlp.fc2" in str(told.unknown)
+    selections = eval(f"dict({told.select})", {"fp8lab": fp8lab})["select"]
+    assert [one.layers for one in selections] == [("head",)]
 
 
 def test_layers_that_differ_in_numbers_are_one_pattern() -> None:

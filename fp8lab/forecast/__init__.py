@@ -389,11 +389,13 @@ def _in_words(plan: Plan, left: dict[Operand, list[str]]) -> dict[str, str]:
 
 
 def _missing(run: Run, plan: Plan, left: dict[Operand, list[str]]) -> Iterator[Missing]:
-    """What to record of them, as far as they are modules: of fused experts nothing can be asked."""
+    """What to record of them, as far as they are modules: of fused experts, and of what runs inside
+    of TE's LayerNormMLP, nothing can be asked."""
     linears = run.info.get("linears")
     for operand, layers in left.items():
         for layer in layers:
-            if not isinstance(linears, dict) or layer in linears:
+            known = {layer: None} if not isinstance(linears, dict) else linears
+            if layer in known and "LayerNormMLP" not in str(known[layer]):
                 for use in uses_in(f"{layer}:{operand}", layer, operand, plan):
                     yield from missing_of(use, None)
 
