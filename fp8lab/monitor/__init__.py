@@ -96,7 +96,7 @@ def watch(
 
     Raises TypeError for what is no model, optimizer or group; ValueError if no feed-forward can be
     seen, a selection is none, an optimizer is given with `inference`, or processes cast or watch
-    otherwise; RunError if `path` exists.
+    otherwise; RunError if `path` exists. Of a group any other error comes as a RuntimeError.
     """
     reduction = Reduction(group) if group is not None else None
     asked = Asked(model, optimizer, every, channels, burst, select, inference, resume_at, path)
