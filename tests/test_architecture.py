@@ -150,9 +150,11 @@ TABLE: dict[str, set[str]] = {
         "sites.te_casts",
         "sites.torchao_casts",
         "agreement",
+        "plan",
     },
     "monitor.beginning": {
         "agreement",
+        "record",
         "monitor.precision",
         "monitor.ranks",
         "monitor.recorder",
