@@ -352,3 +352,14 @@ def test_every_statistic_that_can_be_chosen_is_explained() -> None:
         assert known in words or known.replace("_", " ") in words, name
     for name in ("control", "twin", "gradient cosine", "dose", "saturated", "common_loss"):
         assert name in words, name
+
+
+def test_layers_that_are_not_in_the_precision_told_are_named_but_not_all(tmp_path: Path) -> None:
+    events = [
+        {"step": 0, "kind": "not_run", "site": f"layers.{layer}", "detail": "frozen"}
+        for layer in range(7)
+    ]
+    run = write(tmp_path / "run", steps=[{"loss": 1.0}] * 3, events=events)
+    page = fp8lab.write_report([run.path], tmp_path / "page.md").read_text(encoding="utf-8")
+    told = "; ".join(f"not\\_run: layers.{layer}: frozen" for layer in range(5))
+    assert f"0 to 2; {told}; 2 more, see fp8lab show |" in page
