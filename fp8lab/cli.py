@@ -144,15 +144,15 @@ def run(
 ) -> None:
     """Run an experiment, arms x seeds; go on where it stopped."""
     from fp8lab.lab.experiment import Settings, load_experiment, run_experiment
-    from fp8lab.lab.result import write_page
+    from fp8lab.lab.result import require_conclusion, write_page
 
     file, value = load_experiment(experiment)
-    if report is not None and value.conclude is None:
-        raise ValueError(f"--report: {value.name} has no conclusion, expected none")
+    out = out or Path("runs") / value.name
+    if report is not None:
+        require_conclusion(value, out, quick, arm, seed)
     source = None if text is None else _readable(text)
     how = None if parallel is None else parallel.value
     more: dict[str, Any] = {"processes": processes, "parallel": how}
-    out = out or Path("runs") / value.name
     console = Console(stderr=as_json, markup=False)
     with Bars(console) as progress:
         failures = run_experiment(

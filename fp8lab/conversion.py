@@ -74,6 +74,9 @@ def convert(
     if backend not in get_args(Backend):
         choice = ", ".join(map(repr, get_args(Backend)))
         raise ValueError(f"convert: backend={shown(backend)}, expected one of {choice}")
+    include, exclude = (
+        (given,) if isinstance(given, str) else given for given in (include, exclude)
+    )
     plan = _plan(recipe, tuple(include), tuple(exclude), overrides or {}, accumulation)
     chosen = _chosen(model, plan)
     _refuse_layers_of_other_kinds(chosen)

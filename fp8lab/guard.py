@@ -117,6 +117,11 @@ class Guard:
             raise ValueError(f"Guard: least={least!r:.60}, expected one of {SEVERITIES}")
         if mitigations and world_size() > 1:
             raise ValueError(f"Guard: mitigations in {world_size()} processes, expected one")
+        if not isinstance(checkpoints, Checkpoints | None):
+            raise ValueError(f"Guard: checkpoints={checkpoints!r:.60}, expected fp8lab.Checkpoints")
+        if not isinstance(on_alarm, Iterable) or not all(map(callable, on_alarm := [*on_alarm])):
+            told = f"Guard: on_alarm={on_alarm!r:.60}"
+            raise ValueError(f"{told}, expected functions of a finding and a step")
         _check(mitigations or {})
         self._watch = watching
         self._every, self._burst = every, burst

@@ -30,6 +30,10 @@ def model() -> nn.Module:
             {"overrides": {"*.gait:input": DelayedScaling()}},
             "convert: pattern '*.gait' matches no linear layer of 0.gate, 0.up, 0.down, …",
         ),
+        (
+            {"exclude": "head"},
+            "convert: pattern 'head' matches no linear layer of 0.gate, 0.up, 0.down, …",
+        ),
         ({"include": [LONG]}, "convert: pattern 'xxx"),
         (
             {"exclude": ["*"]},

@@ -274,6 +274,9 @@ def test_its_memory_is_a_window(tmp_path: Path) -> None:
         ({"window": 0}, "Guard: window=0, expected at least 1"),
         ({"burst": -1}, "Guard: burst=-1, expected at least 0"),
         ({"every": True}, "Guard: every=True, expected at least 1"),
+        ({"on_alarm": print}, r"Guard: on_alarm=.*, expected functions of a finding and a step"),
+        ({"on_alarm": ["print"]}, r"Guard: on_alarm=\['print'\], expected functions of a find.*"),
+        ({"checkpoints": {"every": 5}}, r"Guard: checkpoints=.*, expected fp8lab.Checkpoints"),
         ({"least": "worst"}, r"Guard: least='worst', expected one of \('high', 'medium', 'low'\)"),
     ],
 )

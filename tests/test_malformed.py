@@ -435,6 +435,17 @@ def test_an_experiments_file_that_ends_the_process(tmp_path: Path, statement: st
         load_experiment(str(tmp_path / "x.py"))
 
 
+def test_what_lies_beside_an_experiments_file_can_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside_it.py").write_text("EXPERIMENT = 3\n")
+    (tmp_path / "x.py").write_text("from beside_it import EXPERIMENT\n")
+    with pytest.raises(ValueError, match=r"EXPERIMENT"):
+        load_experiment(str(tmp_path / "x.py"))
+    assert sys.path[0] == str(tmp_path)
+
+
 def test_seeds_of_the_command_line_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seed -1, expected distinct whole numbers"):
         run_experiment(Path("x.py"), tiny(), tmp_path / "out", seeds=[-1])

@@ -26,6 +26,7 @@ from fp8lab.lab.result import (
     final_losses,
     judged,
     ratios,
+    require_conclusion,
     results,
     runs_of,
     spread,
@@ -302,3 +303,16 @@ def test_bad_values_are_refused_at_birth() -> None:
             Result(verdict="partly", sentence=sentence)
     with pytest.raises(ValueError, match=r"^Picture: name='\.\./x', expected letters"):
         Picture(name="../x", title="", draw=lambda: None)
+
+
+def test_a_page_is_refused_before_its_other_runs_are_missed(quick: Path) -> None:
+    _, experiment = load_experiment(str(TINY))
+    require_conclusion(experiment, quick, True, None, None)
+    require_conclusion(experiment, quick, True, [experiment.parts[0].arms[0].name], None)
+    nothing = quick.parent / "nothing"
+    require_conclusion(experiment, nothing, True, None, None)
+    told = (
+        r"^--report: .*nothing lacks \d runs that --arm and --seed leave out, as \w+/.*: expected"
+    )
+    with pytest.raises(ValueError, match=told):
+        require_conclusion(experiment, nothing, True, None, [10**6])

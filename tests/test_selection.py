@@ -108,6 +108,8 @@ what_if:
         ({"a": {"tensors": ["gate"], "end_step": -1}}, "end_step: expected an integer >= 0"),
         ({"a": {"tensors": ["gate"], "start_end_list": [[3, 1]]}}, "start_end_list: expected"),
         ({"a": {"tensors": ["gate"], "start_end_list": [[1]]}}, "start_end_list: expected pairs"),
+        ({"a": {"tensors": ["gate"], "start_step": 10, "end_step": 5}},
+         "Selection: start_step=10, end_step=5, expected an end after the start"),
         ({"a": {"tensors": []}}, "expected at least one of each"),
         ({"a": {"tensors": [3]}}, "tensors: expected names"),
         (7, "select: expected Selections or sections by name, got 7"),

@@ -286,7 +286,18 @@ def test_a_step_before_that_of_the_resume_is_loud(tmp_path: Path) -> None:
     with fp8lab.watch(model, path, resume_at=5) as watching, pytest.warns(UserWarning):
         train(model, watching, range(3, 6))
     assert [kind for _, kind, _ in told_of(path)] == ["rewound", "resumed"]
+    assert told_of(path)[0][2] == "watch.step: step 3 in a run that goes on at step 5"
     assert told_of(path)[1][2] == "at step 5, the first"
+
+
+def test_a_step_after_the_end_and_a_loss_that_is_none_are_told(tmp_path: Path) -> None:
+    with fp8lab.watch(GatedFeedForward(16, 24), tmp_path / "run") as watching:
+        watching.step(0, loss=1.0)
+        with pytest.raises(ValueError, match=r"^watch.step: loss 'high', expected a number$"):
+            watching.step(1, loss="high")  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match=r"step 1 after the end is not recorded$"):
+        watching.step(1, loss=1.0)
+    assert fp8lab.open_run(tmp_path / "run").steps()["step"].tolist() == [0]
 
 
 # --- torch.compile ------------------------------------------------------------------------------

@@ -231,6 +231,8 @@ def load_module(path: Path, what: str) -> ModuleType:
         raise ValueError(f"{what} {path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.insert(0, folder)  # as `python FILE` does: what lies beside it can be imported
     try:
         spec.loader.exec_module(module)
     except KeyboardInterrupt:

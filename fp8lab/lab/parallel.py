@@ -54,9 +54,10 @@ def parallelize(model: nn.Module, how: Parallel) -> nn.Module:
 def _sharded(model: nn.Module, mesh: Any) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
-    layers = getattr(model, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"parallelize: fsdp2: {type(model).__name__} has no layers")
+    layers = model if isinstance(model, nn.Sequential) else getattr(model, "layers", None)
+    if not isinstance(layers, nn.ModuleList | nn.Sequential):
+        got = f"parallelize: fsdp2: {type(model).__name__}"
+        raise ValueError(f"{got}, expected an nn.Sequential or a model with a ModuleList `layers`")
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -17,7 +17,7 @@ import json
 import math
 import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -187,6 +187,40 @@ def judged(
     return verdict, Table(title="Clause by clause", rows=table)
 
 
+def unfinished(experiment: Experiment, out: Path, quick: bool) -> list[tuple[str, str, int]]:
+    """Part, arm and seed of the runs that a conclusion asks for and `out` lacks."""
+    there = {part.name: runs_of(out, part.name) for part in experiment.parts}
+    return [
+        (part.name, arm.name, seed)
+        for part in experiment.parts
+        for arm in part.arms
+        for seed in (part.seeds[:1] if quick else part.seeds)
+        if (arm.name, seed) not in there[part.name]
+    ]
+
+
+def require_conclusion(
+    experiment: Experiment,
+    out: Path,
+    quick: bool,
+    arms: Collection[str] | None,
+    seeds: Collection[int] | None,
+) -> None:
+    """Raises ValueError if no page can follow from these arms and seeds, all if None, and from
+    what `out` has already: better before they are trained."""
+    if experiment.conclude is None:
+        raise ValueError(f"--report: {experiment.name} has no conclusion, expected none")
+    others = [
+        run
+        for run in unfinished(experiment, out, quick)
+        if (arms and run[1] not in arms) or (seeds and run[2] not in seeds)
+    ]
+    if others:
+        first = "{}/{}/seed-{}".format(*others[0])
+        told = f"--report: {out} lacks {len(others)} runs that --arm and --seed leave out"
+        raise ValueError(f"{told}, as {first}: expected all runs of the experiment")
+
+
 def write_page(experiment: Experiment, file: Path, out: Path, folder: Path) -> Path:
     """Conclude from the runs in `out`, and write page and pictures into `folder`.
 
@@ -196,16 +230,9 @@ def write_page(experiment: Experiment, file: Path, out: Path, folder: Path) -> P
     if experiment.conclude is None:
         raise ValueError(f"experiment {experiment.name}: has no conclusion to write")
     quick = _settings(out).get("quick", False)
-    there = {part.name: runs_of(out, part.name) for part in experiment.parts}
-    missing = [
-        f"{part.name}/{arm.name}/seed-{seed}"
-        for part in experiment.parts
-        for arm in part.arms
-        for seed in (part.seeds[:1] if quick else part.seeds)
-        if (arm.name, seed) not in there[part.name]
-    ]
-    if missing:
-        raise ValueError(f"{out}: {len(missing)} runs are not finished, {missing[0]} first")
+    if missing := unfinished(experiment, out, quick):
+        first = "{}/{}/seed-{}".format(*missing[0])
+        raise ValueError(f"{out}: {len(missing)} runs are not finished, {first} first")
     folder.mkdir(parents=True, exist_ok=True)
     whole = out / "traceback.txt"
     try:

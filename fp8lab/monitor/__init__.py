@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 import torch
@@ -115,6 +115,17 @@ def watch(
     return in_all(group, begin, undo=lambda begun, why: begun.__exit__(type(why), why, None))
 
 
+def _check_step(step: Any, loss: Any, metrics: Mapping[str, Any]) -> None:
+    if isinstance(step, bool) or not isinstance(step, int | np.integer):
+        raise ValueError(f"watch.step: step {step!r:.60}, expected an integer")
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(f"watch.step: loss {list(loss.shape)}, expected one number")
+    if not isinstance(loss, Tensor | SupportsFloat | None):
+        raise ValueError(f"watch.step: loss {loss!r:.60}, expected a number")
+    for name in metrics.keys() & _STEP_COLUMNS:
+        raise ValueError(f"watch.step: {name} is a column of its own, expected another name")
+
+
 class Watch:
     """A recording; made by `watch`. Leaves no hook behind when the `with` ends."""
 
@@ -139,6 +150,7 @@ class Watch:
         self._held: deque[StepRows] = deque()
         self._unseen = {probe.site.name for probe in probes}
         self._last_time: float | None = None
+        self._goes_on_at = ready.recorder.step
         self._last_step = ready.recorder.step - 1 if ready.recorder.step else None
         self._last_flush = time.monotonic()
         self._warned: set[str] = set()
@@ -217,12 +229,10 @@ class Watch:
         `metrics` are further numbers to keep with the step. Raises ValueError for one that has the
         name of a column of `record.STEPS`, a step that is no integer, a loss that is no number.
         """
-        if isinstance(step, bool) or not isinstance(step, int | np.integer):
-            raise ValueError(f"watch.step: step {step!r:.60}, expected an integer")
-        if isinstance(loss, Tensor) and loss.numel() != 1:
-            raise ValueError(f"watch.step: loss {list(loss.shape)}, expected one number")
-        for name in metrics.keys() & _STEP_COLUMNS:
-            raise ValueError(f"watch.step: {name} is a column of its own, expected another name")
+        _check_step(step, loss, metrics)
+        if self._writer.info["state"] != "running":
+            self._warn(f"watch.step: step {step} after the end is not recorded", once="over")
+            return
         now = time.monotonic()
         seconds = None if self._last_time is None else now - self._last_time
         self._last_time = now
@@ -361,6 +371,8 @@ class Watch:
         if last is not None and step <= last:
             kind = "repeated" if step == last else "rewound"
             told = f"watch.step: step {step} after step {last}: rows of one step now stand twice"
+            if last + 1 == self._goes_on_at:
+                told = f"watch.step: step {step} in a run that goes on at step {last + 1}"
             if kind == "rewound" or kind not in self._warned:
                 self._events(step, [(kind, None, told)])
             self._warn(f"{told}, expected a later one", once=kind)

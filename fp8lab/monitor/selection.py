@@ -78,6 +78,9 @@ class Selection:
             raise ValueError("Selection: tensors, layers: expected at least one of each")
         for name in ("freq", "start_step", "end_step"):
             _check_number(name, getattr(self, name), at_least=1 if name == "freq" else 0)
+        if self.end_step is not None and self.end_step < (self.start_step or 0):
+            told = f"start_step={self.start_step}, end_step={self.end_step}"
+            raise ValueError(f"Selection: {told}, expected an end after the start")
         if self.start_end_list is not None:
             object.__setattr__(self, "start_end_list", _ranges(self.start_end_list))
 
