@@ -74,10 +74,7 @@ def convert(
     if backend not in get_args(Backend):
         choice = ", ".join(map(repr, get_args(Backend)))
         raise ValueError(f"convert: backend={shown(backend)}, expected one of {choice}")
-    include, exclude = (
-        (given,) if isinstance(given, str) else given for given in (include, exclude)
-    )
-    plan = _plan(recipe, tuple(include), tuple(exclude), overrides or {}, accumulation)
+    plan = _plan(recipe, _patterns(include), _patterns(exclude), overrides or {}, accumulation)
     chosen = _chosen(model, plan)
     _refuse_layers_of_other_kinds(chosen)
     gates = _gates(model)
@@ -175,6 +172,10 @@ class Label:
 
 def _nothing(*_: object) -> None:
     pass
+
+
+def _patterns(given: str | Iterable[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _plan(

@@ -358,10 +358,9 @@ def run_experiment(
     with Workers(workers) if ray is None else RayWorkers(ray) as pool:
         description = description_of(out, experiment, settings)
         preparations, runs = _stages(experiment, out, wanted, seeds, settings.quick)
-        if preparations or runs:
-            for name, made_by in {"files": file_hash(file), "commands": command()}.items():
-                if made_by not in description[name]:
-                    description[name].append(made_by)
+        made_by = {"files": file_hash(file), "commands": command()} if preparations or runs else {}
+        for name, told in made_by.items():
+            description[name] = list(dict.fromkeys([*description[name], told]))
         write_description(out, description)  # all that could be refused has been
         for work in runs:
             if work.path.exists():
