@@ -19,7 +19,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +41,12 @@ HEARTBEAT_SECONDS = 300.0
 # A run.json beyond this is none.
 LARGEST_INFO_BYTES, DEEPEST_INFO = 64 << 20, 50
 NAMED_RANKS = 8  # in one sentence
+# Events after which rows are not what "steps a to b of this recipe" says, and how many are told.
+NOT_AS_TOLD = (
+    *("resumed", "rewound", "repeated", "not_merged"),
+    *("not_seen", "not_run", "unlike"),
+)
+MOST_TOLD = 5
 
 BISECTION = "bisection.json"  # beside the reruns that it lists
 _STATES = ("running", "killed", "failed", "interrupted", "unknown")  # the first of them tells
@@ -100,6 +106,14 @@ class Run:
             more = f" and {len(which) - NAMED_RANKS} more" if len(which) > NAMED_RANKS else ""
             told += [f"rank{'s' * (len(which) > 1)} {named}{more} {state}"] if which else []
         return "; ".join(told)
+
+    @property
+    def not_as_told(self) -> list[str]:
+        """Events after which its rows are not what they seem, as "kind: site: detail", each once:
+        as a rule all processes say the same. Raises RunError if they cannot be read."""
+        events = self.events(["kind", "site", "detail"])[["kind", "site", "detail"]]
+        found = events[events["kind"].isin(NOT_AS_TOLD)].fillna("").to_numpy()
+        return list(dict.fromkeys(": ".join(filter(None, words)) for words in found))
 
     def ranks(self) -> pd.DataFrame:
         """A row a process: rank, state, last_step (that it wrote; missing without), flushed (when
@@ -278,6 +292,12 @@ class Run:
         except OSError:
             flushed = 0.0
         return "running" if time.time() - flushed < HEARTBEAT_SECONDS else "unknown"
+
+
+def in_short(told: Sequence[str]) -> list[str]:
+    """Of what `Run.not_as_told` tells, the first, and how many more there are."""
+    more = [f"{len(told) - MOST_TOLD} more, see fp8lab show"] if len(told) > MOST_TOLD else []
+    return [*told[:MOST_TOLD], *more]
 
 
 def wanted_of(columns: Names, sites: Names, steps: Numbers, ranks: Numbers) -> Wanted:

@@ -655,3 +655,20 @@ def test_a_learning_rate_too_high_for_bf16_is_not_fp8(tmp_path: Path) -> None:
     (found,) = diagnosis.findings
     assert (found.cause, found.severity, found.since) == ("not_fp8", "high", diagnosis.loss_alarm)
     assert diagnosis.loss_alarm is not None
+
+
+def test_what_did_not_run_as_told_is_said_beside_the_findings(paths: Iterator[Path]) -> None:
+    usual: dict[str, Any] = {"losses": [1.0] * 9}
+    plain = write(next(paths), **usual, events=[{"step": 3, "kind": "checkpoint", "detail": ""}])
+    assert str(diagnose(plain)) == f"{plain.path}: nothing found"
+    assert diagnose(plain).to_dict()["not_as_told"] == []
+    events = [{"step": 2, "kind": "resumed", "detail": "at step 2"}] * 2
+    events += [
+        {"step": 2, "kind": "not_run", "site": f"layers.{layer}", "detail": "frozen"}
+        for layer in range(6)
+    ]
+    run = write(next(paths), **usual, events=events)
+    told = ["resumed: at step 2", *(f"not_run: layers.{layer}: frozen" for layer in range(6))]
+    said = "\n".join([*told[:5], "2 more, see fp8lab show"])
+    assert str(diagnose(run)) == f"{run.path}: nothing found\n{said}"
+    assert diagnose(run).to_dict()["not_as_told"] == told

@@ -40,6 +40,7 @@ from fp8lab.diagnosis.loss import loss_alarm
 from fp8lab.diagnosis.rows import Loaded, Rows
 from fp8lab.diagnosis.twin import Divergence, first_divergence
 from fp8lab.record import SEVERITIES, Finding
+from fp8lab.runs import in_short
 from fp8lab.store import Run, open_run
 
 # Causes that low precision brings, and those that it has no part in.
@@ -77,7 +78,8 @@ class Diagnosis:
     """The findings on one run, worst first; `loss_alarm` is the step at which its loss or a
     recorded event said by itself that something is wrong, None if it never did; `divergence` is
     where the run first parted from its twin, None without one or if it never did; `lost` names, of
-    several processes, those whose rows may end early (see `Run.lost`); `is_empty` where no step was
+    several processes, those whose rows may end early (see `Run.lost`), `not_as_told` the events
+    after which rows are not what they seem (see `Run.not_as_told`); `is_empty` where no step was
     recorded, and nothing can be said, but by `ended` how such a run came to its end, if that was no
     good one."""
 
@@ -88,6 +90,7 @@ class Diagnosis:
     is_empty: bool = False
     lost: str = ""
     ended: str = ""
+    not_as_told: tuple[str, ...] = ()
 
     @property
     def first_alarm(self) -> int | None:
@@ -105,12 +108,14 @@ class Diagnosis:
             "divergence": None if self.divergence is None else self.divergence.to_dict(),
             "lost": self.lost,
             "ended": self.ended,
+            "not_as_told": list(self.not_as_told),
             "findings": [finding.to_dict() for finding in self.findings],
         }
 
     def __str__(self) -> str:
         parted = "" if self.divergence is None else f"\n{self.divergence}"
         parted += f"\n{self.lost}: its rows end there" if self.lost else ""
+        parted += "".join(f"\n{line}" for line in in_short(self.not_as_told))
         if self.is_empty:
             told = f"nothing was recorded: {self.ended or 'is watch.step called in the loop?'}"
             return f"{self.run}: {told}{parted}"
@@ -133,7 +138,8 @@ def diagnose(run: Run | str | Path, twin: Run | str | Path | None = None) -> Dia
     run = run if isinstance(run, Run) else open_run(run)
     twin = twin if twin is None or isinstance(twin, Run) else open_run(twin)
     judged = judge(Loaded(run), None if twin is None else Loaded(twin))
-    return replace(judged, lost=run.lost, ended=_end_of(run) if judged.is_empty else "")
+    ended = _end_of(run) if judged.is_empty else ""
+    return replace(judged, lost=run.lost, ended=ended, not_as_told=tuple(run.not_as_told))
 
 
 def _end_of(run: Run) -> str:

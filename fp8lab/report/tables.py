@@ -19,6 +19,7 @@ from fp8lab.recipe import GEMMS, gemm_in_words
 from fp8lab.record import STEPS, TENSORS, Severity
 from fp8lab.report.story import Arm, Part, Seen, Story, superscript
 from fp8lab.report.verdict import in_words, judged
+from fp8lab.runs import in_short
 
 Meaning = Literal["", "bad", "warn", "good", "quiet"]
 
@@ -32,12 +33,6 @@ class Cell(NamedTuple):
 
 NOTHING = Cell("–", "quiet")
 OF = "\N{NO-BREAK SPACE}of\N{NO-BREAK SPACE}"  # two numbers that belong on one line
-# Events after which rows are not what "steps a to b of this recipe" says, and how many are told.
-NOT_AS_TOLD = (
-    *("resumed", "rewound", "repeated", "not_merged"),
-    *("not_seen", "not_run", "unlike"),
-)
-MOST_TOLD = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,13 +270,9 @@ def _steps(run: Seen) -> Cell:
     if run.steps.empty:
         return Cell("none", "warn")
     first, last = int(run.steps["step"].min()), int(run.steps["step"].max())
-    events = run.run.events(["kind", "site", "detail"])[["kind", "site", "detail"]]
-    found = events[events["kind"].isin(NOT_AS_TOLD)].fillna("").to_numpy()
-    told = [": ".join(filter(None, words)) for words in found]
-    told = list(dict.fromkeys(told))  # as a rule all processes say the same
-    more = [f"{len(told) - MOST_TOLD} more, see fp8lab show"] if len(told) > MOST_TOLD else []
+    told = in_short(run.run.not_as_told)
     steps = f"{first} to {last}" if last > first else str(first)
-    return Cell("; ".join([steps, *told[:MOST_TOLD], *more]), "warn" if told else "")
+    return Cell("; ".join([steps, *told]), "warn" if told else "")
 
 
 def _settings(run: Seen) -> dict[str, str]:
