@@ -108,6 +108,25 @@ def test_the_worst_finding_decides(tmp_path: Path, findings: list[Finding], word
         assert "no operand says that it is FP8" in said.because
 
 
+@pytest.mark.parametrize(
+    ("cast", "said"),
+    [
+        ("E4M3 DelayedScaling", "It goes wrong in high precision too"),
+        ("BF16 HighPrecision", "It goes wrong without FP8"),
+    ],
+)
+def test_not_fp8_is_no_switch_that_was_thrown(tmp_path: Path, cast: str, said: str) -> None:
+    """In words: "Not FP8 since step 9" reads as if FP8 had ended there."""
+    precision = {"mlp.down": {"input": cast}}
+    steps = [{"loss": 1.0}] * 12
+    story = load([write(tmp_path / "hot", steps=steps, info={"precision": precision}).path])
+    (run,) = story.runs
+    run.diagnosis = replace(run.diagnosis, findings=(found("not_fp8", since=9),))
+    answer = answer_of(story)
+    assert (answer.word, answer.cause) == ("No", "Not FP8")
+    assert answer.because == f"{said}, since step 9, in run hot; the loss itself never told"
+
+
 def test_every_rule_of_precision_is_known_by_the_name_of_its_cause() -> None:
     told = set()
     for rule in OF_PRECISION:

@@ -126,7 +126,7 @@ def _found(story: Story, run: Seen, finding: Finding) -> Answer:
     clauses.insert(0, _ended(run) or "the loss itself never told")
     return Answer(
         word=word,
-        because="; ".join([f"{in_words(finding.cause)}{where} in {name}", *clauses]),
+        because="; ".join([f"{_in_a_sentence(run, finding)}{where} in {name}", *clauses]),
         confidence=confidence,
         cannot_exclude="; ".join(one for one in (finding.cannot_exclude, *excluded) if one),
         run=name,
@@ -137,6 +137,13 @@ def _found(story: Story, run: Seen, finding: Finding) -> Answer:
         summary=finding.summary,
         remedy=finding.remedy,
     )
+
+
+def _in_a_sentence(run: Seen, finding: Finding) -> str:
+    """The cause as what is since when: "not FP8 since step 9" would be FP8 that was left at it."""
+    if finding.cause != "not_fp8":
+        return in_words(finding.cause)
+    return "It goes wrong in high precision too," if run.uses_fp8 else "It goes wrong without FP8,"
 
 
 def _beside_twin(
