@@ -345,7 +345,7 @@ def replay_run(
         _print_json(forecast.to_dict())
     else:
         _echo(forecast)
-    if forecast.serious or not forecast.is_told:
+    if forecast.serious or not (forecast.is_told or forecast.is_high_precision):
         raise typer.Exit(1 if forecast.serious else 2)
 
 

@@ -260,7 +260,7 @@ def test_blocks_are_what_was_recorded_of_them(kept: Kept, recipe: Any) -> None:
         (MXFP8BlockScaling(scale_rounding="ocp_floor"), "no what-if statistics say what MXFP8"),
         (Float8BlockScaling(use_f32_scales=True), "no what-if statistics say what Float8Block"),
         (Float8BlockScaling(x_block_scaling_dim=2, w_block_scaling_dim=1), "record fp8_block_sc"),
-        (fp8lab.BitNetScaling(), "no what-if statistics say what BitNetScaling"),
+        (fp8lab.BitNetScaling(), "no recording can tell what BitNetScaling does"),
         (DelayedScaling(amax_compute_algo=max), "amax_compute_algo is a function"),
         (DelayedScaling(scaling_factor_compute_algo=max), "scaling_factor_compute_algo is a fu"),
     ],
@@ -470,7 +470,8 @@ def test_an_empty_run_tells_nothing(recipe: Any, tmp_path: Path) -> None:
     forecast = replay(made(tmp_path / "run", []), recipe)
     assert [*forecast.frame.columns] == [*COLUMNS]
     assert (forecast.troubles, forecast.breaks_at) == ((), None)
-    assert "cannot tell" in str(forecast)
+    is_needless = isinstance(recipe, HighPrecision)
+    assert ("nothing to forecast" if is_needless else "cannot tell") in str(forecast)
 
 
 def test_bins_that_are_damaged_are_an_error_in_one_line(tmp_path: Path) -> None:
@@ -704,3 +705,18 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
         replay(path, "DelayedScaling")
     with pytest.raises(RunError, match="no run here"):
         replay(tmp_path, DelayedScaling())
+
+
+def test_of_a_plan_without_fp8_there_is_nothing_to_forecast(tmp_path: Path) -> None:
+    path = made(tmp_path / "run", sentinels(jumps([(10, 64.0)], 2)))
+    told = "nothing to forecast: this plan has no operand in FP8"
+    result = CliRunner().invoke(app, ["replay", str(path), "--recipe", "HighPrecision"])
+    assert (result.exit_code, result.stdout.splitlines()[1]) == (0, told)
+    high = HighPrecision()
+    for plan, expected in (
+        (Plan(recipe=high, overrides={"*:input": high}), True),
+        (Plan(recipe=high, overrides={"*:input": Float8CurrentScaling()}), False),
+        (Plan(recipe=HighPrecision(format=formats.FP16)), False),
+        (Plan(recipe=Float8CurrentScaling(), overrides={"*:input": high}), False),
+    ):
+        assert (told in str(replay(path, plan))) == expected

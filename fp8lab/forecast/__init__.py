@@ -53,7 +53,7 @@ from fp8lab.forecast.what_if import (
     uses_in,
     uses_of,
 )
-from fp8lab.formats import FloatFormat
+from fp8lab.formats import FP16, FloatFormat
 from fp8lab.plan import Plan, as_recipe, recipe_to_dict
 from fp8lab.recipe import OPERANDS, DelayedScaling, HighPrecision, Operand, shown
 from fp8lab.record import CLIPPED_STALENESS, NOTHING_BETWEEN
@@ -136,6 +136,13 @@ class Forecast:
         return tuple(trouble for trouble in self.troubles if trouble.is_serious)
 
     @property
+    def is_high_precision(self) -> bool:
+        """Whether the plan has all in BF16 or FP32, so that nothing need be known of the run: FP16
+        has a range that may be left."""
+        recipes = (self.plan.recipe, *self.plan.overrides.values())
+        return all(isinstance(r, HighPrecision) and r.format is not FP16 for r in recipes)
+
+    @property
     def is_told(self) -> bool:
         """Whether of any operand that the plan casts to FP8 or less something is known."""
         rows = self.frame[self.frame["recipe"] != "HighPrecision"]
@@ -175,6 +182,8 @@ class Forecast:
         if self.serious:
             first = min(trouble.step for trouble in self.serious)
             return f"expected trouble at step {first}; switch to FP8 only with these in BF16"
+        if self.is_high_precision:
+            return "nothing to forecast: this plan has no operand in FP8"
         if not self.is_told:
             return "cannot tell: of no operand that the plan has in FP8 is enough recorded"
         if self.troubles:

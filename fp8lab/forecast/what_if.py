@@ -35,6 +35,7 @@ from fp8lab.formats import E5M2, FloatFormat
 from fp8lab.plan import Plan
 from fp8lab.recipe import (
     GEMMS,
+    BitNetScaling,
     DelayedScaling,
     Direction,
     Float8BlockScaling,
@@ -413,6 +414,8 @@ def statistics_of(use: Use) -> tuple[str, str]:
         is_known = bool(prefix) and _but_for_format(recipe) == _but_for_format(_WHAT_IFS[prefix])
     if isinstance(recipe, NVFP4BlockScaling) and use.operand == "grad_output":
         is_known = recipe.disable_stochastic_rounding
+    if isinstance(recipe, BitNetScaling):
+        return "", "no recording can tell what BitNetScaling does"
     if not is_known:
         return "", f"no what-if statistics say what {type(recipe).__name__} with its options does"
     return f"{prefix}_{{}}" + ("_columnwise" if use.direction == "columnwise" else ""), ""
