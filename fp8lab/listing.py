@@ -21,11 +21,11 @@ from rich.text import Text
 
 from fp8lab.comparison import config_of, lost_at, number_of, told_losses, told_of
 from fp8lab.recipe import GEMMS, gemm_in_words
+from fp8lab.runs import UNTOLD, often_in_words
 from fp8lab.store import Run, find_runs, open_run
 from fp8lab.terminal import printable
 
 NAMED = 3  # layers, of those that are cast alike
-OFTEN = 5.0  # seconds between two writes of a process, if it does not say
 # What gloo and NCCL say in a process of which another has gone.
 CUT_OFF = ("connection closed by peer", "connection reset", "broken pipe", "remote process exited")
 WRAPPED = 32  # characters, beyond which a cell of several words goes on in the next line
@@ -74,18 +74,29 @@ def facts_of(run: Run, info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def ranks_of(run: Run) -> list[dict[str, Any]]:
-    """The processes of a run as rows, JSON-able but for NaN."""
+    """The processes of a run as rows, JSON-able but for NaN; flush_seconds is how often each writes,
+    so how much of a killed one may be lost."""
     rows = run.ranks().drop(columns=["pid", "host"]).to_dict("records")
     return [
         {str(k): v if k == "flushed" or pd.notna(v) else None for k, v in row.items()}
+        | {"flush_seconds": run.writes_every(row["rank"])}
         for row in rows
     ]
 
 
 def rank_in_words(row: Mapping[str, Any]) -> str:
-    """Where a process stands, and since when nothing came of it."""
+    """Where a process stands, and since when nothing came of it.
+
+    Of one that did not come to an end, or whose disk refuses, only what is on disk is known.
+    """
     last, flushed, error = row["last_step"], row["flushed"], row["error"]
-    told = f"{row['state']}, " + ("no step" if last is None else f"last step {last}")
+    told = f"{row['state']}, "
+    if row["state"] not in UNTOLD and row["refused"] is None:
+        told += "no step" if last is None else f"last step {last}"
+    elif last is not None:
+        told += f"last step on disk {last}"
+    else:
+        told += f"no step of it on disk ({often_in_words(row['flush_seconds'])})"
     if math.isfinite(flushed) and last is not None:
         told += f", written {datetime.fromtimestamp(flushed, UTC):%Y-%m-%d %H:%M:%S} UTC"
     told = told if error is None else f"{told}: {error}"
@@ -99,7 +110,8 @@ def stopped_first(run: Run) -> str | None:
 
     A process that lost the connection to another was alive when that was not; of those that are
     gone without a word some may have been ended because one failed. Else the times of the last
-    writes tell, where they are further apart than processes write.
+    writes tell, where they are further apart than processes write; of one that wrote no step they
+    do not, for it may have done many.
     """
     rows = run.ranks()
     rows = rows[rows["state"] != "left"]
@@ -111,20 +123,33 @@ def stopped_first(run: Run) -> str | None:
     if own.empty:
         return "not known: each lost the connection to another"
     failed = own[own["state"] == "failed"]
-    own = (own if failed.empty else failed).sort_values("flushed")
-    first, others = own.iloc[0], rows[rows["rank"] != own["rank"].iloc[0]]
-    gap = float(others["flushed"].min() - first["flushed"])
-    told = (number_of(run.info_of(rank).get("flush_seconds")) for rank in rows["rank"])
-    writes = max(OFTEN if one is None else one for one in told)
-    if len(own) > 1 and not gap > writes:
-        ranks = ", ".join(map(str, sorted(own["rank"])))
+    ended = rows[rows["state"].isin(["finished", "interrupted"])]
+    # Who was killed may have been so after the others had ended.
+    rivals = (pd.concat([own, ended]) if failed.empty else failed).sort_values("flushed")
+    writes = max(run.writes_every(rank) for rank in rows["rank"])
+    silent = rivals[rivals["last_step"].isna()]
+    if len(rivals) > 1 and not silent.empty:
+        return f"not known: rank {silent['rank'].iloc[0]} has no step on disk that would tell when"
+    near = rivals[rivals["flushed"] - rivals["flushed"].iloc[0] <= writes]
+    if len(near) > 1:
+        ranks = ", ".join(map(str, sorted(near["rank"])))
         return (
             f"not known: ranks {ranks} wrote last within {writes:g} s, which is how often they do"
         )
-    last = "before its first step"
-    if pd.notna(first["last_step"]):
-        last = f"last step {first['last_step']}"
-    return f"rank {first['rank']}, {last}" + (f", {gap:.0f} s before the others" * (gap >= 1.0))
+    return _first_in_words(rivals.iloc[0], rows)
+
+
+def _first_in_words(first: pd.Series[Any], rows: pd.DataFrame) -> str:
+    """The rank, and its last step as far as known: a write is no end of one that was killed."""
+    told, is_told = (
+        f"rank {first['rank']}",
+        first["state"] == "failed" and pd.isna(first["refused"]),
+    )
+    if pd.isna(first["last_step"]):
+        return f"{told}, " + ("before its first step" if is_told else "with no step on disk yet")
+    gap = float(rows[rows["rank"] != first["rank"]]["flushed"].min() - first["flushed"])
+    since = f", {'' if is_told else 'written '}{gap:.0f} s before the others" * (gap >= 1.0)
+    return f"{told}, last step {'' if is_told else 'on disk '}{first['last_step']}{since}"
 
 
 def print_grids(console: Console, parts: Iterable[Any], out: Path) -> None:

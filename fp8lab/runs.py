@@ -47,6 +47,8 @@ NOT_AS_TOLD = (
     *("not_seen", "not_run", "unlike"),
 )
 MOST_TOLD = 5
+OFTEN = 5.0  # seconds between two writes of a process, if it does not say
+UNTOLD = ("running", "killed", "unknown")  # states in which more was done than is on disk
 
 BISECTION = "bisection.json"  # beside the reruns that it lists
 _STATES = ("running", "killed", "failed", "interrupted", "unknown")  # the first of them tells
@@ -99,13 +101,23 @@ class Run:
             ranks.setdefault(self.state_of(rank), []).append(str(rank))
             if self.info_of(rank).get("refused") is not None:
                 ranks.setdefault("could not write", []).append(str(rank))
-        told = []
-        for state in (*_STATES[1:], "could not write"):
-            which = ranks.get(state, [])
-            named = ", ".join(which[:NAMED_RANKS])
-            more = f" and {len(which) - NAMED_RANKS} more" if len(which) > NAMED_RANKS else ""
-            told += [f"rank{'s' * (len(which) > 1)} {named}{more} {state}"] if which else []
-        return "; ".join(told)
+        order = [state for state in (*_STATES[1:], "could not write") if state in ranks]
+        return "; ".join(f"{_named(ranks[state])} {state}" for state in order)
+
+    @property
+    def incomplete(self) -> str:
+        """Of several processes those that may have had rows which are not on disk, in words: "rank
+        3" was killed, or its disk refuses. A process that failed has written what it had."""
+        folders = self.folders()
+        refused = {rank for rank in folders if self.info_of(rank).get("refused") is not None}
+        gone = {rank for rank in folders if self.state_of(rank) in ("killed", "unknown")}
+        which = [str(rank) for rank in folders if rank in gone | refused]
+        return _named(which) if len(folders) > 1 and which else ""
+
+    def writes_every(self, rank: int) -> float:
+        """Seconds between two writes of a process: what was done since its last, a kill loses."""
+        told = self.info_of(rank).get("flush_seconds")
+        return float(told) if type(told) in (int, float) and 0 <= told < 1 << 1000 else OFTEN
 
     @property
     def not_as_told(self) -> list[str]:
@@ -298,6 +310,19 @@ def in_short(told: Sequence[str]) -> list[str]:
     """Of what `Run.not_as_told` tells, the first, and how many more there are."""
     more = [f"{len(told) - MOST_TOLD} more, see fp8lab show"] if len(told) > MOST_TOLD else []
     return [*told[:MOST_TOLD], *more]
+
+
+def _named(ranks: list[str]) -> str:
+    more = f" and {len(ranks) - NAMED_RANKS} more" if len(ranks) > NAMED_RANKS else ""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks[:NAMED_RANKS])}{more}"
+
+
+def often_in_words(seconds: float) -> str:
+    """What a kill may have taken from a process that writes so often."""
+    often, what = (
+        (f"every {seconds:g} s", "steps of that time") if seconds else ("each step", "one")
+    )
+    return f"it writes {often}: {what} may be lost"
 
 
 def wanted_of(columns: Names, sites: Names, steps: Numbers, ranks: Numbers) -> Wanted:

@@ -189,7 +189,7 @@ TABLE: dict[str, set[str]] = {
     | {"sites", "monitor", "store"},
     "comparison": {"runs"},
     "report": NECK | {"comparison", "forecast", "diagnosis"},
-    "listing": {"comparison", "recipe", "store", "terminal"},
+    "listing": {"comparison", "recipe", "runs", "store", "terminal"},
     "live": {"diagnosis", "record", "report", "runs", "segments", "terminal"},
     "terminal": set(),
     "integrations": {"monitor", "guard", "sites", "store", "recipe", "record", "monitor.statistics"}

@@ -40,7 +40,7 @@ from fp8lab.diagnosis.loss import loss_alarm
 from fp8lab.diagnosis.rows import Loaded, Rows
 from fp8lab.diagnosis.twin import Divergence, first_divergence
 from fp8lab.record import SEVERITIES, Finding
-from fp8lab.runs import in_short
+from fp8lab.runs import UNTOLD, in_short, often_in_words
 from fp8lab.store import Run, open_run
 
 # Causes that low precision brings, and those that it has no part in.
@@ -78,10 +78,10 @@ class Diagnosis:
     """The findings on one run, worst first; `loss_alarm` is the step at which its loss or a
     recorded event said by itself that something is wrong, None if it never did; `divergence` is
     where the run first parted from its twin, None without one or if it never did; `lost` names, of
-    several processes, those whose rows may end early (see `Run.lost`), `not_as_told` the events
-    after which rows are not what they seem (see `Run.not_as_told`); `is_empty` where no step was
-    recorded, and nothing can be said, but by `ended` how such a run came to its end, if that was no
-    good one."""
+    several processes, those whose rows may end early (see `Run.lost`), `incomplete` those that may
+    have had more rows than are on disk; `not_as_told` the events after which rows are not what they
+    seem (see `Run.not_as_told`); `is_empty` where no step was recorded, and nothing can be said,
+    but by `ended` how such a run came to its end, if that was no good one."""
 
     run: str
     findings: tuple[Finding, ...]
@@ -89,6 +89,7 @@ class Diagnosis:
     divergence: Divergence | None = None
     is_empty: bool = False
     lost: str = ""
+    incomplete: str = ""
     ended: str = ""
     not_as_told: tuple[str, ...] = ()
 
@@ -107,6 +108,7 @@ class Diagnosis:
             "first_alarm": self.first_alarm,
             "divergence": None if self.divergence is None else self.divergence.to_dict(),
             "lost": self.lost,
+            "incomplete": self.incomplete,
             "ended": self.ended,
             "not_as_told": list(self.not_as_told),
             "findings": [finding.to_dict() for finding in self.findings],
@@ -114,7 +116,9 @@ class Diagnosis:
 
     def __str__(self) -> str:
         parted = "" if self.divergence is None else f"\n{self.divergence}"
-        parted += f"\n{self.lost}: its rows end there" if self.lost else ""
+        if self.lost:
+            parted += f"\n{self.lost}: rows end there"
+            parted += f", the last of {self.incomplete} may be missing" if self.incomplete else ""
         parted += "".join(f"\n{line}" for line in in_short(self.not_as_told))
         if self.is_empty:
             told = f"nothing was recorded: {self.ended or 'is watch.step called in the loop?'}"
@@ -139,7 +143,8 @@ def diagnose(run: Run | str | Path, twin: Run | str | Path | None = None) -> Dia
     twin = twin if twin is None or isinstance(twin, Run) else open_run(twin)
     judged = judge(Loaded(run), None if twin is None else Loaded(twin))
     ended = _end_of(run) if judged.is_empty else ""
-    return replace(judged, lost=run.lost, ended=ended, not_as_told=tuple(run.not_as_told))
+    told = replace(judged, ended=ended, not_as_told=tuple(run.not_as_told))
+    return replace(told, lost=run.lost, incomplete=run.incomplete)
 
 
 def _end_of(run: Run) -> str:
@@ -148,7 +153,11 @@ def _end_of(run: Run) -> str:
         return ""
     errors = (run.info_of(rank).get("error") for rank in run.folders())
     error = next((error for error in errors if error is not None), None)
-    return f"{state} before its first step" + ("" if error is None else f": {error}")
+    told = f"{state} before its first step"
+    if state in UNTOLD:
+        often = max(run.writes_every(rank) for rank in run.folders())
+        told = f"{state}, no step on disk ({often_in_words(often)})"
+    return told + ("" if error is None else f": {error}")
 
 
 def judge(rows: Rows, twin: Rows | None = None) -> Diagnosis:

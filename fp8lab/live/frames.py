@@ -69,7 +69,8 @@ def _head(view: View, width: int) -> Iterator[Text]:
     if view.lost:
         yield Text(view.lost, "bold red")
     if view.step is None:
-        line.append("   no step yet", "not bold default")
+        none = "no step yet" if view.state == "running" else "no step on disk"
+        line.append(f"   {none}", "not bold default")
         yield line
         return
     facts = [f"step {view.step:,}" + (f" of {view.planned:,}" if view.planned else "")]
