@@ -141,10 +141,8 @@ def stopped_first(run: Run) -> str | None:
 
 def _first_in_words(first: pd.Series[Any], rows: pd.DataFrame) -> str:
     """The rank, and its last step as far as known: a write is no end of one that was killed."""
-    told, is_told = (
-        f"rank {first['rank']}",
-        first["state"] == "failed" and pd.isna(first["refused"]),
-    )
+    told = f"rank {first['rank']}"
+    is_told = first["state"] == "failed" and pd.isna(first["refused"])
     if pd.isna(first["last_step"]):
         return f"{told}, " + ("before its first step" if is_told else "with no step on disk yet")
     gap = float(rows[rows["rank"] != first["rank"]]["flushed"].min() - first["flushed"])
