@@ -331,6 +331,7 @@ def of_names(name: str) -> Document:
         unread=(Unread(name, name),),
         verdicts=[verdict],
         experiments=({"question": name, "prediction": name, "refuted_if": name},),
+        not_judged=("",),
         against=[name],
         predictions=[table],
         sections=[Section("a", name, blocks)],  # type: ignore[arg-type]

@@ -14,13 +14,14 @@ from test_report import CURRENT, DELAYED, HIGH, record, record_experiment
 import fp8lab
 from fp8lab.comparison import side_by_side
 from fp8lab.diagnosis import OF_PRECISION
+from fp8lab.lab.experiment import Settings, load_experiment, run_experiment
 from fp8lab.record import Evidence, Finding, Severity
 from fp8lab.report import answer, drawing, what_if
 from fp8lab.report.answer import ENOUGH_STEPS, Answer, answer_of, named
 from fp8lab.report.blocks import Document, Note
 from fp8lab.report.interactive import QUANTITIES, STATISTICS, TRACKS
 from fp8lab.report.sections import WORDS, document_of
-from fp8lab.report.story import Seen, Story, load
+from fp8lab.report.story import Seen, Story, cut_short, load
 from fp8lab.report.tables import Table, meaning_of, mitigations
 from fp8lab.report.verdict import verdicts
 
@@ -382,3 +383,41 @@ def test_layers_that_are_not_in_the_precision_told_are_named_but_not_all(tmp_pat
     page = fp8lab.write_report([run.path], tmp_path / "page.md").read_text(encoding="utf-8")
     told = "; ".join(f"not\\_run: layers.{layer}: frozen" for layer in range(5))
     assert f"0 to 2; {told}; 2 more, see fp8lab show |" in page
+
+
+# --- runs that were cut ---------------------------------------------------------------------------
+
+
+def demand_not_judged(out: Path, settings: Settings, how: str) -> None:
+    """Of real runs under these settings, and judged as soon as the same say that they are whole."""
+    file, experiment = load_experiment(str(Path(__file__).with_name("tiny_experiment.py")))
+    arms = {"hot"}  # predicted to diverge
+    assert run_experiment(file, experiment, out, workers=1, arms=arms, settings=settings) == []
+    html, markdown = (
+        fp8lab.write_report([out], out.parent / f"page.{ending}").read_text(encoding="utf-8")
+        for ending in ("html", "md")
+    )
+    said = f"these runs were cut ({how}): nothing follows from them for the prediction"
+    assert f"<dt>so far</dt><dd>{said}</dd>" in html
+    assert f"\n- so far: {said}\n" in markdown
+    assert "Against the prediction" not in html + markdown
+    document = told_of(out)
+    (row,) = [row for table in document.predictions for row in table.rows if "hot" in row[0].text]
+    assert row[-1] == ("not judged: cut short", "quiet")
+    assert "bad" not in {cell.meaning for cell in row}
+    described = json.loads((out / "experiment.json").read_text())
+    described["settings"] |= {"quick": False, "steps": None}
+    (out / "experiment.json").write_text(json.dumps(described))
+    (row,) = [row for one in told_of(out).predictions for row in one.rows if "hot" in row[0].text]
+    assert row[-1].text in ("contradicted", "as predicted")
+
+
+def test_quick_runs_are_not_held_against_the_prediction(tmp_path: Path) -> None:
+    how = "--quick: few steps of one seed"
+    demand_not_judged(tmp_path / "out", Settings(quick=True), how)
+
+
+def test_runs_of_other_steps_are_not_held_against_the_prediction(tmp_path: Path) -> None:
+    demand_not_judged(tmp_path / "out", Settings(steps=1), "--steps 1")
+    quick = {"settings": {"quick": True, "steps": 1}}
+    assert cut_short(quick) == "--quick: one seed, --steps 1"

@@ -96,6 +96,7 @@ class Document:
     unread: tuple[Unread, ...]
     verdicts: list[Verdict]
     experiments: tuple[dict[str, Any], ...]
+    not_judged: tuple[str, ...]  # of each experiment, as `verdict.not_judged` says
     against: list[str]  # contradicted predictions
     predictions: list[Table]
     sections: list[Section]

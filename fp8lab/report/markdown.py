@@ -136,13 +136,14 @@ def _arms(pairs: Iterable[tuple[str, str]]) -> str:
 def _predictions(document: Document) -> Iterator[str]:
     count = len(document.against)
     so_far = f"{count} contradiction{'s' * (count != 1)}"
-    for experiment in document.experiments:
+    so_far = so_far if count else "no arm's runs ended otherwise than predicted"
+    for experiment, cut in zip(document.experiments, document.not_judged, strict=True):
         yield "## Predicted before the first run, and seen"
         told = {
             "question": str(experiment["question"]),
             "prediction": str(experiment["prediction"]),
             "refuted if": str(experiment["refuted_if"]),
-            "so far": so_far if count else "no arm's runs ended otherwise than predicted",
+            "so far": cut or so_far,
         }
         yield "\n".join(f"- {name}: {escaped(text)}" for name, text in told.items())
     for table in document.predictions:

@@ -32,7 +32,14 @@ from fp8lab.report.picked import clipped_row, dose_rows, starved_row, weight_row
 from fp8lab.report.provenance import provenance
 from fp8lab.report.story import Part, Place, Seen, Story, place_of
 from fp8lab.report.tables import meaning_of
-from fp8lab.report.verdict import contradictions, counts, sightings, unfinished, verdicts
+from fp8lab.report.verdict import (
+    contradictions,
+    counts,
+    not_judged,
+    sightings,
+    unfinished,
+    verdicts,
+)
 from fp8lab.report.what_if import what_if
 
 if TYPE_CHECKING:
@@ -53,6 +60,7 @@ def document_of(story: Story) -> Document:
         unread=story.unread,
         verdicts=verdicts(story),
         experiments=story.experiments,
+        not_judged=tuple(map(not_judged, story.experiments)),
         against=[one for part in story.parts for one in contradictions(part)],
         predictions=[
             tables.predictions(part)

@@ -172,6 +172,7 @@ class Part:
     seeds: tuple[Any, ...]
     arms: tuple[Arm, ...]
     missing: int = 0  # runs that were planned and are not here
+    cut: str = ""  # as `cut_short` says
 
     @property
     def runs(self) -> tuple[Seen, ...]:
@@ -362,6 +363,17 @@ def _experiment(path: Path, unread: list[Unread]) -> dict[str, Any] | None:
     return dict(experiment)
 
 
+def cut_short(experiment: Mapping[str, Any]) -> str:
+    """By which settings an experiment's runs were cut; empty where they ran as it has them."""
+    told = experiment.get("settings")
+    settings = told if isinstance(told, dict) else {}
+    steps = settings.get("steps")
+    by_steps = f"--steps {steps}" if steps else ""
+    if not settings.get("quick"):
+        return by_steps
+    return f"--quick: one seed, {by_steps}" if by_steps else "--quick: few steps of one seed"
+
+
 def _demand(described: Any, *keys: str) -> None:
     missing = [key for key in keys if key not in described]
     if missing:
@@ -400,7 +412,8 @@ def _arranged(experiments: list[dict[str, Any]], runs: list[Seen]) -> Iterator[P
                 for run in mine:
                     del left[run]
                 arms.append(_arm(arm, mine))
-            yield _part(planned["name"], planned["title"], planned["seeds"], arms)
+            part = _part(planned["name"], planned["title"], planned["seeds"], arms)
+            yield replace(part, cut=cut_short(experiment))
     unplanned: dict[tuple[str, str], dict[str, list[Seen]]] = {}
     for run in left:
         key = run.part, str(run.config.get("experiment", ""))

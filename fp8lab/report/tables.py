@@ -66,8 +66,8 @@ def predictions(part: Part) -> Table:
         (
             Cell(arm.title),
             Cell(arm.predicted),
-            _diverged(arm),
-            Cell(judged(arm), meanings.get(judged(arm), "quiet")),
+            Cell(_diverged(arm).text, "quiet") if part.cut else _diverged(arm),
+            Cell(judged(arm, part.cut), meanings.get(judged(arm, part.cut), "quiet")),
         )
         for arm in part.arms
     ]

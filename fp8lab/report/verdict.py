@@ -10,10 +10,12 @@ Rejected: a sentence for each run. Sixty runs would be sixty times the same news
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fp8lab.record import SEVERITIES, Finding, Severity
-from fp8lab.report.story import Arm, Part, Seen, Story
+from fp8lab.report.story import Arm, Part, Seen, Story, cut_short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,10 @@ def _span(numbers: list[int], unit: str = "") -> str:
 
 
 def contradictions(part: Part) -> list[str]:
-    """Arms whose runs ended otherwise than predicted, one sentence each."""
+    """Arms whose runs ended otherwise than predicted, one sentence each; none of runs that were
+    cut, which what was predicted is not about."""
+    if part.cut:
+        return []
     sentences = []
     for arm in part.arms:
         against = _against(arm)
@@ -166,13 +171,23 @@ def _against(arm: Arm) -> list[Seen]:
     return []
 
 
-def judged(arm: Arm) -> str:
-    """An arm's prediction against what was seen."""
+def judged(arm: Arm, cut: str = "") -> str:
+    """An arm's prediction against what was seen; `cut` is its part's."""
     if not arm.decided:
         return "no finished run"
     if arm.predicted == "open":
         return "nothing predicted"
+    if cut:
+        return "not judged: cut short"
     return "contradicted" if _against(arm) else "as predicted"
+
+
+def not_judged(experiment: Mapping[str, Any]) -> str:
+    """Why an experiment's prediction is not held against its runs, a sentence without its full
+    stop; empty where it is."""
+    cut = cut_short(experiment)
+    told = f"these runs were cut ({cut}): nothing follows from them for the prediction"
+    return told if cut else ""
 
 
 def counts(story: Story) -> str:
