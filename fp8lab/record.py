@@ -147,6 +147,11 @@ FORMER_NAMES: dict[Table, dict[str, str]] = {table: {} for table in TABLES}
 
 # An amax more than an octave beyond the one that made the scale in force: the operand is clipped.
 CLIPPED_STALENESS = 2.0
+# Events after which rows are not what "steps a to b of this recipe" says.
+NOT_AS_TOLD = (
+    *("resumed", "rewound", "repeated", "not_merged"),
+    *("not_seen", "not_run", "unlike"),
+)
 # How the detail of `resumed` ends where steps are missing before it.
 NOTHING_BETWEEN = "of those between nothing is recorded"
 

@@ -19,7 +19,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -32,21 +32,13 @@ import pyarrow.compute
 from numpy.typing import NDArray
 
 from fp8lab import segments
-from fp8lab.record import SCHEMA_VERSION, TABLES, Table
+from fp8lab.record import NOT_AS_TOLD, SCHEMA_VERSION, TABLES, Table
 from fp8lab.segments import RunError
 from fp8lab.wanted import Wanted, schema_of
 
-# A process on another machine that has flushed nothing for so long may be dead.
-HEARTBEAT_SECONDS = 300.0
-# A run.json beyond this is none.
-LARGEST_INFO_BYTES, DEEPEST_INFO = 64 << 20, 50
+HEARTBEAT_SECONDS = 300.0  # one on another machine that flushed nothing for so long may be dead
+LARGEST_INFO_BYTES, DEEPEST_INFO = 64 << 20, 50  # a run.json beyond this is none
 NAMED_RANKS = 8  # in one sentence
-# Events after which rows are not what "steps a to b of this recipe" says, and how many are told.
-NOT_AS_TOLD = (
-    *("resumed", "rewound", "repeated", "not_merged"),
-    *("not_seen", "not_run", "unlike"),
-)
-MOST_TOLD = 5
 OFTEN = 5.0  # seconds between two writes of a process, if it does not say
 UNTOLD = ("running", "killed", "unknown")  # states in which more was done than is on disk
 
@@ -109,9 +101,8 @@ class Run:
         """Of several processes those that may have had rows which are not on disk, in words: "rank
         3" was killed, or its disk refuses. A process that failed has written what it had."""
         folders = self.folders()
-        refused = {rank for rank in folders if self.info_of(rank).get("refused") is not None}
-        gone = {rank for rank in folders if self.state_of(rank) in ("killed", "unknown")}
-        which = [str(rank) for rank in folders if rank in gone | refused]
+        told = [(rank, self.state_of(rank), self.info_of(rank).get("refused")) for rank in folders]
+        which = [str(rank) for rank, state, refused in told if refused or state in UNTOLD[1:]]
         return _named(which) if len(folders) > 1 and which else ""
 
     def writes_every(self, rank: int) -> float:
@@ -121,8 +112,7 @@ class Run:
 
     @property
     def not_as_told(self) -> list[str]:
-        """Events after which its rows are not what they seem, as "kind: site: detail", each once:
-        as a rule all processes say the same. Raises RunError if they cannot be read."""
+        """Events after which its rows are not what they seem, each once: "kind: site: detail"."""
         events = self.events(["kind", "site", "detail"])[["kind", "site", "detail"]]
         found = events[events["kind"].isin(NOT_AS_TOLD)].fillna("").to_numpy()
         return list(dict.fromkeys(": ".join(filter(None, words)) for words in found))
@@ -141,9 +131,8 @@ class Run:
             last = max((step for step in steps if step is not None), default=None)
             info = self.info_of(rank)
             row = {"rank": rank, "state": self.state_of(rank), "last_step": last}
-            row |= {"flushed": _last_written(folder, info), "error": info.get("error")}
-            row["refused"] = info.get("refused")
-            rows.append(row | {"pid": info.get("pid"), "host": info.get("host")})
+            row |= {"flushed": _last_written(folder, info)}
+            rows.append(row | {key: info.get(key) for key in ("error", "refused", "pid", "host")})
         return pd.DataFrame(rows).astype({"last_step": "Int64"})
 
     def steps(
@@ -299,17 +288,10 @@ class Run:
             return str(state)
         if info.get("host", socket.gethostname()) == socket.gethostname():
             return "running" if _alive(info.get("pid"), info.get("born")) else "killed"
-        try:
+        flushed = 0.0
+        with suppress(OSError):
             flushed = (folder_of(self.path, rank) / "segments").stat().st_mtime
-        except OSError:
-            flushed = 0.0
         return "running" if time.time() - flushed < HEARTBEAT_SECONDS else "unknown"
-
-
-def in_short(told: Sequence[str]) -> list[str]:
-    """Of what `Run.not_as_told` tells, the first, and how many more there are."""
-    more = [f"{len(told) - MOST_TOLD} more, see fp8lab show"] if len(told) > MOST_TOLD else []
-    return [*told[:MOST_TOLD], *more]
 
 
 def _named(ranks: list[str]) -> str:
@@ -319,8 +301,8 @@ def _named(ranks: list[str]) -> str:
 
 def often_in_words(seconds: float) -> str:
     """What a kill may have taken from a process that writes so often."""
-    each = "it writes each step: one may be lost"
-    return f"it writes every {seconds:g} s: steps of that time may be lost" if seconds else each
+    often = f"every {seconds:g} s: steps of that time" if seconds else "each step: one"
+    return f"it writes {often} may be lost"
 
 
 def wanted_of(columns: Names, sites: Names, steps: Numbers, ranks: Numbers) -> Wanted:

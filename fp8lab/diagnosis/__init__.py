@@ -10,6 +10,7 @@ run of the same training in high precision.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from fp8lab.diagnosis.loss import loss_alarm
 from fp8lab.diagnosis.rows import Loaded, Rows
 from fp8lab.diagnosis.twin import Divergence, first_divergence
 from fp8lab.record import SEVERITIES, Finding
-from fp8lab.runs import UNTOLD, in_short, often_in_words
+from fp8lab.runs import UNTOLD, often_in_words
 from fp8lab.store import Run, open_run
 
 # Causes that low precision brings, and those that it has no part in.
@@ -67,6 +68,7 @@ OF_TRAINING: tuple[Any, ...] = (
     corrupt_batch,
     missing_clamp,
 )
+MOST_TOLD = 5  # of events that make rows other than they seem
 # What is wrong with the set-up itself: rows prove it, whatever data and weights do.
 OF_SETUP = frozenset(
     ("rank_local_amax", "short_accumulator", "floor_saturation", "precision_label", "missing_clamp")
@@ -145,6 +147,12 @@ def diagnose(run: Run | str | Path, twin: Run | str | Path | None = None) -> Dia
     ended = _end_of(run) if judged.is_empty else ""
     told = replace(judged, ended=ended, not_as_told=tuple(run.not_as_told))
     return replace(told, lost=run.lost, incomplete=run.incomplete)
+
+
+def in_short(told: Sequence[str]) -> list[str]:
+    """Of what `Run.not_as_told` tells, the first, and how many more there are."""
+    more = [f"{len(told) - MOST_TOLD} more, see fp8lab show"] if len(told) > MOST_TOLD else []
+    return [*told[:MOST_TOLD], *more]
 
 
 def _end_of(run: Run) -> str:

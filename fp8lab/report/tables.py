@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from fp8lab.comparison import side_by_side
+from fp8lab.diagnosis import in_short
 from fp8lab.diagnosis.rows import facts_of
 from fp8lab.recipe import GEMMS, gemm_in_words
 from fp8lab.record import STEPS, TENSORS, Severity
 from fp8lab.report.story import Arm, Part, Seen, Story, superscript
 from fp8lab.report.verdict import in_words, judged
-from fp8lab.runs import in_short
 
 Meaning = Literal["", "bad", "warn", "good", "quiet"]
 
