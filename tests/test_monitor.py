@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -390,6 +390,11 @@ def test_a_model_without_a_feed_forward_is_refused_before_anything_exists(tmp_pa
         ({"select": {"tensors": "product"}}, ValueError, "tensors: 'product', expected a section"),
         ({"group": "WORLD"}, TypeError, "group='WORLD', expected a process group"),
         ({"optimizer": nn.Linear(2, 2)}, TypeError, "optimizer: Linear, expected a torch optim"),
+        (
+            {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)},
+            ValueError,
+            "^watch: optimizer: none of its 2 parameters is one of the model's, expected the opt",
+        ),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_exists(
@@ -400,6 +405,25 @@ def test_wrong_settings_are_refused_before_anything_exists(
         watch(model, tmp_path / "run", **settings)
     assert list(tmp_path.iterdir()) == []
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_an_optimizer_may_share_some_parameters_or_hold_copies_in_higher_precision(
+    paths: Iterator[Path],
+) -> None:
+    """As of a GAN, where two share one model, and as mixed precision keeps its parameters."""
+    model = plain()
+    both = [*list(model.parameters())[:1], *nn.Linear(2, 2).parameters()]
+    copies = [one.detach().clone() for one in model.parameters()]
+    for held, watched in ((both, model), (copies, plain().bfloat16())):
+        optimizer = torch.optim.SGD(held, lr=0.1)
+        for one in held:
+            one.grad = torch.ones_like(one)
+        with watch(watched, path := next(paths), optimizer=optimizer) as watching:
+            watched(torch.zeros(1, 8, dtype=torch.long))
+            optimizer.step()
+            watching.step(0)
+        squares = sum(one.numel() for one in held)
+        assert open_run(path).steps()["grad_norm"].tolist() == [pytest.approx(squares**0.5)]
 
 
 def test_an_existing_directory_is_refused_and_not_touched(tmp_path: Path) -> None:

@@ -94,9 +94,9 @@ def watch(
     step on, which an event tells; what differs then (precision, `every`, versions) replaces what
     run.json said. With `inference` forwards without gradients are recorded too: a model in use.
 
-    Raises TypeError for what is no model, optimizer or group; ValueError if no feed-forward can be
-    seen, a selection is none, an optimizer is given with `inference`, or processes cast or watch
-    otherwise; RunError if `path` exists. Of a group any other error comes as a RuntimeError.
+    Raises TypeError for what is no model, optimizer or group; ValueError if no feed-forward is
+    seen, a selection is none, an optimizer is another model's or beside `inference`, processes cast
+    or watch otherwise; RunError if `path` exists. Of a group any other error is a RuntimeError.
     """
     reduction = Reduction(group) if group is not None else None
     asked = Asked(model, optimizer, every, channels, burst, select, inference, resume_at, path)

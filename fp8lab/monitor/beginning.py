@@ -77,12 +77,26 @@ def _check(asked: Asked) -> None:
         raise TypeError(f"watch: optimizer: {type(optimizer).__name__}, expected a torch optimizer")
     if asked.inference and optimizer is not None:
         raise ValueError("watch: inference with optimizer=, expected one of them")
+    if optimizer is not None:
+        _require_own(optimizer, asked.model)
     for name, least in (("every", 1), ("channels", 1), ("burst", 0), ("resume_at", 0)):
         value = getattr(asked, name)
         is_left_out = name == "resume_at" and value is None
         if not is_left_out and (not isinstance(value, int | np.integer) or value < least):
             got = f"watch: {name}={value!r:.60}"
             raise ValueError(f"{got}, expected an integer of at least {least}")
+
+
+def _require_own(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """One of several optimizers, or of one that trains other models too, shares some parameters.
+    Copies in higher precision than the model's own, as mixed precision keeps them, are its."""
+    held = [one for group in optimizer.param_groups for one in group["params"]]
+    own = list(model.parameters())
+    lowest = min((one.element_size() for one in own), default=0)
+    is_copy = bool(held) and all(one.element_size() > lowest for one in held)
+    if not is_copy and {id(one) for one in held}.isdisjoint(map(id, own)):
+        told = f"watch: optimizer: none of its {len(held)} parameters is one of the model's"
+        raise ValueError(f"{told}, expected the optimizer that trains it")
 
 
 def _feed_forwards(model: nn.Module) -> list[GateSite | FeedForwardSite]:
