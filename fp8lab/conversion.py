@@ -27,7 +27,7 @@ from fp8lab.agreement import unlike, world_size
 from fp8lab.casting import FusedProduct
 from fp8lab.engines import torchao, transformer_engine
 from fp8lab.linear import Fp8Linear
-from fp8lab.plan import Plan, as_recipe, in_words
+from fp8lab.plan import Plan, as_recipe, in_words, nearest
 from fp8lab.recipe import GEMMS, Accumulation, Recipe, shown
 from fp8lab.regions import close_region, open_region, register
 from fp8lab.sites import GateSite, find_gates, modules_of
@@ -102,8 +102,8 @@ def _chosen(model: nn.Module, plan: Plan) -> dict[str, nn.Linear]:
     linears = {n: m for n, m in modules_of(model).items() if isinstance(m, nn.Linear)}
     unmatched = plan.patterns_without_match(linears)
     if unmatched and linears:
-        pattern, known = shown(unmatched[0]), ", ".join(list(linears)[:8])
-        raise ValueError(f"convert: pattern {pattern} matches no linear layer of {known}, …")
+        told = f"convert: pattern {shown(unmatched[0])} matches no linear layer"
+        raise ValueError(f"{told}, expected one of {nearest(unmatched[0], linears)}")
     chosen = {name: linear for name, linear in linears.items() if plan.covers(name)}
     if not chosen:
         raise ValueError(

@@ -11,6 +11,8 @@ Engine inside `to_te`.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -128,6 +130,22 @@ class Plan:
         names = list(layers)
         patterns = [*self.include, *self.exclude, *(_parts(key)[0] for key in self.overrides)]
         return [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
+
+
+def nearest(pattern: str, layers: Iterable[str]) -> str:
+    """Of layers that a pattern does not match: how many they are, and of those that differ by more
+    than a number the few whose names are most like it."""
+    names = list(layers)
+    matcher = difflib.SequenceMatcher(b=pattern)
+    near: dict[str, str] = {}
+
+    def likeness(name: str) -> float:
+        matcher.set_seq1(name)
+        return matcher.ratio()
+
+    for name in sorted(names, key=likeness, reverse=True):
+        near.setdefault(re.sub(r"\d+", "#", name), name)
+    return f"{len(names)}, nearest {', '.join([*near.values()][:4])}" if names else "none"
 
 
 def _parts(pattern: str) -> tuple[str, str | None, str | None]:

@@ -109,7 +109,7 @@ TABLE: dict[str, set[str]] = {
     "mitigations": ARITHMETIC | {"sites", "ffn", "conversion", "hooking"},
     "monitor.measure": {"formats", "recipe", "sketch", "kernels", "scaling", "casting"},
     "monitor.statistics": {"formats", "recipe", "rounding", "scaling", "casting"},
-    "monitor.selection": set(),
+    "monitor.selection": {"plan"},
     "monitor.recorder": {
         "recipe",
         "record",

@@ -24,15 +24,15 @@ def model() -> nn.Module:
     [
         (
             {"exclude": ["*.gait"]},
-            "convert: pattern '*.gait' matches no linear layer of 0.gate, 0.up, 0.down, …",
+            "convert: pattern '*.gait' matches no linear layer, expected one of 3, nearest 0.gate",
         ),
         (
             {"overrides": {"*.gait:input": DelayedScaling()}},
-            "convert: pattern '*.gait' matches no linear layer of 0.gate, 0.up, 0.down, …",
+            "convert: pattern '*.gait' matches no linear layer, expected one of 3, nearest 0.gate",
         ),
         (
             {"exclude": "head"},
-            "convert: pattern 'head' matches no linear layer of 0.gate, 0.up, 0.down, …",
+            "convert: pattern 'head' matches no linear layer, expected one of 3, nearest 0.gate",
         ),
         ({"include": [LONG]}, "convert: pattern 'xxx"),
         (

@@ -270,6 +270,64 @@ def test_attention_logits_are_those_before_the_softmax(way: str, tmp_path: Path)
     assert row["max"] == pytest.approx(float(logits.max()), rel=1e-6)
 
 
+class Hidden(nn.Module):
+    """Its attention calls softmax inside of torch, where no mode sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        attended: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return x + attended
+
+
+def test_what_can_have_no_rows_is_said_once(tmp_path: Path) -> None:
+    model = Attending("causal")
+    model.layers.extend([Hidden(), Hidden()])
+    model.forward = lambda x: model.mlp(nn.Sequential(*model.layers)(x))  # type: ignore[method-assign]
+    select = Selection(tensors=("attention_logits", "exp_avg", "exp_avg_sq"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    path = tmp_path / "run"
+    with (
+        pytest.warns(UserWarning) as said,
+        fp8lab.watch(model, path, optimizer=optimizer, every=1, select=select) as watching,
+    ):
+        for step in range(2):
+            optimizer.zero_grad()
+            model.loss(tokens_of(step)).backward()
+            optimizer.step()
+            watching.step(step)
+    hidden = "attention_logits: softmax and scaled_dot_product_attention are not called where"
+    owner = "layers.0.qkv"
+    assert [str(one.message).partition(": ")[2] for one in said] == [
+        f"layers.1 and 1 more: not recorded: {hidden} it is seen",
+        f"the optimizer: not recorded: exp_avg: SGD keeps none of {owner}",
+        f"the optimizer: not recorded: exp_avg_sq: SGD keeps none of {owner}",
+    ]
+    run = fp8lab.open_run(path)
+    events = run.events()[["step", "kind", "site"]].values.tolist()
+    places = ["layers.1", "layers.2", "the optimizer", "the optimizer"]
+    assert events == [[0, "not_recorded", place] for place in places]
+    found = run.tensors(sites="*:attention_logits")["site"].tolist()
+    assert found == ["layers.0:attention_logits"] * 2
+
+
+def test_the_moments_of_another_optimizer_are_none_that_fail(tmp_path: Path) -> None:
+    """Of two optimizers one is watched: of what the other trains nothing is expected."""
+    model = Attending("causal")
+    adam = torch.optim.Adam(model.mlp.parameters(), lr=0.1)
+    select, path = Selection(tensors=("exp_avg_sq",)), tmp_path / "run"
+    with fp8lab.watch(model, path, optimizer=adam, every=1, select=select) as watching:
+        model.loss(tokens_of(0)).backward()
+        adam.step()
+        watching.step(0)
+    run = fp8lab.open_run(path)
+    expected = [f"mlp.{name}:exp_avg_sq" for name in ("gate", "up", "down")]
+    assert run.tensors(sites="*:exp_avg_sq")["site"].tolist() == expected
+    assert run.events().empty
+
+
 def test_the_mode_that_sees_attention_is_gone_after_an_error(tmp_path: Path) -> None:
     model = Attending("causal")
     model.layers[0].register_forward_pre_hook(lambda *_: None)
@@ -404,7 +462,16 @@ def test_what_a_checkpoint_repeats_is_recorded_once(reentrant: bool, tmp_path: P
     ("select", "reason"),
     [
         (Selection(tensors=("weight",)), "are read at the optimizer's step, expected optimizer="),
-        (Selection(tensors=("gate",), layers=("nowhere",)), "no layer has gate and a name like"),
+        (
+            Selection(tensors=("gate", "up"), layers=("*.mpl",)),
+            r"^watch: select: no layer has gate, up and a name like \*.mpl, "
+            r"expected one of 2, nearest layers.0.mlp$",
+        ),
+        (
+            Selection(tensors=("input",), layers=("layers.0.mlp",)),
+            r"^watch: select: no layer has input and a name like layers.0.mlp, "
+            r"expected one of 15, nearest layers.0.mlp.up, layers.0.mlp.gate, layers.0.mlp.down, ",
+        ),
         (Selection(tensors=("gate",), statistics=("l3_norm",)), "l3_norm"),
     ],
 )

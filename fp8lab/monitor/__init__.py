@@ -394,10 +394,12 @@ class Watch:
         probe.was_finite = finite
 
     def _note_failures(self, step: int) -> None:
-        for layer, reason in self._recorder.failures:
-            self.event(step, "not_recorded", reason, layer)
-            self._warn(f"{layer}: not recorded: {reason}")
-        self._recorder.failures.clear()
+        failures, self._recorder.failures = self._recorder.failures, []
+        self._events(step, [("not_recorded", layer, reason) for layer, reason in failures])
+        for reason in dict.fromkeys(reason for _, reason in failures):
+            first, *others = [layer for layer, why in failures if why == reason]
+            more = f" and {len(others)} more" if others else ""
+            self._warn(f"{first}{more}: not recorded: {reason}")
 
     def _note_precision(self, step: int) -> None:
         """What layers say that know their precision only when they have run, and who does not."""

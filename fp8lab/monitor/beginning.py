@@ -19,7 +19,13 @@ from fp8lab.agreement import UnlikeError, job_at, rank_of, unlike, world_size
 from fp8lab.monitor.precision import in_full
 from fp8lab.monitor.ranks import Reduction, plain_name, unwrapped, watched_modules
 from fp8lab.monitor.recorder import Recorder
-from fp8lab.monitor.selection import Selection, as_selections, require_seen
+from fp8lab.monitor.selection import (
+    FEED_FORWARD_GRADIENTS,
+    FEED_FORWARD_TENSORS,
+    Selection,
+    as_selections,
+    require_seen,
+)
 from fp8lab.monitor.taps import TensorTaps
 from fp8lab.record import NOTHING_BETWEEN
 from fp8lab.sites import FeedForwardSite, GateSite, find_gates, modules_of, survey
@@ -62,7 +68,7 @@ def prepared(asked: Asked, reduction: Reduction | None) -> Prepared:
     recorder = Recorder(asked.every, selections, asked.resume_at or 0, always, asked.inference)
     sites = _feed_forwards(model)
     taps = TensorTaps(watched_modules(model), recorder, asked.optimizer)
-    require_seen(recorder.selections, [site.name for site in sites], list(taps.sites))
+    require_seen(recorder.selections, _layers_of_tensors(sites, taps))
     if (line := unlike(path, in_full(model))) is not None:
         raise UnlikeError(f"watch: {line}")
     if reduction is not None:
@@ -105,6 +111,17 @@ def _feed_forwards(model: nn.Module) -> list[GateSite | FeedForwardSite]:
     if not sites:
         find_gates(model)  # says why
     return [replace(site, name=plain_name(site.name)) for site in sites]
+
+
+def _layers_of_tensors(
+    sites: list[GateSite | FeedForwardSite], taps: TensorTaps
+) -> dict[str, list[str]]:
+    found = {tensor: [*layers] for tensor, layers in taps.layers.items()}
+    for tensor in (*FEED_FORWARD_TENSORS, *FEED_FORWARD_GRADIENTS):
+        is_of_gate = tensor.endswith("gate")
+        here = [site.name for site in sites if isinstance(site, GateSite) or not is_of_gate]
+        found[tensor] = [*found.get(tensor, ()), *here]
+    return found
 
 
 def writer_at(path: str | Path, info: dict[str, Any], resume_at: int | None) -> RunWriter:

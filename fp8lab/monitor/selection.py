@@ -22,11 +22,13 @@ Nothing here needs torch; PyYAML is imported by the loader.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from fp8lab.plan import nearest
 
 FEED_FORWARD_TENSORS = ("gate", "up", "product", "output")
 FEED_FORWARD_GRADIENTS = ("grad_gate", "grad_up", "grad_product", "grad_output")
@@ -119,19 +121,15 @@ def as_selections(given: Any) -> tuple[Selection, ...]:
     raise ValueError(f"select: expected Selections or sections by name, got {given!r:.60}")
 
 
-def require_seen(
-    selections: Iterable[Selection], feed_forwards: Sequence[str], rows: Sequence[str]
-) -> None:
-    """Raises ValueError for a selection of which no feed-forward has a tensor, and that no row,
-    module:role, is about."""
+def require_seen(selections: Iterable[Selection], layers: Mapping[str, Iterable[str]]) -> None:
+    """Raises ValueError for a selection that is about no tensor of those that `layers` have: the
+    names of layers by tensor."""
     for selection in selections:
-        seen = [(name, tensor) for name in feed_forwards for tensor in selection.tensors]
-        seen += [(row.rpartition(":")[0], row.rpartition(":")[2]) for row in rows]
-        if not any(selection.names(*one) for one in seen):
-            known = dict.fromkeys([*(row.rpartition(":")[0] for row in rows), *feed_forwards])
+        known = {name: tensor for tensor in selection.tensors for name in layers.get(tensor, ())}
+        if not any(selection.names(name, tensor) for name, tensor in known.items()):
             told = f"{', '.join(selection.tensors)} and a name like {', '.join(selection.layers)}"
-            choice = ", ".join(list(known)[:12])
-            raise ValueError(f"watch: select: no layer has {told}, expected some of {choice}, …")
+            choice = nearest(selection.layers[0], known)
+            raise ValueError(f"watch: select: no layer has {told}, expected one of {choice}")
 
 
 def _read(path: Path) -> Any:

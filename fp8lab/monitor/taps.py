@@ -9,7 +9,7 @@ the moments are read at the optimizer's step: the weights and gradients before i
 
 Attention logits are the arguments of the softmax: recomputed as q k^T · scale where a block calls
 `scaled_dot_product_attention`, seen where it calls `softmax` itself. A fused kernel of another
-library hides them, and then their row is missing.
+library hides them, and so does `nn.MultiheadAttention`: their row is then missing, and that told.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class TensorTaps:
         self._optimizer = optimizer
         modules = list(modules)
         self._failed: set[str] = set()
-        self.sites: set[str] = set()  # rows that may come
+        self._has_no: set[str] = set()  # of Adam's moments, told once
+        self.layers: dict[str, dict[str, None]] = {}  # those that have it, by tensor
         self._linears = [
             (name, module)
             for name, module in modules
@@ -86,9 +87,9 @@ class TensorTaps:
         return is_linear and self._selected(name, tensors)
 
     def _selected(self, layer: str, tensors: tuple[str, ...]) -> bool:
-        selected = [tensor for tensor in tensors if self._recorder.selects(layer, tensor)]
-        self.sites.update(f"{layer}:{tensor}" for tensor in selected)
-        return bool(selected)
+        for tensor in tensors:
+            self.layers.setdefault(tensor, {})[layer] = None
+        return any(self._recorder.selects(layer, tensor) for tensor in tensors)
 
     def attach(self) -> list[Any]:
         handles: list[Any] = []
@@ -234,6 +235,16 @@ class TensorTaps:
                 moments = _moments(self._optimizer, parameter)
                 for name in asked:
                     self._record(owner, name, moments.get(name))
+                    if name not in moments and name not in self._has_no:
+                        self._note_none(name, owner, parameter)
+
+    def _note_none(self, name: str, owner: str, parameter: nn.Parameter) -> None:
+        groups: list[dict[str, Any]] = getattr(self._optimizer, "param_groups", [])
+        held = any(one is parameter for group in groups for one in group["params"])
+        if held and parameter.grad is not None:  # without one the optimizer leaves it as it is
+            kind = type(self._optimizer).__name__
+            self._recorder.fail("the optimizer", f"{name}: {kind} keeps none of {owner}")
+            self._has_no.add(name)
 
 
 def _own_randomness(caster: nn.Module | None, tensor: Tensor) -> AbstractContextManager[None]:
@@ -307,6 +318,7 @@ class _LogitsTap(TorchFunctionMode):
         self._name, self._block, self._recorder = name, block, recorder
         self._entered = 0
         self._is_refused = False
+        self._saw_any = self._told_of_none = False
 
     def attach(self) -> list[Any]:
         enter, leave = eagerly(self._enter), eagerly(self._leave)
@@ -332,6 +344,11 @@ class _LogitsTap(TorchFunctionMode):
         if self._entered:
             self._entered -= 1
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            # Of a forward that raised there is no output.
+            if output is not None and not (self._saw_any or self._told_of_none):
+                self._told_of_none = True
+                reason = "softmax and scaled_dot_product_attention are not called where it is seen"
+                self._recorder.fail(self._name, f"attention_logits: {reason}")
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -339,6 +356,7 @@ class _LogitsTap(TorchFunctionMode):
         kwargs = kwargs or {}
         is_softmax = func in (functional.softmax, torch.softmax, Tensor.softmax)
         if not self._is_refused and (is_softmax or func is functional.scaled_dot_product_attention):
+            self._saw_any = True
             try:
                 self._see(is_softmax, args, kwargs)
             except Exception as error:  # what cannot be measured must not end the training
