@@ -300,6 +300,32 @@ def test_a_step_after_the_end_and_a_loss_that_is_none_are_told(tmp_path: Path) -
     assert fp8lab.open_run(tmp_path / "run").steps()["step"].tolist() == [0]
 
 
+def test_a_model_that_is_converted_while_it_is_watched_is_told(tmp_path: Path) -> None:
+    """What rows say before it and after it is of two models."""
+    model, path = nn.Sequential(GatedFeedForward(16, 24)), tmp_path / "run"
+    with pytest.warns(UserWarning) as said, fp8lab.watch(model, path, every=1) as watching:
+        train(model, watching, range(3))
+        model[0].gate.__class__ = type("Named", (nn.Linear,), {})  # casts as it did
+        train(model, watching, range(3, 4))
+        model[0].gate.__class__ = nn.Linear
+        fp8lab.convert(model, fp8lab.DelayedScaling())
+        train(model, watching, range(4, 6))
+    detail = "by step 4, input@output was not converted and is E4M3 DelayedScaling; "
+    detail += "so 6 of 6 operands; 3 layers in all"
+    assert told_of(path) == [[4, "converted", detail]]
+    (line,) = [str(one.message) for one in said]
+    assert line == f"{path}: 0.gate: converted while it is watched, expected before: {detail}"
+    assert fp8lab.diagnose(path).not_as_told == (f"converted: 0.gate: {detail}",)
+    page = fp8lab.write_report([path], tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "; converted: 0.gate: by step 4" in page
+    notes = fp8lab.replay(path, fp8lab.DelayedScaling()).notes
+    assert "from step 4 on rows are of layers that cast otherwise than before" in notes
+    info = fp8lab.open_run(path).info
+    assert info["precision"]["0.down"]["input@output"] == "E4M3 DelayedScaling"
+    rows = fp8lab.open_run(path).tensors("recipe", sites="0:product")
+    assert rows["recipe"].fillna("").tolist() == [*[""] * 4, *["DelayedScaling"] * 2]
+
+
 # --- torch.compile ------------------------------------------------------------------------------
 
 

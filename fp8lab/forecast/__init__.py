@@ -425,6 +425,7 @@ def _events_told(run: Run) -> Iterator[str]:
     for kind, told in {
         "repeated": twice,
         "rewound": twice,
+        "converted": "rows are of layers that cast otherwise than before",
         "nonfinite_loss": "the run's own loss is not finite",
         "nonfinite_product": "a product of the run itself is not finite",
         "diverged": "the run itself diverged",

@@ -51,6 +51,7 @@ Observer = Callable[[StepRows], None]
 
 _STEP_COLUMNS = {column.name for column in STEPS}
 _TOLD = {"not_run": "not in the precision told", "unlike": "cast otherwise by another process"}
+_TOLD |= {"converted": "converted while it is watched, expected before"}
 
 
 def watch(
@@ -403,7 +404,7 @@ class Watch:
 
     def _note_precision(self, step: int) -> None:
         """What layers say that know their precision only when they have run, and who does not."""
-        told, notices = self._precision.news()
+        told, notices = self._precision.news(step)
         self._writer.info["precision"] |= told
         if told:
             try:

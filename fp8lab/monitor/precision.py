@@ -11,6 +11,8 @@ gradient, is told: somebody else computes with the weight, in what precision no 
 with a layer of TE's. Of weights that FSDP2 has sharded the gradient is looked for at the whole
 weight, which the module has while it runs: what the shard gets may be another process's.
 
+A layer that is converted while it is watched is told: rows before and after it are of two models.
+
 Processes must agree. Precision known from birth is compared before a run begins; what TE's layers
 say of a step with what they say elsewhere in that step, and who says otherwise second leaves an
 event.
@@ -115,10 +117,13 @@ class PrecisionProbe:
     def __init__(self, model: nn.Module, recorder: Recorder, path: str) -> None:
         self._recorder = recorder
         self._path = path
+        self._model = model
         self._sizes = linears(model)
+        self._said = in_full(model)
         self._told: Precision = {}
         self._latest: Precision = {}
         self._modules = dict(watched_modules(model))
+        self._kinds = [type(module) for module in self._modules.values()]
         self._calls = _Calls(model)
 
     def attach(self) -> list[Any]:
@@ -147,9 +152,29 @@ class PrecisionProbe:
 
         return module.register_forward_hook(eagerly(ran))
 
-    def news(self) -> tuple[Precision, list[Notice]]:
-        """After a step: what TE's layers said in it that they had not said before, and what is to
-        be known of that and of layers that do not run."""
+    def news(self, step: int) -> tuple[Precision, list[Notice]]:
+        """After a step: what layers say that they had not said before, and what is to be known of
+        that and of layers that do not run."""
+        born, converted = self._converted(step)
+        told, notices = self._news_of_te()
+        return born | told, converted + notices + self._calls.not_run()
+
+    def _converted(self, step: int) -> tuple[Precision, list[Notice]]:
+        """Layers that have become others; a conversion gives a layer another class, in place."""
+        kinds = [type(module) for module in self._modules.values()]
+        if kinds == self._kinds:
+            return {}, []
+        before, self._said, self._kinds = self._said, in_full(self._model), kinds
+        changed = [name for name, said in self._said.items() if said != before.get(name)]
+        if not changed:  # a hook's or a wrapper's class
+            return {}, []
+        first = changed[0]
+        detail = f"by step {step}, {_change(before.get(first, {}), self._said[first])}"
+        site = first.partition(" ")[0]
+        detail += f"; {len(changed)} layers in all" if len(changed) > 1 else ""
+        return known_from_birth(self._model), [Notice("converted", site, detail)]
+
+    def _news_of_te(self) -> tuple[Precision, list[Notice]]:
         told = {name: said for name, said in self._latest.items() if said != self._told.get(name)}
         notices = [
             Notice("precision_changed", name, _change(self._told[name], said))
@@ -162,7 +187,7 @@ class PrecisionProbe:
         place = f"{self._path}/step {self._recorder.step}"
         if words and (line := unlike(place, words)) is not None:
             notices.append(Notice("unlike", line.partition(" ")[0], line))
-        return told, notices + self._calls.not_run()
+        return told, notices
 
 
 def _outermost_of_te(modules: dict[str, nn.Module]) -> list[str]:
@@ -177,7 +202,8 @@ def _outermost_of_te(modules: dict[str, nn.Module]) -> list[str]:
 def _change(before: dict[str, str], now: dict[str, str]) -> str:
     changed = [use for use, said in now.items() if said != before.get(use)]
     use, others = changed[0], f"; so {len(changed)} of {len(now)} operands"
-    return f"{use} was {before.get(use)} and is {now[use]}{others if len(changed) > 1 else ''}"
+    was = before.get(use, "not converted")
+    return f"{use} was {was} and is {now[use]}{others if len(changed) > 1 else ''}"
 
 
 def _weights_of(layer: nn.Module, is_te: bool) -> list[nn.Parameter]:
