@@ -31,6 +31,7 @@ import shutil
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,7 +64,11 @@ class Checkpoints:
 
     `save(path)` writes what a training needs to go on to `path`, a file or a folder of the name
     `step-N`: the state before step N. It is called after every `every`-th step; the newest `keep`
-    stay, and one for each doubling of age before those. What an alarm keeps becomes `kept-step-N`.
+    stay, and one for each doubling of age before those. What an alarm keeps becomes `kept-step-N`;
+    from there the run goes on with `watch(..., resume_at=N)`. A folder is that of one run, which a
+    file `.run` in it tells.
+
+    Raises ValueError for a number below 1 and what is no function.
     """
 
     folder: str | Path
@@ -84,14 +89,17 @@ class Guard:
     """The rules online. It works from its making until the watch ends.
 
     `every`: steps between two judgements; `window`: steps whose rows are judged; `least`: the
-    severity from which on a finding is an alarm; one that got worse is an alarm again. On an alarm,
-    in this order: the newest checkpoint from before it is kept; the next `burst` steps are recorded
-    in full; each of `on_alarm` is called with the finding and the step; the mitigation for the
-    finding's cause, if `mitigations` has one, is put on the feed-forward of the finding's site.
+    severity from which on a finding is an alarm, "medium" unless told, so that a note ("low") is
+    none; one that got worse is an alarm again. On an alarm, in this order: the newest checkpoint
+    from before it is kept; the next `burst` steps are recorded in full; each of `on_alarm` is
+    called with the finding and the step; the mitigation for the finding's cause, if `mitigations`
+    has one, is put on the feed-forward of the finding's site.
 
-    Raises ValueError for a number below 1, an unknown severity or cause, what is no mitigation of a
-    model, and mitigations in a training of
+    Raises ValueError for a number below 1, an unknown severity or cause; `on_alarm` that are no
+    functions; what are no `Checkpoints`, or their folder is another run's; what is no mitigation of
+    a model, or for a cause of FP8 where no layer is in FP8; and mitigations in a training of
     several processes: each judges its own rows, and they would no longer hold the same model.
+    OSError if the folder cannot be written.
     """
 
     def __init__(
@@ -122,7 +130,9 @@ class Guard:
         if not isinstance(on_alarm, Iterable) or not all(map(callable, on_alarm := [*on_alarm])):
             told = f"Guard: on_alarm={on_alarm!r:.60}"
             raise ValueError(f"{told}, expected functions of a finding and a step")
-        _check(mitigations or {})
+        _check(mitigations or {}, watching.info)
+        if checkpoints is not None and watching.rank == 0:
+            _claim(Path(checkpoints.folder), watching)
         self._watch = watching
         self._every, self._burst = every, burst
         self._severities = SEVERITIES[: SEVERITIES.index(least) + 1]
@@ -225,7 +235,20 @@ class Guard:
         self._watch.event(step, "mitigated", type(mitigation).__name__, finding.site)
 
 
-def _check(mitigations: Mapping[str, Mitigation]) -> None:
+def _claim(folder: Path, watching: Watch) -> None:
+    """Two runs in one folder would overwrite, rename and delete each other's checkpoints. A run is
+    known by when it was created: it may go on, and be moved."""
+    mark, mine = folder / ".run", f"{watching.info['created']!r} {watching.path.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError), mark.open("x", encoding="utf-8") as file:
+        file.write(mine)
+    created, _, owner = mark.read_text(encoding="utf-8").partition(" ")
+    if created != mine.partition(" ")[0]:
+        told = f"Guard: checkpoints: {folder} is the folder of another run, {owner}"
+        raise ValueError(f"{told}, expected one for this run alone")
+
+
+def _check(mitigations: Mapping[str, Mitigation], info: Mapping[str, Any]) -> None:
     causes = [rule.__name__.rpartition(".")[2] for rule in (*OF_PRECISION, *OF_TRAINING)]
     for cause, mitigation in mitigations.items():
         if cause not in causes:
@@ -236,6 +259,16 @@ def _check(mitigations: Mapping[str, Mitigation]) -> None:
             raise ValueError(f"{told}, expected a mitigation of a model, as SmoothSwiGLU()")
         if (kind := getattr(mitigation, "kind", "model")) not in ("model", "recipe"):
             raise ValueError(f"{told} is of the {kind}, expected one of a model")
+        if cause in causes[: len(OF_PRECISION)] and not _may_cast(info):
+            expected = "expected a model that convert() was called on before watch"
+            raise ValueError(f"{told}: no layer here is in FP8, {expected}")
+
+
+def _may_cast(info: Mapping[str, Any]) -> bool:
+    """Whether a layer computes in FP8, or is TE's, which says so only when it has run."""
+    said = [words for uses in info["precision"].values() for words in uses.values()]
+    of_te = any(str(one["class"]).startswith("transformer") for one in info["linears"].values())
+    return of_te or any("HighPrecision" not in words for words in said)
 
 
 class _Recent(Excerpt):

@@ -19,6 +19,7 @@ from fp8lab import (
     DelayedScaling,
     Float8CurrentScaling,
     GatedFeedForward,
+    HighPrecision,
     Plan,
     convert,
     guard,
@@ -27,7 +28,7 @@ from fp8lab import (
 from fp8lab.diagnosis import diagnose
 from fp8lab.guard import FIRST_STEPS, Checkpoints, Guard
 from fp8lab.lab.data import RareToken
-from fp8lab.mitigations import AntiWindup, HighPrecisionProduct, ZClip
+from fp8lab.mitigations import AntiWindup, ClampedSwiGLU, HighPrecisionProduct, ZClip
 from fp8lab.monitor.recorder import StepRows
 from fp8lab.record import Finding
 from fp8lab.store import open_run
@@ -209,6 +210,27 @@ def test_what_gets_worse_is_an_alarm_again(tmp_path: Path) -> None:
     assert severities == ["medium", "high"]
 
 
+def test_a_folder_of_checkpoints_is_that_of_one_run(tmp_path: Path) -> None:
+    """Which may go on in it, also where it has been moved; a new one of the same name may not."""
+    model = nn.Sequential(GatedFeedForward(8, 16))
+    checkpoints = Checkpoints(folder=tmp_path / "safe", save=lambda path: path.mkdir(), every=1)
+    path = tmp_path / "first"
+    with watch(model, path, every=1000) as watching:
+        Guard(watching, checkpoints=checkpoints)
+        watching.step(0)
+    path = path.rename(tmp_path / "moved")
+    with watch(model, path, every=1000, resume_at=1) as watching:
+        Guard(watching, checkpoints=checkpoints)
+        watching.step(1)
+    assert sorted(file.name for file in (tmp_path / "safe").glob("step-*")) == ["step-1", "step-2"]
+    told = "safe is the folder of another run, first, expected one for this run alone$"
+    for name in ("second", "first"):
+        with watch(model, tmp_path / name) as watching:
+            with pytest.raises(ValueError, match=f"^Guard: checkpoints: .*/{told}"):
+                Guard(watching, checkpoints=checkpoints)
+            assert watching.observers == []
+
+
 def test_of_old_checkpoints_one_stays_for_each_doubling_of_age(tmp_path: Path) -> None:
     training, folder = Training(), tmp_path / "safe"
     checkpoints = Checkpoints(folder=folder, save=lambda path: path.mkdir(), every=1, keep=2)
@@ -216,7 +238,7 @@ def test_of_old_checkpoints_one_stays_for_each_doubling_of_age(tmp_path: Path) -
         Guard(watching, every=1000, checkpoints=checkpoints)
         for step in range(100):
             watching.step(step)
-    left = sorted(100 - int(file.name.removeprefix("step-")) for file in folder.iterdir())
+    left = sorted(100 - int(file.name.removeprefix("step-")) for file in folder.glob("step-*"))
     assert left[:2] == [0, 1]
     assert [age.bit_length() for age in left[2:]] == [2, 3, 4, 5, 6, 7]
 
@@ -315,11 +337,20 @@ def test_the_rules_see_nothing_older_than_the_window(tmp_path: Path) -> None:
         ({"delayed_saturation": "AntiWindup"}, "expected a mitigation of a model"),
         ({"delayed_saturation": AntiWindup}, "expected a mitigation of a model"),
         ({"delayed_saturation": ZClip()}, "is of the optimizer, expected one of a model"),
+        (
+            {"delayed_saturation": AntiWindup()},
+            r"^Guard: mitigations: delayed_saturation: AntiWindup\(\): no layer here is in FP8, "
+            r"expected a model that convert\(\) was called on before watch$",
+        ),
     ],
 )
 def test_what_can_mend_nothing_is_refused(
     tmp_path: Path, mitigations: dict[str, Any], told: str
 ) -> None:
-    model = nn.Sequential(GatedFeedForward(8, 16))
-    with watch(model, tmp_path / "run") as watching, pytest.raises(ValueError, match=told):
-        Guard(watching, mitigations=mitigations)
+    for number, plan in enumerate((None, HighPrecision())):
+        model = nn.Sequential(GatedFeedForward(8, 16))
+        model = model if plan is None else convert(model, plan)
+        with watch(model, tmp_path / f"run-{number}") as watching:
+            with pytest.raises(ValueError, match=told):
+                Guard(watching, mitigations=mitigations)
+            Guard(watching, mitigations={"massive_activation": ClampedSwiGLU()})  # of any precision
