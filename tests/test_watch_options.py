@@ -250,9 +250,12 @@ def test_a_step_that_was_told_before_is_loud(tmp_path: Path) -> None:
         [0, "rewound", f"watch.step: step 0 after step 2: {twice}"],
         [0, "rewound", f"watch.step: step 0 after step 1: {twice}"],
     ]
-    assert [str(one.message).partition(": ")[2] for one in seen] == [
-        f"watch.step: step 0 after step {last}: {twice}, expected a later one" for last in (0, 2)
-    ]
+    again, back = (str(one.message).partition(": ")[2] for one in seen)
+    assert again == f"watch.step: step 0 after step 0: {twice}, expected a later one"
+    assert back == (
+        f"watch.step: step 0 after step 2: {twice}, expected a later one; to go back, leave this "
+        "watch and begin watch(..., resume_at=0)"
+    )
     assert fp8lab.open_run(path).steps()["step"].tolist() == [0, 0, 0, 0, 1, 1, 1, 2]
     first, second, *_ = fp8lab.replay(path, fp8lab.DelayedScaling()).notes
     taken = "the last of each are taken, the others are not"

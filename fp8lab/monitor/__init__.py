@@ -376,7 +376,10 @@ class Watch:
                 told = f"watch.step: step {step} in a run that goes on at step {last + 1}"
             if kind == "rewound" or kind not in self._warned:
                 self._events(step, [(kind, None, told)])
-            self._warn(f"{told}, expected a later one", once=kind)
+            told += ", expected a later one"
+            if kind == "rewound":
+                told += f"; to go back, leave this watch and begin watch(..., resume_at={step})"
+            self._warn(told, once=kind)
 
     def _note_loss(self, step: int, loss: float | None) -> None:
         finite = loss is None or bool(np.isfinite(loss))
