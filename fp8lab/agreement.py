@@ -52,12 +52,13 @@ def job_at(path: str) -> str | None:
     process."""
     if (store := _store()) is None:
         return None
-    return str(store.compare_set(f"fp8lab/{path}", "", uuid.uuid4().hex), "ascii")
+    return str(store.compare_set(_key("job", path), "", uuid.uuid4().hex), "ascii")
 
 
 def unlike(place: str, told: Mapping[str, Mapping[str, str]]) -> str | None:
     """Compare what this process says (of what -> in what respect -> in words) with what others say
-    who call this for the same place as many times; what one process alone has may be anything.
+    who call this for the same place as many times; what one process alone has may be anything. A
+    place is named by whose it is and then where, so that no path is another's place.
 
     None if nobody has said otherwise before, else one line on the first thing that differs.
     """
@@ -65,21 +66,20 @@ def unlike(place: str, told: Mapping[str, Mapping[str, str]]) -> str | None:
         return None
     rank = rank_of()
     _times[place] += 1
-    where = _where(place)
     words = json.dumps(told, sort_keys=True)
     mine = f"{rank} {hashlib.sha256(words.encode()).hexdigest()}"
-    agreed = str(store.compare_set(where, "", mine), "ascii")
+    agreed = str(store.compare_set(_now(place), "", mine), "ascii")
     if agreed != mine and agreed.partition(" ")[2] == mine.partition(" ")[2]:
         return None
     for name, uses in told.items():
-        said = store.compare_set(f"{where}/{name}", "", json.dumps([rank, dict(uses)]))
+        said = store.compare_set(_now(place, "of", name), "", json.dumps([rank, dict(uses)]))
         other, theirs = json.loads(str(said, "ascii"))
         for use in sorted(uses.keys() | theirs.keys()):
             here, there = (one.get(use, "not converted") for one in (uses, theirs))
             if here != there:
                 line = f"{name}: {use}: {here} on rank {rank}, {there} on rank {other}"
                 line = json.dumps(f"{line}, expected the same on both")
-                first = store.compare_set(f"{where}: unlike", "", line)
+                first = store.compare_set(_now(place, "unlike"), "", line)
                 return str(json.loads(str(first, "ascii")))
     return None
 
@@ -87,7 +87,7 @@ def unlike(place: str, told: Mapping[str, Mapping[str, str]]) -> str | None:
 def said_of(place: str, seconds: float = 0.0) -> str | None:
     """The line that any process has got by now from `unlike` for this place, for which it is waited
     so long at most; None if there is none, or nobody to ask any more."""
-    key = f"{_where(place)}: unlike"
+    key = _now(place, "unlike")
     with suppress(RuntimeError):  # the store was in a process that is gone; the time is over
         if (store := _store()) is not None:
             if seconds:
@@ -97,5 +97,19 @@ def said_of(place: str, seconds: float = 0.0) -> str | None:
     return None
 
 
-def _where(place: str) -> str:
-    return f"fp8lab/{place}/{_times[place]}"
+def is_of_others(error: BaseException | None) -> bool:
+    """Whether an error may come of what another process did: that it left a collective, or the
+    store, as torch tells it in a kind of its own or gloo in the name of its file."""
+    if not dist.is_available():
+        return False
+    of_gloo = isinstance(error, RuntimeError) and "gloo/" in str(error)
+    return of_gloo or isinstance(error, dist.DistError)
+
+
+def _now(place: str, *more: str) -> str:
+    """The key for what is said at a place this time."""
+    return _key("said", place, _times[place], *more)
+
+
+def _key(*parts: str | int) -> str:
+    return f"fp8lab{json.dumps(parts)}"  # no two for the same parts, whatever is in a path

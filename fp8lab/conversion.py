@@ -132,7 +132,7 @@ def _warn_if_unlike(model: nn.Module, plan: Plan, chosen: set[str]) -> None:
         if weight is None or is_lazy(weight) or weight.dim() != 2:
             continue
         uses = [(o, gemm) for gemm, operands in GEMMS.items() for o in operands]
-        told[f"{name} {list(weight.shape)}"] = {
+        told[f"{name} {weight.shape[1]}x{weight.shape[0]}"] = {  # as watch names it: in x out
             f"{o}@{gemm}": in_words(plan.recipe_for(name, o, gemm))
             for o, gemm in uses
             if name in chosen

@@ -196,13 +196,15 @@ SCENARIOS: tuple[Callable[[Path], Any], ...] = (
 def main(folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    told: dict[str, Any] = {}
+    told: dict[str, Any] = {"chained": []}
     for scenario in SCENARIOS:
         name = scenario.__name__
         try:
             told[name] = scenario(Path(folder) / name)
         except (ValueError, TypeError, RuntimeError, RunError) as error:
             told[name] = f"{type(error).__name__}: {error}"
+            if error.__cause__ is not None or error.__context__ is not None:
+                told["chained"].append(name)
         dist.barrier()
     Path(folder, f"told-{dist.get_rank()}.json").write_text(json.dumps(told))
     dist.barrier()

@@ -64,6 +64,13 @@ def test_who_watches_otherwise_stops_all_before_there_is_a_run(
 
 
 @pytest.mark.long
+def test_a_line_that_tells_it_all_comes_without_the_error_behind_it(
+    told: list[dict[str, Any]],
+) -> None:
+    assert [one["chained"] for one in told] == [[], []]
+
+
+@pytest.mark.long
 def test_who_cannot_begin_stops_all(told: list[dict[str, Any]], folder: Path) -> None:
     """Also those that had begun, which say why in the run."""
     first, second = (one["cannot_begin"] for one in told)
@@ -181,6 +188,40 @@ def test_a_place_is_compared_as_often_as_it_is_named(two: Two) -> None:
     two.be(1)
     assert agreement.unlike("here", {"a": {"input": "E4M3"}}) is None
     assert agreement.unlike("here", {"a": {"input": "E4M3"}}) is not None
+
+
+def test_no_run_lies_at_another_place_of_agreement(
+    two: Two, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run directory of the name `convert`, or of one that a run's keys may begin with."""
+    monkeypatch.setattr("fp8lab.conversion.world_size", lambda: 2)
+    monkeypatch.chdir(tmp_path)
+    two.be(0)
+    fp8lab.convert(nn.Sequential(fp8lab.GatedFeedForward(8, 16)), fp8lab.DelayedScaling())
+    assert agreement.unlike("here", {"a": {}}) is None
+    two.be(1)
+    with fp8lab.watch(nn.Sequential(fp8lab.GatedFeedForward(8, 16)), "convert"):
+        assert len(str(agreement.job_at("here/1"))) == len("0123456789abcdef") * 2
+
+
+def test_an_error_of_this_process_alone_is_no_mismatch(two: Two, tmp_path: Path) -> None:
+    """Though another one has refused: only what a lost connection raises gives way to that line."""
+    model = nn.Sequential(fp8lab.GatedFeedForward(8, 16))
+    lost = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection cl")
+    for number, error in enumerate((RuntimeError("CUDA out of memory"), lost, dist.DistError("x"))):
+        two.be(0)
+        path = tmp_path / str(number)
+        with pytest.raises((RuntimeError, ValueError)) as raised, fp8lab.watch(model, path):
+            two.be(1)
+            assert agreement.unlike(f"watch: {path}", {"0.up 8x16": {"every": "E4M3"}}) is not None
+            two.be(0)
+            raise error
+        if number == 0:
+            assert raised.value is error
+        else:
+            line = "watch: 0.up 8x16: every: E4M3 on rank 1, not converted on rank 0"
+            assert str(raised.value) == f"{line}, expected the same on both"
+            assert raised.value.__suppress_context__
 
 
 def test_one_process_says_nothing_to_nobody() -> None:

@@ -136,7 +136,7 @@ def test_what_a_wrapper_dies_of_is_said_before(mismatched: Any) -> None:
     assert done.returncode == 1
     told = re.findall("UserWarning: convert: (.+)", done.stderr)
     assert len(told) == 1 + len(MISMATCHES) - 2  # all but "none" and "other layers" differ
-    where = "layers.0.attention.query [32, 32]: grad_output@grad_input: "
+    where = "layers.0.attention.query 32x32: grad_output@grad_input: "
     here, there = (
         f"DelayedScaling (amax_history_len={n}) on rank {r}" for n, r in ((8, 0), (4, 1))
     )

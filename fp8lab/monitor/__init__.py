@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fp8lab.agreement import said_of
+from fp8lab.agreement import is_of_others, said_of
 from fp8lab.casting import Cast
 from fp8lab.failure import in_one_line
 from fp8lab.monitor.about import describe
@@ -478,9 +478,9 @@ class Watch:
         elif issubclass(kind, KeyboardInterrupt):
             self._close("interrupted")
         # Of a process that refused to begin, torch tells the others that a connection is closed.
-        elif issubclass(kind, RuntimeError) and (line := said_of(str(self.path))) is not None:
+        elif is_of_others(error) and (line := said_of(f"watch: {self.path}")) is not None:
             self._close("failed", error=f"ValueError: watch: {line}")
-            raise ValueError(f"watch: {line}") from error
+            raise ValueError(f"watch: {line}") from None
         else:
             self._close("failed", error=in_one_line(error or kind()))
 

@@ -69,7 +69,7 @@ def prepared(asked: Asked, reduction: Reduction | None) -> Prepared:
     sites = _feed_forwards(model)
     taps = TensorTaps(watched_modules(model), recorder, asked.optimizer)
     require_seen(recorder.selections, _layers_of_tensors(sites, taps))
-    if (line := unlike(path, in_full(model))) is not None:
+    if (line := unlike(f"watch: {path}", in_full(model))) is not None:
         raise UnlikeError(f"watch: {line}")
     if reduction is not None:
         reduction.require_own_rows(path, [site.name for site in sites])

@@ -184,7 +184,7 @@ class PrecisionProbe:
         self._told |= told
         self._latest = {}
         words = {_sized(name, self._sizes): said for name, said in told.items()}
-        place = f"{self._path}/step {self._recorder.step}"
+        place = f"watch, step {self._recorder.step}: {self._path}"
         if words and (line := unlike(place, words)) is not None:
             notices.append(Notice("unlike", line.partition(" ")[0], line))
         return told, notices

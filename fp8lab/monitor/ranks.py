@@ -70,7 +70,7 @@ def in_all(
     failure = kind(line)
     if error is None and undo is not None:
         undo(done, failure)  # type: ignore[arg-type]
-    raise failure from error
+    raise failure from (error if kind is RuntimeError else None)  # else the line tells it all
 
 
 def _in_one_line(error: Exception | None) -> tuple[type[Exception], str] | None:
@@ -150,7 +150,7 @@ class Reduction:
         if self.size < world_size():
             group = f"ranks {', '.join(map(str, dist.get_process_group_ranks(self._group)))}"
             told = {f"group: rows of {site} together": {"added up": group} for site in sites}
-            if (line := unlike(f"{path}/groups", told)) is not None:
+            if (line := unlike(f"watch, groups: {path}", told)) is not None:
                 raise UnlikeError(f"watch: {line}: give group=dist.group.WORLD, or None")
 
     def reduce(
