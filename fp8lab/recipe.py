@@ -144,7 +144,7 @@ class DelayedScaling:
     the old scale; the first scale is 1. `scaling_factor_compute_algo` may be a function of (amax,
     old scale, max(format), recipe) to the scale, all float32 [], which then rules alone:
     `scaling.power_of_two_scale` is Gaudi's. `reduce_amax`: the history holds the largest amax of
-    all ranks.
+    all ranks, which take as many regions (`fp8lab.autocast`) or, without, as many forwards.
 
     `stochastic_rounding` (ours) rounds gradients stochastically.
     """

@@ -11,7 +11,10 @@ breaks gradient accumulation.
 With several processes the amaxes of a step are reduced to their maximum over all of them before
 the scales move, in one call for all converted layers, whether they ran or not, as in Transformer
 Engine: every rank must convert the same layers in the same order and take the same steps. A number
-for what is reduced travels along, so that amaxes of other layers are never mixed in silence.
+for what is reduced travels along, so that amaxes of other layers are never mixed in silence. Where
+ranks have more micro-batches than others one `autocast` around those of a step makes them one. No
+rank can know that another has taken a step less: the amaxes of two steps are mixed until one waits
+for ever. So under torch's `Join` `reduce_amax` must be off.
 
 Known limit: there is one set of regions in a process, so two threads must not train at once.
 """
@@ -191,8 +194,9 @@ def with_gradients() -> bool:
 class autocast:
     """One step's region: delayed scales move when the outermost one closes, once.
 
-    Wrap what makes one optimizer step's forward passes (with gradient accumulation, all of them).
-    Without it the outermost forward of a converted model is the region.
+    Wrap what makes one optimizer step's forward passes (with gradient accumulation, all of them),
+    and their backward passes where ranks have unequal numbers of them: amaxes of delayed scales are
+    reduced over ranks once a region. Without it the outermost forward of a converted model is one.
     """
 
     def __enter__(self) -> autocast:

@@ -28,6 +28,14 @@ amax = [(8.0, 4.0), (1.0, 2.0)]  # the second within the scales of the first
 for step in range(2):
     out = model(torch.tensor([[amax[step][rank]]]))
     out.backward(torch.tensor([[0.5 * amax[step][rank]]]))
+if how == "unequal":  # a step with one micro-batch more on one rank, and one that is as any
+    for batches in ([16.0, 64.0][: 1 + rank], [128.0 * (1 + rank)]):
+        with fp8lab.autocast():
+            for x in batches:
+                model(torch.tensor([[x]])).backward(torch.tensor([[x]]))
+        for layer in model:
+            print(layer.amax_history[-1, [0, 2]].tolist())
+    model = []
 if how == "crossed":  # the ranks run two layers in another order, and one only on one of them
     pair = nn.ModuleList([nn.Linear(1, 1, bias=False) for _ in range(3)])
     fp8lab.convert(pair, recipe)
@@ -76,3 +84,10 @@ def test_amaxes_are_reduced_over_ranks(tmp_path: Path, how: str) -> None:
 def test_ranks_may_run_their_layers_in_another_order(tmp_path: Path) -> None:
     first, second = on_two_ranks(tmp_path, "crossed")
     assert first == second == ["2.0", "128.0", "7.0"]
+
+
+def test_ranks_may_have_unequal_numbers_of_micro_batches_in_a_region(tmp_path: Path) -> None:
+    first, second = on_two_ranks(tmp_path, "unequal")
+    # Of a step the largest of all; what goes on is clipped at the amax of the steps before.
+    assert first[:2] == second[:2] == ["[64.0, 4.0]", "[8.0, 64.0]"]
+    assert first[2:] == second[2:] == ["[256.0, 64.0]", "[64.0, 256.0]"]
