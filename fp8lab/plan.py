@@ -289,7 +289,7 @@ def recipe_from_dict(data: Any, where: str) -> Plan:
     if "accumulation" in data:
         fields["accumulation"] = _accumulation(data["accumulation"], where)
     ours = ("include", "exclude", "overrides", "accumulation")
-    recipe = _one_recipe({key: data[key] for key in data if key not in ours}, where)
+    recipe = _one_recipe({key: data[key] for key in data if key not in ours}, where, ours)
     instead = {}
     for pattern, value in overrides.items():
         if type(pattern) is int and 0 <= pattern < 1 << 32:
@@ -316,12 +316,13 @@ def _accumulation(data: Any, where: str) -> Accumulation:
         raise ValueError(f"{where}: accumulation: {error}") from None
 
 
-def _one_recipe(data: Any, where: str) -> Recipe:
+def _one_recipe(data: Any, where: str, beside: tuple[str, ...] = ()) -> Recipe:
+    """`beside` are keys that may stand beside a recipe's own, and are not in `data`."""
     if not isinstance(data, dict):
         data = {"recipe": data}
     name = data.get("recipe")
     if not isinstance(name, str) or name not in RECIPES:
-        raise ValueError(f"{where}: recipe: {shown(name)}, expected one of {', '.join(RECIPES)}")
+        raise ValueError(f"{where}: recipe: {shown(name)}, expected {_nearest(name, RECIPES)}")
     values = {key: value for key, value in data.items() if key != "recipe"}
     for key, names in (("fp8_format", Format.__members__), ("format", formats.FORMATS)):
         if isinstance(values.get(key), str):
@@ -333,12 +334,20 @@ def _one_recipe(data: Any, where: str) -> Recipe:
     known = [field.name for field in dataclasses.fields(RECIPES[name])]
     for key in values:
         if key not in known:
-            choice = ", ".join(known)
-            raise ValueError(f"{where}: {named(key)}: unknown field, expected one of {choice}")
+            expected = _nearest(key, [*known, *beside])
+            raise ValueError(f"{where}: {named(key)}: unknown field, expected {expected}")
     try:
         return RECIPES[name](**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _nearest(name: object, known: Iterable[str]) -> str:
+    """The known name that was probably meant, MXFP8BlockScaling for MXFP8; else all of them."""
+    known = list(known)
+    is_word = isinstance(name, str) and len(name) <= 80
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.45) if is_word else []
+    return near[0] if near else f"one of {', '.join(known)}"
 
 
 def named(key: object) -> str:
@@ -351,7 +360,7 @@ LARGEST_FILE = 1 << 17  # bytes; PyYAML, in Python, reads that much in 2 s at wo
 
 
 def load_recipe(path: str | Path) -> Plan:
-    """Read a plan from a YAML file.
+    """Read a plan from a YAML file; a recipe's name is that recipe with its defaults, everywhere.
 
     ::
 
@@ -362,15 +371,20 @@ def load_recipe(path: str | Path) -> Plan:
           "*:grad_output": Float8CurrentScaling
           "layers.0.*": {recipe: HighPrecision, format: BF16}
 
-    Raises ValueError in one line that names the file, the key and what was expected; OSError where
-    the file cannot be read. A key that stands twice is an error (PyYAML takes the last), and so is
-    a merge (`<<`), which in a few lines can become more than the memory holds.
+    Raises ValueError in one line that names the file, the key and what was expected, the nearest
+    name where one was misspelt; OSError where the file cannot be read. A key that stands twice is
+    an error (PyYAML takes the last), and so is a merge (`<<`), which in a few lines can become more
+    than the memory holds.
     """
     import yaml
 
     path = Path(path)
-    if str(path) in RECIPES and not path.exists():
-        raise ValueError(f"{path}: no such file, expected a plan's; the recipe is fp8lab.{path}()")
+    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+        name = str(path)
+        if name not in RECIPES:
+            expected = f"a YAML file or {_nearest(name, RECIPES)}"
+            raise ValueError(f"recipe {named(name)}: no such file, expected {expected}")
+        return Plan(recipe=RECIPES[name]())
     if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would never end
         raise ValueError(f"{path}: not a file, expected YAML")
     with path.open("rb") as file:

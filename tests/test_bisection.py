@@ -928,7 +928,7 @@ def test_a_script_is_bisected_from_the_command_line(experiment: Path, tmp_path: 
         ("EXPERIMENT --arm fp8 --recipe MXFP8BlockScaling", "bisect: --recipe is for SCRIPT.py:"),
         ("EXPERIMENT:script", "bisect: EXPERIMENT:script: expected --recipe with the plan that"),
         ("EXPERIMENT:script --arm fp8", "bisect: --arm is for an experiment, EXPERIMENT:script is"),
-        ("EXPERIMENT:script --recipe FP9", "recipe FP9: expected a YAML file or one of Delayed"),
+        ("EXPERIMENT:script --recipe FP9", "recipe FP9: no such file, expected a YAML file or one"),
         ("EXPERIMENT:script --recipe no.yaml", "no.yaml: No such file or directory"),
         (
             "EXPERIMENT:script --recipe MXFP8BlockScaling --checkpoint no.pt",

@@ -350,7 +350,19 @@ BAD_FILES = {
     "deep": (b"recipe: " + b"[" * 1500, "", "not valid YAML"),
     "tag": (b"recipe: DelayedScaling\nfp8_dpa: !!bool perhaps", "", "not valid YAML"),
     "no recipe": (b"margin: 1", "", "recipe: None, expected one of DelayedScaling, Float8Cur"),
-    "unknown": (b"recipe: MXFP8", "", "recipe: 'MXFP8', expected one of DelayedScaling"),
+    "unknown": (b"recipe: FP9", "", "recipe: 'FP9', expected one of DelayedScaling"),
+    "short": (b"recipe: MXFP8", "", "recipe: 'MXFP8', expected MXFP8BlockScaling"),
+    "misspelt": (b"recipe: DelayedScalling", "", "'DelayedScalling', expected DelayedScaling"),
+    "misspelt field": (
+        b"recipe: DelayedScaling\namax_history: 4",
+        "",
+        "amax_history: unknown field, expected amax_history_len",
+    ),
+    "misspelt key": (
+        b"recipe: HighPrecision\noveride: {a: HighPrecision}",
+        "",
+        "overide: unknown field, expected overrides",
+    ),
     "recipes": (b"recipe: [DelayedScaling]", "", "recipe: ['DelayedScaling'], expected one"),
     "itself": (b"recipe: &a [*a]", "", "recipe: [[...]], expected one of"),
     "field": (b"recipe: HighPrecision\nmargin: 1", "", "margin: unknown field, expected one of f"),
@@ -409,6 +421,15 @@ def test_a_bad_file_is_one_line_that_names_it(
         load_recipe(name)
     assert type(raised.value) is ValueError
     assert "\n" not in str(raised.value)
+
+
+def test_a_recipe_is_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("MXFP8BlockScaling") == Plan(recipe=MXFP8BlockScaling())
+    with pytest.raises(ValueError, match=r"^recipe MXFP8: no such file, .* YAML file or MXFP8Bl"):
+        load_recipe("MXFP8")
+    Path("MXFP8BlockScaling").write_text("recipe: HighPrecision")
+    assert load_recipe("MXFP8BlockScaling") == Plan(recipe=HighPrecision())
 
 
 def test_a_file_that_cannot_be_read_is_an_oserror(tmp_path: Path) -> None:

@@ -32,7 +32,6 @@ from fp8lab.lab.experiment import (
 )
 from fp8lab.lab.workers import Workers
 from fp8lab.plan import Plan, load_recipe, named
-from fp8lab.recipe import RECIPES
 
 OnEnd = Callable[[Path, str | None], None]
 OnReport = Callable[[Report], None]
@@ -101,17 +100,8 @@ def _script(
         raise ValueError(f"checkpoint {named(str(checkpoint))}: no such file")
     if not file.is_file():
         raise ValueError(f"script {named(str(file))}: no such file")
-    plan = _plan(recipe)
+    plan = load_recipe(recipe)
     return ScriptReruns(pool=pool, file=file, function=function, plan=plan, checkpoint=checkpoint)
-
-
-def _plan(recipe: str) -> Plan:
-    if recipe in RECIPES:
-        return Plan(recipe=RECIPES[recipe]())
-    if Path(recipe).suffix in (".yaml", ".yml"):
-        return load_recipe(recipe)
-    choice = ", ".join(RECIPES)
-    raise ValueError(f"recipe {named(recipe)}: expected a YAML file or one of {choice}")
 
 
 def arm_of(experiment: Experiment, arm: str, part: str | None) -> tuple[Part, Arm]:
