@@ -332,15 +332,9 @@ def replay_run(
     """What FP8 would have done to a recorded run; exit code 1 if it would have been trouble, 2 if
     of no operand enough is recorded to tell."""
     from fp8lab.forecast import replay
-    from fp8lab.plan import Plan, load_recipe
-    from fp8lab.recipe import RECIPES
+    from fp8lab.plan import load_recipe
 
-    opened = open_run(run)
-    if recipe not in RECIPES and not Path(recipe).exists():
-        choice = ", ".join(RECIPES)
-        raise ValueError(f"--recipe: {recipe!r}, expected a YAML file or one of {choice}")
-    plan = Plan(recipe=RECIPES[recipe]()) if recipe in RECIPES else load_recipe(recipe)
-    forecast = replay(opened, plan)
+    forecast = replay(open_run(run), load_recipe(recipe))
     if as_json:
         _print_json(forecast.to_dict())
     else:
@@ -440,10 +434,11 @@ def compare(
     """One table of arms: diverged, final loss, what the casts did to the product, speed.
 
     Losses and speeds are medians over runs; staleness, saturated, flushed and bulk error are the
-    largest that were recorded. The loss gap is the median, over the seeds that both have, of the
-    final loss less that of the arm named by --against in the same part; the step time ratio is
-    that of the median step times. With --by, the aligned loss is that at the furthest step, or
-    number of tokens, that every arm of the part reached with a run that did not diverge.
+    largest recorded, the last three of steps recorded in full ("in full": how many). The loss gap
+    is the median, over the seeds that both have, of the final loss less that of the arm named by
+    --against in the same part; the step time ratio is that of the median step times. With --by, the
+    aligned loss is that at the furthest step, or number of tokens, that every arm of the part
+    reached with a run that did not diverge.
 
     With --out a page: losses of every arm, a band over its seeds, and the table.
     """

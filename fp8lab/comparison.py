@@ -30,15 +30,18 @@ _OF_WEIGHT = ("weight_flushed", "weight_bulk_error")
 AGAINST = "bf16"  # the arm that others are held against, if there is one
 _PRODUCT, _DOWN = r":product$", r"(?:^|\.)down(?:_proj)?:weight$"
 _WHERE = ("*:product", "*down:weight", "*down_proj:weight")  # what these two are found among
-_WORST = ("staleness", "saturated", "flushed", "bulk_error")
+_IN_FULL = ("saturated", "flushed", "bulk_error")  # not in the rows of every step, as staleness is
+_WORST = ("staleness", *_IN_FULL)
 
 
 def side_by_side(runs: Iterable[Run], against: str, by: By | None = None) -> list[dict[str, Any]]:
     """A row an arm, as `arms_of` has them.
 
     Losses and times are medians over runs; staleness, saturated, flushed and bulk error are the
-    largest that were recorded at a product. Where the weight of a down projection was recorded, to
-    which a balanced product hands its range, its largest are `weight_flushed` and
+    largest that were recorded at a product: staleness of every step, the others of those that were
+    recorded in full, which `in_full` counts in words ("20 of 200", steps of all runs of the arm).
+    It is left out where every step of every arm was. Where the weight of a down projection was
+    recorded, to which a balanced product hands its range, its largest are `weight_flushed` and
     `weight_bulk_error`; where it was in no arm these are left out. `loss_gap` is the median, over
     the seeds that both have, of the final loss less that of the arm `against` in the same part;
     `step_time_ratio` that of the median times of a step.
@@ -55,7 +58,12 @@ def side_by_side(runs: Iterable[Run], against: str, by: By | None = None) -> lis
     ]
     if by is not None:
         rows = _aligned(rows, list(groups.values()), by)
-    unseen = {name for name in _OF_WEIGHT if all(row[name] is None for row in rows)}
+    is_partial = any(told < steps for told, steps in (row["in_full"] for row in rows))
+    for row in rows:
+        told, steps = row["in_full"]
+        row["in_full"] = f"{told} of {steps}" if is_partial and steps else None
+    optional = ("in_full", *_OF_WEIGHT)
+    unseen = {name for name in optional if all(row[name] is None for row in rows)}
     return [{name: row[name] for name in row if name not in unseen} for row in rows]
 
 
@@ -288,12 +296,20 @@ def _row(arm: str, runs: list[Run], others: list[Run]) -> dict[str, Any]:
         "saturated": largest("saturated"),
         "flushed": largest("flushed"),
         "bulk_error": largest("bulk_error"),
+        "in_full": _in_full(tensors),
         "weight_flushed": largest("flushed", _DOWN),
         "weight_bulk_error": largest("bulk_error", _DOWN),
         "steps_per_second": 1.0 / seconds if seconds else None,
         "step_time_ratio": seconds / other_seconds if seconds and other_seconds else None,
         "changes_function": changes.pop() if len(changes) == 1 else None,
     }
+
+
+def _in_full(tensors: list[pd.DataFrame]) -> tuple[int, int]:
+    """Of the products' steps those that say more than a staleness, and all."""
+    products = [one[one["site"].str.contains(_PRODUCT, na=False)] for one in tensors]
+    told = [one.loc[one[[*_IN_FULL]].notna().any(axis=1), "step"].nunique() for one in products]
+    return sum(told), sum(one["step"].nunique() for one in products)
 
 
 def _finals(runs: list[Run]) -> dict[Any, list[float]]:

@@ -800,6 +800,24 @@ def test_the_arms_of_two_experiments_stay_apart(tmp_path: Path) -> None:
     assert sorted(row[0] for row in table[1:]) == sorted(arms)
 
 
+def test_of_how_many_steps_it_knows_what_the_cast_did(tmp_path: Path) -> None:
+    """The steps that were clipped are not among those recorded in full: saturated is 0 of these."""
+    for name, every in (("a", 4), ("b", 1)):
+        writer = RunWriter.create(tmp_path / name, {})
+        at, full = {"rank": 0, "site": "m:product"}, {"saturated": 0.0}
+        rows = [at | {"step": i, "staleness": 7.0 if i == 5 else 1.0} for i in range(10)]
+        writer.append("steps", [{"step": i, "rank": 0, "loss": 1.0} for i in range(10)])
+        writer.append("tensors", [r | (full if r["step"] % every == 0 else {}) for r in rows])
+        writer.close()
+    told = [json.loads(invoke("compare", tmp_path / n, "--json").stdout)[0] for n in "ab"]
+    assert [(row["staleness"], row["saturated"]) for row in told] == [(7.0, 0.0)] * 2
+    assert [row.get("in_full") for row in told] == ["3 of 10", None]
+    both = side_by_side([open_run(tmp_path / name) for name in "ab"], "high")
+    assert [row["in_full"] for row in both] == ["3 of 10", "10 of 10"]
+    text = write_comparison([tmp_path], tmp_path / "page.md").read_text("utf-8")
+    assert "recorded at a product, the last three of the steps recorded in full." in text
+
+
 def test_every_run_of_a_seed_counts(tmp_path: Path) -> None:
     for name, (arm, loss) in {"a": ("x", 1.0), "b": ("x", 5.0), "c": ("high", 2.0)}.items():
         config = {"part": "p", "arm": arm, "seed": 0}

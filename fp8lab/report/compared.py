@@ -160,13 +160,14 @@ def _arms(story: Story, by: By, against: str) -> list[Block]:
     names = [titles[members[0]] for _, members in arms_of(runs)]
     if not rows:
         return [Note("Not shown: no run is here.", missing=True)]
+    partly = ", the last three of the steps recorded in full" * ("in_full" in rows[0])
     return [
         Table(
             head=tuple(name.replace("_", " ") for name in rows[0]),
             rows=[_cells(name, row) for name, row in zip(names, rows, strict=True)],
             note=f"Losses and speeds are medians over runs; the aligned loss is that at the "
             f"furthest {by} that every arm reached with a run that did not diverge; staleness, "
-            "saturated, flushed and bulk error are the largest that were recorded at a product. "
+            f"saturated, flushed and bulk error are the largest recorded at a product{partly}. "
             f"Gap and ratio are to the arm {against} of the same part, seed by seed.",
         )
     ]
