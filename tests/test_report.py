@@ -276,7 +276,7 @@ def test_the_experiment_is_told_first(page: str) -> None:
     ):
         assert words in head, words
     assert head.index("Against the prediction") < head.index(
-        "Delayed saturation confidence high at mlp:product ,"
+        "Delayed saturation severity high confidence high at mlp:product ,"
     )
     assert LIMIT in text
 

@@ -26,9 +26,10 @@ from fp8lab.record import Finding, Severity
 from fp8lab.report import drawing, interactive, pictures_of_layers, what_if, write_report
 from fp8lab.report.answer import answer_of
 from fp8lab.report.drawing import BLUE
+from fp8lab.report.page import render
 from fp8lab.report.picked import ranged_rows
 from fp8lab.report.sections import document_of
-from fp8lab.report.story import Story, load
+from fp8lab.report.story import Arm, Part, Story, load
 from fp8lab.report.tables import precision
 from fp8lab.store import RunWriter
 
@@ -198,6 +199,70 @@ def test_an_empty_run_hides_no_other(tmp_path: Path) -> None:
     story = load([tmp_path])
     assert story.worst_first()[0].label == "c"
     assert answer_of(story).because.startswith("the run diverged at step 3")
+
+
+FP8: Row = {"x": {"input": "E4M3"}}
+
+
+def broken_off(path: Path, count: int, **told: Any) -> None:
+    """A run in FP8 that has recorded so many steps and then ended otherwise than it should."""
+    config = {"part": "p", "arm": path.name, "seed": 1}
+    run = write(path, steps=steps(count), info={"config": config, "precision": FP8})
+    file = run.path / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+
+
+KILLED: Row = {"state": "running", "pid": 1 << 22, "born": 1}
+
+
+def test_of_fp8_that_broke_off_nothing_is_known(tmp_path: Path) -> None:
+    """A finding in BF16, or none at all, is no answer where FP8 has not been seen to its end."""
+    config = {"part": "p", "arm": "bf16", "seed": 1}
+    held = {"x": {"input": "BF16"}}
+    write(tmp_path / "bf16", steps=steps(9), info={"config": config, "precision": held})
+    for seed, name in enumerate(("fp8", "other")):
+        broken_off(tmp_path / name, 3 * (1 - seed), state="failed", error="OSError: no GPU")
+    story = load([tmp_path])
+    how = "run came to its end: run fp8 and 1 more: failed after step 2: OSError: no GPU"
+    for cause in (None, "learning_rate"):
+        findings(story, **({"bf16": (found(cause),)} if cause else {}))
+        said = answer_of(story)
+        assert (said.word, said.confidence) == ("Cannot say", "low")
+        assert how.replace("run came", "run in FP8 came" if cause else "run came") in said.because
+    (run,) = load([tmp_path / "fp8"]).runs
+    run.diagnosis = replace(run.diagnosis, findings=(found("learning_rate"),), loss_alarm=2)
+    alone = Part(name="", title="", seeds=(), arms=(Arm(name="a", title="a", runs=(run,)),))
+    story = Story(experiments=(), parts=(alone,), unread=())
+    assert answer_of(story).word == "No"  # it went wrong while it was seen
+
+
+def test_what_broke_off_is_not_cleared(tmp_path: Path) -> None:
+    broken_off(tmp_path / "run", 200, **KILLED)
+    said = answer_of(load([tmp_path]))
+    assert (said.word, said.confidence) == ("Cannot say", "low")
+    assert said.because.endswith("its end: run run: killed, last step on disk 199")
+    page = write_report([tmp_path], tmp_path / "page.html").read_text(encoding="utf-8")
+    told = "No rule saw a cause in what was recorded, and not all was."
+    assert f'<div class="verdict"><p><strong>Nothing found.</strong> {told}</p></div>' in page
+    assert told in write_report([tmp_path], tmp_path / "page.md").read_text(encoding="utf-8")
+    broken_off(tmp_path / "empty", 0, state="failed", error="OSError: no GPU")
+    said = answer_of(load([tmp_path / "empty"]))
+    assert said.because == "nothing was recorded: failed before its first step: OSError: no GPU"
+    broken_off(tmp_path / "stopped", 200, state="interrupted")  # by who watched it
+    said = answer_of(load([tmp_path / "stopped"]))
+    assert (said.word, said.confidence) == ("No", "low") and said.because.endswith(" so far")
+
+
+def test_a_note_is_no_alarm_beside_an_answer_that_speaks_of_notes(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    write(path, steps=steps(9), events=[{"step": 3, "kind": "nothing"}], info={"precision": FP8})
+    story = load([path])
+    findings(story, run=(found("cold_start", "low"),))
+    with drawing.style():
+        page = render(document_of(story))
+    assert "no rule found more than a note (severity low)" in page
+    assert '<div class="verdict low">' in page
+    assert '<span class="tag low">severity low</span>' in page
 
 
 # --- what a page is made of -----------------------------------------------------------------------

@@ -109,6 +109,21 @@ def test_a_process_that_failed_has_written_what_it_had(tmp_path: Path) -> None:
     assert str(diagnose(tmp_path / "run")).endswith("rank 1 failed: rows end there")
 
 
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        ("failed", "failed after step 9: ValueError: loss is nan: rows end there"),
+        ("killed", "killed, last step on disk 9: rows end there"),
+        ("finished", "nothing found"),
+    ],
+)
+def test_a_run_that_broke_off_is_not_just_one_where_nothing_was_found(
+    state: str, told: str, tmp_path: Path
+) -> None:
+    run_of(tmp_path / "run", [(state, 9, 100.0, OWN if state == "failed" else None)])
+    assert str(diagnose(tmp_path / "run")).endswith(told)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_killed_run_without_rows_was_not_killed_before_its_first_step(
     ranks: int, tmp_path: Path

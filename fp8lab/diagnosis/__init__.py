@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+
 from fp8lab.diagnosis import (
     attention_logits,
     bulk_underflow,
@@ -82,8 +84,8 @@ class Diagnosis:
     where the run first parted from its twin, None without one or if it never did; `lost` names, of
     several processes, those whose rows may end early (see `Run.lost`), `incomplete` those that may
     have had more rows than are on disk; `not_as_told` the events after which rows are not what they
-    seem (see `Run.not_as_told`); `is_empty` where no step was recorded, and nothing can be said,
-    but by `ended` how such a run came to its end, if that was no good one."""
+    seem (see `Run.not_as_told`); `is_empty` where no step was recorded, and nothing can be said;
+    `ended` how the run came to its end, if that was no good one."""
 
     run: str
     findings: tuple[Finding, ...]
@@ -121,6 +123,8 @@ class Diagnosis:
         if self.lost:
             parted += f"\n{self.lost}: rows end there"
             parted += f", the last of {self.incomplete} may be missing" if self.incomplete else ""
+        elif self.ended and not self.is_empty:
+            parted += f"\n{self.ended}: rows end there"
         parted += "".join(f"\n{line}" for line in in_short(self.not_as_told))
         if self.is_empty:
             told = f"nothing was recorded: {self.ended or 'is watch.step called in the loop?'}"
@@ -144,7 +148,7 @@ def diagnose(run: Run | str | Path, twin: Run | str | Path | None = None) -> Dia
     run = run if isinstance(run, Run) else open_run(run)
     twin = twin if twin is None or isinstance(twin, Run) else open_run(twin)
     judged = judge(Loaded(run), None if twin is None else Loaded(twin))
-    ended = _end_of(run) if judged.is_empty else ""
+    ended = _end_of(run, judged.is_empty)
     told = replace(judged, ended=ended, not_as_told=tuple(run.not_as_told))
     return replace(told, lost=run.lost, incomplete=run.incomplete)
 
@@ -155,16 +159,21 @@ def in_short(told: Sequence[str]) -> list[str]:
     return [*told[:MOST_TOLD], *more]
 
 
-def _end_of(run: Run) -> str:
+def _end_of(run: Run, is_empty: bool) -> str:
     state = run.state
     if state in ("running", "finished"):
         return ""
     errors = (run.info_of(rank).get("error") for rank in run.folders())
     error = next((error for error in errors if error is not None), None)
-    told = f"{state} before its first step"
-    if state in UNTOLD:
-        often = max(run.writes_every(rank) for rank in run.folders())
-        told = f"{state}, no step on disk ({often_in_words(often)})"
+    steps = run.arrow("steps", ("step",))["step"]
+    if is_empty or not len(steps):
+        told = f"{state} before its first step"
+        if state in UNTOLD:
+            often = max(run.writes_every(rank) for rank in run.folders())
+            told = f"{state}, no step on disk ({often_in_words(often)})"
+    else:
+        when = ", last step on disk" if state in UNTOLD else " after step"
+        told = f"{run.lost or state}{when} {pc.max(steps).as_py()}"
     return told + ("" if error is None else f": {error}")
 
 

@@ -2,10 +2,10 @@
 
 Yes, no, or cannot say, of the run in the most trouble: its worst finding above "low" decides. Its
 cause is one that low precision brings, or one that it has no part in; where a run went wrong and no
-rule says why, or nothing was recorded, the answer is that this page cannot say. Not yet, while the
-loss has told nothing of a cause that low precision brings; not tried, where all went well and
-nothing was FP8. How sure is the finding's own confidence, and what would look the same in these
-rows is said beside it.
+rule says why, where nothing was recorded, or FP8 broke off before there was anything to see, the
+answer is that this page cannot say. Not yet, while the loss has told nothing of a cause that low
+precision brings; not tried, where all went well and nothing was FP8. How sure is the finding's own
+confidence, and what would look the same in these rows is said beside it.
 
 Rejected: an answer over all runs. Of an experiment half are made to fail, and it would be neither.
 """
@@ -61,7 +61,8 @@ def answer_of(story: Story) -> Answer:
     worst = story.worst_first()
     if not worst or (worst[0].is_empty and worst[0].diverged_at is None):
         because = "nothing was recorded" if worst else "no run could be read"
-        return Answer(word="Cannot say", because=because)
+        how = next((run.diagnosis.ended for run in worst if run.diagnosis.ended), "")
+        return Answer(word="Cannot say", because=because + (f": {how}" if how else ""))
     run = worst[0]
     found = _serious(run)
     if found:
@@ -78,6 +79,19 @@ def _serious(run: Seen) -> list[Finding]:
     return [finding for finding in run.diagnosis.findings if finding.severity != "low"]
 
 
+def _ended_early(story: Story) -> list[Seen]:
+    """Runs in FP8, or perhaps in FP8 as nothing was recorded, that broke off and had told of
+    nothing wrong: what would have followed, nobody saw."""
+    tried = [run for run in story.runs if run.uses_fp8] or [r for r in story.runs if r.is_empty]
+    broken = [run for run in tried if run.diagnosis.ended and run.state != "interrupted"]
+    return [run for run in broken if not _ended(run)]
+
+
+def _in_short(story: Story, early: list[Seen]) -> str:
+    more = f" and {len(early) - 1} more" if len(early) > 1 else ""
+    return f"{named(story, early[0])}{more}: {early[0].diagnosis.ended}"
+
+
 def _nothing(story: Story, run: Seen) -> Answer:
     """Nothing went wrong; how far that goes depends on how much there is to see."""
     unfinished = any(not one.decided for one in story.runs)
@@ -86,8 +100,12 @@ def _nothing(story: Story, run: Seen) -> Answer:
     if any(one.doses and (_serious(one) or _ended(one)) for one in story.runs):
         whose.append("that are no dose-response")
     because = f"of the runs {' and '.join(whose)}, none" if whose else "no run"
-    because += " diverged, no loss gave an alarm, and no rule found more than a note"
-    because += " so far" if unfinished else ""
+    because += " diverged, no loss gave an alarm, and no rule found more than a note (severity low)"
+    early = _ended_early(story)
+    if early:
+        because += f"; but not every run came to its end: {_in_short(story, early)}"
+    elif unfinished:
+        because += " so far"
     is_tried = any(arm.uses_fp8 for part in story.parts for arm in part.arms)
     if not is_tried:
         because += "; no operand says that it is FP8, so that FP8 was not tried here"
@@ -99,7 +117,7 @@ def _nothing(story: Story, run: Seen) -> Answer:
         excluded.append(f"what {missing} planned and not here would show")
     enough = len(run.steps) >= ENOUGH_STEPS and not run.products.empty
     return Answer(
-        word="Cannot say" if lost else "No" if is_tried else "Not tried",
+        word="Cannot say" if lost or early else "No" if is_tried else "Not tried",
         remedy="" if is_tried else _ASK,
         because=because,
         confidence="medium" if enough and not (unfinished or missing or lost) else "low",
@@ -115,6 +133,10 @@ def _found(story: Story, run: Seen, finding: Finding) -> Answer:
     elif is_precision and not _ended(run):
         word = "Not yet"
     word, confidence, clauses, excluded = _beside_twin(story, run, finding, word)
+    early = _ended_early(story)
+    if word == "No" and early and all(one in early for one in story.runs if one.uses_fp8):
+        word, confidence = "Cannot say", "low"
+        clauses.append(f"no run in FP8 came to its end: {_in_short(story, early)}")
     saved = _saved(story, run) if is_precision else []
     if saved:
         others = f" and {len(saved) - 2} more" if len(saved) > 2 else ""

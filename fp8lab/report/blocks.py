@@ -101,6 +101,17 @@ class Document:
     predictions: list[Table]
     sections: list[Section]
 
+    @property
+    def nothing_found(self) -> str:
+        """What stands where causes would, a sentence without its full stop."""
+        told = "No rule saw a cause in what was recorded"
+        return f"{told}, and not all was" if self.is_part else told
+
+    @property
+    def is_part(self) -> bool:
+        """Whether there is, or may come, more than what was judged."""
+        return bool(self.unfinished or self.unread)
+
     def pictures(self) -> dict[str, Picture]:
         """By name, of each the first."""
         blocks = [block for section in reversed(self.sections) for block in section.blocks[::-1]]

@@ -94,7 +94,7 @@ def _head(document: Document) -> Iterator[str]:
     for verdict in document.verdicts:
         yield from _verdict(verdict)
     if not document.verdicts:
-        yield "**Nothing found.** No rule saw a cause in what was recorded."
+        yield f"**Nothing found.** {document.nothing_found}."
     if document.unfinished:
         yield escaped(document.unfinished)
     if document.unread:

@@ -44,6 +44,8 @@ def render(document: Document, charts: Mapping[str, Any] | None = None) -> str:
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         vars(document),
+        nothing_found=document.nothing_found,
+        is_part=document.is_part,
         in_words=in_words,
         number=tables.number,
         uri=_uri,
