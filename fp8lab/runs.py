@@ -444,7 +444,7 @@ def open_run(path: str | Path) -> Run:
 
     Raises RunError in one line if there is none, or its run.json is damaged or too new.
     """
-    path = Path(path)
+    path = segments.path_of(path)
     if not state_file(path, 0).exists() and (below := next(find_runs(path), path)) != path:
         raise RunError(f"{path}: no run here but below, expected one of those, as {below}")
     run = Run(path, {})

@@ -52,6 +52,13 @@ class RunError(Exception):
     """A run directory that is not one, is damaged, or is in the way; the message is one line."""
 
 
+def path_of(run: Any) -> Path:
+    """Raises TypeError for what is no path, as several are where one run is asked for."""
+    if not isinstance(run, str | os.PathLike):
+        raise TypeError(f"run: {run!r:.80}, expected the path of one run")
+    return Path(run)
+
+
 def told_by(error: OSError) -> str:
     """Why the disk refused; Arrow's own text is longer."""
     return str(error) if error.errno is None else os.strerror(error.errno)

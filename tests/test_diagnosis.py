@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -443,6 +444,14 @@ def test_as_data(paths: Iterator[Path]) -> None:
     assert json.loads(json.dumps(data, allow_nan=False)) == json.loads(json.dumps(data))
     assert (data["first_alarm"], data["loss_alarm"]) == (5, 10)
     assert [f["cause"] for f in data["findings"]] == ["delayed_saturation", "bulk_underflow"]
+
+
+@pytest.mark.parametrize("several", [["a", "b"], None])
+def test_what_is_no_path_is_refused_in_one_line(several: Any) -> None:
+    with pytest.raises(
+        TypeError, match=f"^run: {re.escape(repr(several))}, expected the path of o"
+    ):
+        diagnose(several)
 
 
 def test_a_run_may_be_given_as_itself_or_by_its_path(paths: Iterator[Path]) -> None:

@@ -61,6 +61,8 @@ from fp8lab.monitor import watch
 from fp8lab.sites import FeedForwardSite, GateSite, survey
 from fp8lab.store import open_run
 
+TOKENS = "an int64 tensor [batch, length]"
+
 
 def audit(
     source: str | Path | nn.Module,
@@ -74,14 +76,17 @@ def audit(
 
     With `tokens`, int64 [batch, length] or several of these, `source` has to be a model that takes
     them: it is run on each in evaluation mode and watched into the run directory `run`, or a
-    temporary one. Raises ValueError (WeightsError) in one line for what cannot be read, and for
-    tokens without a model.
+    temporary one. Raises ValueError (WeightsError) in one line for what cannot be read, for tokens
+    without a model or that it does not take; TypeError for what is neither a path nor a model.
     """
     if top < 1:
         raise ValueError(f"audit: top={top}, expected at least 1")
+    if not isinstance(source, str | os.PathLike | nn.Module):
+        raise TypeError(f"audit: {type(source).__name__}, expected a file, a folder or a model")
+    batches = None if tokens is None else _batches(tokens)
     if isinstance(source, nn.Module):
         path, jobs = type(source).__name__, _of_model(source)
-    elif tokens is not None:
+    elif batches is not None:
         raise ValueError("audit: tokens without a model, expected audit(model, tokens=...)")
     else:
         weights = open_weights(source)
@@ -96,8 +101,8 @@ def audit(
     found = [under_way[place].result for place in range(len(jobs.jobs))]
     layers = [one for one in found if isinstance(one, LayerFound)]
     channels = judged([c for one in layers for c in one.candidates], sum(n.pairs for n in layers))
-    if isinstance(source, nn.Module) and tokens is not None:
-        channels = _with_products(channels, source, tokens, run)
+    if isinstance(source, nn.Module) and batches is not None:
+        channels = _with_products(channels, source, batches, run)
     weights_found = tuple(one for one in found if isinstance(one, WeightAudit))
     norms = tuple(one for one in found if isinstance(one, NormAudit))
     every = [*(w for one in layers for w in one.audit.weights), *weights_found]
@@ -312,14 +317,35 @@ def _rest(shapes: dict[str, tuple[int, ...]], bands: Any) -> list[_Job]:
 # --- with a model that runs --------------------------------------------------------------------
 
 
+def _batches(tokens: Any) -> list[Tensor]:
+    many = isinstance(tokens, Iterable) and not isinstance(tokens, Tensor)
+    batches = list(tokens) if many else [tokens]
+    if not batches or not all(isinstance(one, Tensor) for one in batches):
+        kinds = ", ".join(dict.fromkeys(type(one).__name__ for one in batches)) or "nothing"
+        raise ValueError(f"audit: tokens: {kinds}, expected {TOKENS}, or several of these")
+    return batches
+
+
+def _run_on(model: nn.Module, batch: Tensor, number: int) -> None:
+    """A model's own words for what is no token of its vocabulary say nothing of tokens."""
+    try:
+        model(batch)
+    except Exception as error:
+        what = f"{str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}"
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"audit: tokens, batch {number}: {type(model).__name__} does not take {what}, expected "
+            f"{TOKENS} below its vocabulary: {told}"
+        ) from error
+
+
 def _with_products(
     channels: list[Channel],
     model: nn.Module,
-    tokens: Tensor | Iterable[Tensor],
+    batches: list[Tensor],
     run: str | Path | None,
 ) -> list[Channel]:
     """The channels with what their product's amax was over the median channel's, hot ones added."""
-    batches = [tokens] if isinstance(tokens, Tensor) else list(tokens)
     modes = {module: module.training for module in model.modules()}
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "run" if run is None else Path(run)
@@ -328,7 +354,7 @@ def _with_products(
             # With gradients: what runs without is an evaluation, which is not counted.
             with torch.enable_grad(), watch(model, path, every=1) as watching:
                 for step, batch in enumerate(batches):
-                    model(batch)
+                    _run_on(model, batch, step)
                     watching.step(step)
         finally:
             for module, mode in modes.items():

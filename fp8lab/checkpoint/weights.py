@@ -39,6 +39,8 @@ LARGEST_JSON = 1 << 26
 LARGEST_PICKLE = 1 << 28
 # What wraps a state dict in a checkpoint, outermost first.
 CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
+# What a Guard, and Hugging Face's Trainer, call those that they write into one folder.
+CHECKPOINT = re.compile(r"(kept-)?step-\d+|checkpoint-\d+")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 # bits of an element, and torch's dtype where torch can read it
@@ -124,8 +126,7 @@ def _folder(folder: Path) -> dict[str, Stored]:
             names = ", ".join(file.name for file in files[:3])
             raise WeightsError(f"{folder}: {names}: expected one of them, name the file")
     if not files:
-        expected = f"{INDEX}, *.safetensors or a torch checkpoint"
-        raise WeightsError(f"{folder}: no weights in this folder, expected {expected}")
+        raise WeightsError(f"{folder}: {_instead_of_weights(folder)}")
     found: dict[str, Stored] = {}
     for file in files:
         for name, stored in _file(file).items():
@@ -133,6 +134,17 @@ def _folder(folder: Path) -> dict[str, Stored]:
                 raise WeightsError(f"{file}: {name!r} is in another file too, expected it once")
             found[name] = stored
     return found
+
+
+def _instead_of_weights(folder: Path) -> str:
+    """What a folder without weights is, where that is known, and what was expected."""
+    checkpoints = [one.name for one in folder.iterdir() if CHECKPOINT.fullmatch(one.name)]
+    if checkpoints:
+        names = ", ".join(sorted(checkpoints)[:3])
+        return f"checkpoints of a training, {names}: expected one of them, name it"
+    if any(True for depth in range(4) for _ in folder.glob("*/" * depth + "run.json")):
+        return "what a run recorded, expected weights; fp8lab diagnose and report read a run"
+    return f"no weights in this folder, expected {INDEX}, *.safetensors or a torch checkpoint"
 
 
 def _shards(index: Path) -> dict[str, Stored]:
@@ -163,9 +175,12 @@ def _file(path: Path) -> dict[str, Stored]:
             return _torch(path)
         size = os.fstat(descriptor).st_size
         # A pickle's first bytes, unless they are a safetensors header's length.
-        pickled = start[:1] == b"\x80" and int.from_bytes(start, "little") > size
+        is_too_long = int.from_bytes(start, "little") > size
+        pickled = start[:1] == b"\x80" and is_too_long
         if pickled or path.suffix in TORCH_SUFFIXES:
             raise WeightsError(f"{path}: no zip of torch.save, expected one: pickles are not read")
+        if is_too_long and path.suffix != ".safetensors":
+            raise WeightsError(f"{path}: no weights, expected a .safetensors file or torch.save's")
         return _safetensors(path, descriptor)
     finally:
         os.close(descriptor)

@@ -143,7 +143,7 @@ class Diagnosis:
 def diagnose(run: Run | str | Path, twin: Run | str | Path | None = None) -> Diagnosis:
     """Judge a recorded run; `twin` is the same training in high precision, if there is one.
 
-    Raises RunError if a path is no run.
+    Raises RunError if a path is no run, TypeError for what is no path.
     """
     run = run if isinstance(run, Run) else open_run(run)
     twin = twin if twin is None or isinstance(twin, Run) else open_run(twin)

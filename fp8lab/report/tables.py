@@ -17,7 +17,7 @@ from fp8lab.comparison import side_by_side
 from fp8lab.diagnosis import in_short
 from fp8lab.diagnosis.rows import facts_of
 from fp8lab.recipe import GEMMS, gemm_in_words
-from fp8lab.record import STEPS, TENSORS, Severity
+from fp8lab.record import SEVERITIES, STEPS, TENSORS, Severity
 from fp8lab.report.story import Arm, Part, Seen, Story, superscript
 from fp8lab.report.verdict import in_words, judged
 
@@ -190,6 +190,7 @@ def _median(arm: Arm, name: str) -> Cell:
 
 
 def _findings(arm: Arm) -> Cell:
+    meanings: dict[Severity, Meaning] = {"high": "bad", "medium": "warn", "low": "quiet"}
     counts: dict[tuple[str, Severity], set[str]] = {}
     for run in arm.runs:
         for finding in run.diagnosis.findings:
@@ -200,9 +201,8 @@ def _findings(arm: Arm) -> Cell:
         f"{in_words(cause)}, {severity}: {len(runs)} of {len(arm.runs)}".replace(" of ", OF)
         for (cause, severity), runs in counts.items()
     ]
-    return Cell(
-        "; ".join(told), "bad" if "high" in {severity for _, severity in counts} else "warn"
-    )
+    worst = min((severity for _, severity in counts), key=SEVERITIES.index)
+    return Cell("; ".join(told), meanings[worst])
 
 
 def dose_numbers(part: Part, quantity: str, title: str) -> Table:
