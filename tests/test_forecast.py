@@ -8,6 +8,7 @@ are held against runs of rows that are made for them.
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from rows_by_hand import write
+from rows_by_hand import Row, write
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -42,11 +43,14 @@ from fp8lab.casting import Cast, cast_for
 from fp8lab.cli import app
 from fp8lab.forecast import DAMAGED, MOST, RELEASED, SATURATED, WINDOW, WOUND_UP
 from fp8lab.forecast.histories import current_scales, delayed_scales
+from fp8lab.forecast.recorded import recorded_sites
 from fp8lab.forecast.to_record import Missing, select_of
-from fp8lab.forecast.what_if import COLUMNS, recorded_sites, uses_of
+from fp8lab.forecast.what_if import COLUMNS, uses_of
 from fp8lab.linear import Fp8Linear
 from fp8lab.monitor.measure import summary
 from fp8lab.recipe import Recipe
+from fp8lab.report import what_if
+from fp8lab.report.story import load
 from fp8lab.scaling import power_of_two_scale, scale_for
 from fp8lab.sketch import Sketch
 from fp8lab.store import RunError, RunWriter, open_run
@@ -299,6 +303,70 @@ def test_operands_that_were_not_recorded_are_said_to_be_unknown(kept: Kept) -> N
     assert replay(kept.path, HighPrecision()).unknown == {}
 
 
+def trained(path: Path, **options: Any) -> Path:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(fp8lab.GatedFeedForward(32, 64) for _ in range(3)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with fp8lab.watch(model, path, optimizer=optimizer, every=3, **options) as watch:
+        for step in range(5):
+            loss = (model(torch.randn(32, 32)) - 1.0).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            watch.step(step, loss=loss)
+    return path
+
+
+def test_one_argument_records_what_all_recipes_need(tmp_path: Path) -> None:
+    def told(path: Path) -> str:
+        table = what_if.what_if(load([path]).runs[0], "run")
+        assert not isinstance(table, str)
+        return table.note
+
+    first = told(trained(tmp_path / "first"))
+    (select,) = re.findall(r"watch the next run with (select=\[.*?\)\]);", first)
+    second = trained(tmp_path / "second", **eval(f"dict({select})", {"fp8lab": fp8lab}))
+    assert "watch the next run" not in told(second)
+    assert [replay(second, recipe).select for recipe in what_if.RECIPES] == [""] * 6
+
+
+def test_a_tensor_of_two_names_is_one(tmp_path: Path) -> None:
+    """A product is its down projection's input: what is recorded of either is known of it."""
+    select = [Selection(layers=("*.down",), tensors=("input",), freq=1)]
+    forecast = replay(trained(tmp_path / "run", select=select), DelayedScaling())
+    assert list(forecast.frame["site"].unique()) == ["0:product", "1:product", "2:product"]
+    assert forecast.frame["flushed_low"].notna().all()
+    assert replay(trained(tmp_path / "less"), DelayedScaling()).frame["flushed_low"].isna().any()
+    sites = [{"site": "mlp", "gate": "gate.weight", "up": "up.weight", "down": "down.weight"}]
+    rows = [{"step": 0, "site": "mlp:product", "cur_amax": 2.0}]
+    rows += [{"step": 0, "site": "mlp.down:input", "cur_amax": 1.0}]  # smoothed on its way
+    run = write(tmp_path / "two", steps=[{}], tensors=rows, info={"sites": sites})
+    assert replay(run, DelayedScaling()).frame["site"].nunique() == 2
+
+
+def test_rows_and_columns_that_are_cast_apart_have_names_of_their_own(tmp_path: Path) -> None:
+    lost = {f"nvfp4_{n}%{end}": 90.0 for n in ("underflows",) for end in ("", "_columnwise")}
+    row: Row = {"step": 0, "site": "mlp:product", "count": 100, "zeros": 0, "cur_amax": 1.0}
+    run = write(tmp_path / "run", steps=[{}], tensors=[row | {"statistics": lost}])
+    told = [trouble.site for trouble in replay(run, NVFP4BlockScaling()).troubles]
+    assert told == ["mlp:product", "mlp:product@grad_weight"]
+
+
+@pytest.mark.parametrize(
+    ("cast", "said"),
+    [("E4M3 DelayedScaling", True), ("BF16 HighPrecision", False), ("BF16", False)],
+)
+def test_a_run_that_was_fp8_itself_says_so(tmp_path: Path, cast: str, said: bool) -> None:
+    row: Row = {"step": 0, "site": "m:product", "cur_amax": 1.0}
+    info = {"precision": {"mlp.down": {"input@output": cast, "weight@output": "BF16"}}}
+    run = write(tmp_path / "run", steps=[{}], tensors=[row], info=info)
+    told = str(replay(run, Float8CurrentScaling()))
+    assert (
+        "the run itself has operands in E4M3 DelayedScaling: its tensors have been" in told
+    ) == said
+    assert "freq=1 measures that in every step" in told
+
+
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -313,26 +381,12 @@ def test_operands_that_were_not_recorded_are_said_to_be_unknown(kept: Kept) -> N
 )
 def test_what_is_not_known_is_once_it_is_recorded_as_was_told(tmp_path: Path, recipe: Any) -> None:
     """`select` is Python, and with it a run knows all that a record can tell."""
-
-    def train(path: Path, **options: Any) -> Any:
-        torch.manual_seed(0)
-        model = nn.Sequential(*(fp8lab.GatedFeedForward(32, 64) for _ in range(3)))
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        with fp8lab.watch(model, path, optimizer=optimizer, every=3, **options) as watch:
-            for step in range(5):
-                loss = (model(torch.randn(32, 32)) - 1.0).square().mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                watch.step(step, loss=loss)
-        return replay(path, recipe)
-
-    first = train(tmp_path / "first")
+    first = replay(trained(tmp_path / "first"), recipe)
     assert first.unknown and first.select in str(first)
     assert "…" not in first.select and first.select == first.to_dict()["select"]
     told = eval(f"dict({first.select})", {"fp8lab": fp8lab})
     assert all(isinstance(one, Selection) for one in told["select"])
-    second = train(tmp_path / "second", **told)
+    second = replay(trained(tmp_path / "second", **told), recipe)
     assert second.select == "" and "to know it" not in str(second)
     assert all("no what-if statistics" in why for why in second.unknown.values())
     assert (second.unknown == {}) == (not isinstance(recipe, NVFP4BlockScaling))

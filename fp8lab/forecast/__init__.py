@@ -41,13 +41,16 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from fp8lab.forecast.recorded import (
+    layers_of,
+    layers_of_feed_forwards,
+    recorded_sites,
+    same_as,
+)
 from fp8lab.forecast.to_record import Missing, missing_of, select_of
 from fp8lab.forecast.what_if import (
     Use,
     Uses,
-    layers_of,
-    layers_of_feed_forwards,
-    recorded_sites,
     replayed,
     statistics_of,
     uses_in,
@@ -70,6 +73,11 @@ DAMAGED, UNDERFLOWN = 0.11, 0.2
 # Of the elements that are not zero.
 MOST = 0.5
 
+PRICE = (
+    "freq=1 measures that in every step, and makes each of them slower; a larger freq knows fewer "
+    "steps, and nothing of an operand but a product under a delayed scale"
+)
+
 Kind = Literal["breaks", "overflows", "underflows", "clips"]
 KINDS: tuple[Kind, ...] = ("breaks", "overflows", "underflows", "clips")
 
@@ -77,7 +85,8 @@ KINDS: tuple[Kind, ...] = ("breaks", "overflows", "underflows", "clips")
 @dataclass(frozen=True, kw_only=True)
 class Trouble:
     """What a plan would do to one operand: since which step, in how many of those that are known,
-    and the worst number beside the threshold it was held against."""
+    and the worst number beside the threshold it was held against. `site` has the GEMM behind it
+    (`mlp:product@grad_weight`) where its columns are cast apart from its rows."""
 
     kind: Kind
     site: str
@@ -207,7 +216,9 @@ class Forecast:
         lines += [f"left in high precision: {', '.join(self.left_out)}"] * bool(self.left_out)
         lines += ["not known:"] * bool(self.unknown)
         lines += [f"  {site}: {reason}" for site, reason in self.unknown.items()]
-        lines += [f"to know it, watch the next run with {self.select}"] * bool(self.select)
+        if self.select:
+            lines += [f"to know it, watch the next run with {self.select}"]
+            lines += [f"{PRICE}; fp8lab report has one select for all recipes"]
         return "\n".join([*lines, *self.notes])
 
 
@@ -222,10 +233,12 @@ def replay(run: Run | str | Path, recipe: Any) -> Forecast:
     run = run if isinstance(run, Run) else open_run(run)
     plan = recipe if isinstance(recipe, Plan) else Plan(recipe=as_recipe(recipe, "replay"))
     _require_layers(run, plan)
-    uses = uses_of(run, recorded_sites(run), plan)
-    frame = replayed(run, uses.cast)
+    sites = recorded_sites(run)
+    same = same_as(run, sites)
+    uses = uses_of(run, [site for site in sites if site not in same], plan)
+    frame = replayed(run, uses.cast, same)
     troubles: list[Trouble] = []
-    notes = list(_events_told(run))
+    notes = [*_own_casts(run), *_events_told(run)]
     left = _not_recorded(run, plan, uses)
     unknown, missing = uses.unknown | _in_words(plan, left), list(_missing(run, plan, left))
     by_use = dict(tuple(frame.groupby(["site", "gemms"], sort=False)))
@@ -312,7 +325,7 @@ def _found(
     if where.any():
         yield Trouble(
             kind=kind,
-            site=use.site,
+            site=use.name,
             layer=use.layer,
             operand=use.operand,
             step=int(rows.loc[where, "step"].iloc[0]),
@@ -340,7 +353,7 @@ def _wind_up(use: Use, rows: pd.DataFrame, recipe: DelayedScaling) -> Iterator[T
         if len(again):
             yield Trouble(
                 kind="breaks",
-                site=use.site,
+                site=use.name,
                 layer=use.layer,
                 operand=use.operand,
                 step=int(rows["step"].iloc[step + 1 + int(again[0])]),
@@ -414,9 +427,22 @@ def _unknown(use: Use, rows: pd.DataFrame) -> dict[str, str]:
         str(reason) if count == len(rows) else f"{reason} ({count} of {len(rows)} steps)"
         for reason, count in counts.items()
     ]
-    both = len(use.gemms) > 1 or use.direction == "rowwise"
-    name = use.site if both else f"{use.site}@{use.gemms[0]}"
-    return {name: "; ".join(told)} if told else {}
+    return {use.name: "; ".join(told)} if told else {}
+
+
+def _own_casts(run: Run) -> Iterator[str]:
+    """Whether the run was itself in FP8, or less, by what its layers say."""
+    told = run.info.get("precision")
+    layers = (
+        [one for one in told.values() if isinstance(one, dict)] if isinstance(told, dict) else []
+    )
+    casts = dict.fromkeys(str(cast) for layer in layers for cast in layer.values())
+    own = [cast for cast in casts if not cast.startswith(("BF16", "FP16", "FP32"))]
+    if own:
+        yield (
+            f"the run itself has operands in {own[0]}: its tensors have been through its own casts "
+            "already, so this tells less than a run in BF16 would"
+        )
 
 
 def _events_told(run: Run) -> Iterator[str]:

@@ -21,7 +21,7 @@ tenth of a millisecond for each row that was recorded in full.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -31,6 +31,14 @@ from numpy.typing import NDArray
 
 from fp8lab.forecast.histories import current_scales, delayed_scales, foreign_function
 from fp8lab.forecast.magnitudes import Magnitudes, thresholds
+from fp8lab.forecast.recorded import (
+    KEYS,
+    PATTERNS,
+    joined,
+    layers_of,
+    layers_of_feed_forwards,
+    one_each,
+)
 from fp8lab.formats import E5M2, FloatFormat
 from fp8lab.plan import Plan
 from fp8lab.recipe import (
@@ -65,14 +73,12 @@ _OF_FEED_FORWARD: dict[str, tuple[str, Operand]] = {
     "grad_output": ("down", "grad_output"),
 }
 _OPERANDS = ("input", "weight", "grad_output")
-_PATTERNS = ("*:product", "*:grad_gate", "*:grad_up", "*:grad_output", "*:input", "*:weight")
 
 # Why something is unknown that a run can record.
 EVERY_STEP = "a delayed scale needs the amax of every step"
 AMAX_ALONE, NO_BINS = "recorded with its amax alone", "no histogram"
 
 _COUNTS = ("saturated", "flushed", "subnormal")
-_KEYS = ["step", "rank", "site"]
 _BINS = ("bins", "histogram_start", "histogram")
 _RECORDED: tuple[str, ...] = (
     "count",
@@ -117,6 +123,12 @@ class Use:
     direction: Direction
 
     @property
+    def name(self) -> str:
+        """The site; with the GEMM of columns that are cast apart from its rows."""
+        alike = len(self.gemms) > 1 or self.direction == "rowwise"
+        return self.site if alike else f"{self.site}@{self.gemms[0]}"
+
+    @property
     def is_scaled_whole(self) -> bool:
         """Whether one scale, or none, is for the whole tensor."""
         return isinstance(self.recipe, DelayedScaling | Float8CurrentScaling | HighPrecision)
@@ -140,7 +152,7 @@ def uses_of(run: Run, sites: list[str], plan: Plan) -> Uses:
         names = layers.get(module)
         if role in _OF_FEED_FORWARD and (names is not None or role not in _OPERANDS):
             part, operand = _OF_FEED_FORWARD[role]
-            layer = _joined(module, part) if names is None else names[part]
+            layer = joined(module, part) if names is None else names[part]
             if part != "down" and names is not None and names["gate"] == names["up"]:
                 found.unknown[site] = f"a part of what {layer} casts: record {layer}:grad_output"
                 continue
@@ -179,57 +191,23 @@ def uses_in(site: str, layer: str, operand: Operand, plan: Plan) -> Iterator[Use
         )
 
 
-def layers_of_feed_forwards(run: Run) -> dict[str, dict[str, str]]:
-    """Feed-forward → gate, up and down → the layer's name; run.json may be anybody's."""
-    told = run.info.get("sites")
-    layers: dict[str, dict[str, str]] = {}
-    for one in told if isinstance(told, list) else []:
-        name = one.get("site") if isinstance(one, dict) else None
-        if isinstance(name, str):
-            parts = {part: one.get(part) for part in ("gate", "up", "down")}
-            layers[name] = {
-                part: _joined(name, str(parameter or part).removesuffix("weight").rstrip("."))
-                for part, parameter in parts.items()
-            }
-    return layers
-
-
-def layers_of(run: Run) -> list[str]:
-    """The layers that a plan may be about: the run's linear layers and its feed-forwards' own.
-    Empty where a run is so old that it does not list the former."""
-    linears = run.info.get("linears")
-    if not isinstance(linears, dict) or not linears:
-        return []
-    own = (layer for parts in layers_of_feed_forwards(run).values() for layer in parts.values())
-    return list(dict.fromkeys([*map(str, linears), *own]))
-
-
-def _joined(module: str, part: str) -> str:
-    return f"{'' if module == '.' else module}.{part}".strip(".")
-
-
 # --- rows ---------------------------------------------------------------------------------------
 
 
-def recorded_sites(run: Run) -> list[str]:
-    """The tensors with rows that may be operands, in order."""
-    return sorted(set(run.tensors("site", sites=_PATTERNS)["site"].dropna()))
-
-
-def replayed(run: Run, uses: list[Use]) -> pd.DataFrame:
-    """A row per use and step with `COLUMNS`, sorted by site, GEMM and step.
+def replayed(run: Run, uses: list[Use], same: Mapping[str, str]) -> pd.DataFrame:
+    """A row per use and step with `COLUMNS`, sorted by site, GEMM and step; `same` as `same_as`.
 
     Shares are those of `record`: saturated and subnormal of all elements, flushed of those that are
     not zero. `error` is the relative l2 error of the cast, `bulk_error` that of the elements up to
     16 times the median channel's amax, both as if the elements of a bin were evenly spread.
     """
-    rows = run.tensors(_RECORDED, sites=_PATTERNS).drop_duplicates(_KEYS, keep="last")
+    rows = one_each(run.tensors(_RECORDED, sites=PATTERNS), same)
     every_step = np.unique(run.steps("step")["step"].to_numpy())
     by_site = dict(tuple(rows.groupby("site", sort=False)))
     frames = [_with_scales(by_site[use.site], use, every_step) for use in uses]
     counted = [(frame, use) for frame, use in zip(frames, uses, strict=True) if use.is_scaled_whole]
     for steps in _pieces(rows) if counted else ():
-        bins = run.tensors(_BINS, sites=_PATTERNS, steps=steps).drop_duplicates(_KEYS, keep="last")
+        bins = one_each(run.tensors(_BINS, sites=PATTERNS, steps=steps), same)
         for frame, use in counted:
             try:
                 _count(frame, use, bins, steps)
@@ -344,7 +322,7 @@ def _count(frame: pd.DataFrame, use: Use, bins: pd.DataFrame, steps: range) -> N
     """Fill in what follows from the magnitudes of these steps."""
     inside = frame["step"].between(steps[0], steps[-1])
     part = frame.loc[inside & frame["clipped"].notna() & frame["count"].notna()]
-    cells = part[_KEYS].merge(bins, on=_KEYS, how="left")
+    cells = part[KEYS].merge(bins, on=KEYS, how="left")
     for first in range(0, len(part), UNPACKED_AT_ONCE):
         some = slice(first, first + UNPACKED_AT_ONCE)
         _unpack(frame, use, part[some], cells[some])

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fp8lab.forecast import Forecast, replay
+from fp8lab.forecast import PRICE, Forecast, replay
+from fp8lab.forecast.to_record import select_of
 from fp8lab.recipe import (
     DelayedScaling,
     Float8BlockScaling,
@@ -51,8 +52,9 @@ def what_if(run: Seen, name: str) -> Table | str:
     forecasts = [replay(run.run, recipe) for recipe in RECIPES]
     notes = [*dict.fromkeys(note for one in forecasts for note in one.notes)]
     notes += _unknown(forecasts[0].unknown)
-    if any(forecast.select for forecast in forecasts):
-        notes.append("fp8lab replay RUN --recipe R prints the select=[…] that would record it")
+    common = select_of(missing for forecast in forecasts for missing in forecast.missing)
+    if common:
+        notes.append(f"to know all of it, watch the next run with {common}; {PRICE}")
     told = f"The tensors of {name} as they were recorded, cast by other recipes"
     rows_of = [_row(recipe, one) for recipe, one in zip(RECIPES, forecasts, strict=True)]
     return Table(title=told, head=HEAD, rows=rows_of, note="; ".join(notes))
