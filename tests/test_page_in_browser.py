@@ -149,6 +149,18 @@ def test_every_chart_is_drawn(page: Page) -> None:
     assert page.locator("figure.drawn .plot:visible").count() == len(CHARTS)
 
 
+def test_points_look_as_the_caption_says(page: Page) -> None:
+    """A ring on the largest gate × up; by channel a × on the one that is looked at."""
+    chart = page.locator("figure[data-chart=weights]")
+    signs = "plot => plot.data[plot.data.length - 1].marker.symbol"
+    assert chart.locator(".plot").evaluate(signs).count("circle-open") == 1
+    chooser = chart.locator("select").first
+    names = chooser.locator("option").all_inner_texts()
+    chooser.select_option(index=next(i for i, name in enumerate(names) if "by channel" in name))
+    assert chart.locator(".plot").evaluate(signs)[0] == "x"
+    chooser.select_option(index=0)
+
+
 def test_the_page_itself_forbids_all_network(browser: Browser, report: Path) -> None:
     """What a script in it would ask for is refused before it is asked."""
     visit = Visit(browser, report)

@@ -18,7 +18,7 @@ from fp8lab.lab.experiment import Settings, load_experiment, run_experiment
 from fp8lab.record import Evidence, Finding, Severity
 from fp8lab.report import answer, drawing, what_if
 from fp8lab.report.answer import ENOUGH_STEPS, Answer, answer_of, named
-from fp8lab.report.blocks import Document, Note
+from fp8lab.report.blocks import Document, Folded, Note
 from fp8lab.report.interactive import QUANTITIES, STATISTICS, TRACKS
 from fp8lab.report.sections import WORDS, document_of
 from fp8lab.report.story import Seen, Story, cut_short, load
@@ -230,8 +230,9 @@ def test_without_an_arm_in_high_precision_nothing_is_compared(experiment: Path) 
 
 def test_what_if_is_what_replay_says(story: Story) -> None:
     run = story.worst_first()[0]
-    table = what_if.what_if(run, "it")
-    assert isinstance(table, Table)
+    table, to_record = what_if.what_if(run, "it")
+    assert isinstance(table, Table) and isinstance(to_record, Folded)
+    ((asked, *_),) = to_record.blocks[0].rows
     cells = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
     assert list(cells) == [type(recipe).__name__ for recipe in what_if.RECIPES]
     for recipe in what_if.RECIPES:
@@ -244,7 +245,7 @@ def test_what_if_is_what_replay_says(story: Story) -> None:
             continue
         assert worst == (str(forecast.troubles[0]) if forecast.troubles else "–")
         assert f"counts in {frame['flushed_low'].notna().sum()}" in known
-        assert forecast.select and table.note.endswith("the select=[…] that would record it")
+        assert forecast.select and asked.text.startswith("select=[fp8lab.Selection(layers=")
         assert (forecast.serious != ()) == ("serious since step" in told)
     assert {told for told, *_ in cells.values()} > {"unknown"}
 
@@ -253,7 +254,7 @@ def test_a_bound_is_said_to_be_one(tmp_path: Path) -> None:
     """A scale that is no power of two cuts a bin; nothing is exact then, and the page says so."""
     run = record(tmp_path / "run", steps=9, recipe=HIGH)
     (seen,) = load([run]).runs
-    table = what_if.what_if(seen, "it")
+    table, *_ = what_if.what_if(seen, "it")
     assert isinstance(table, Table)
     known = {row[0].text: row[-1].text for row in table.rows}["Float8CurrentScaling"]
     frame = fp8lab.replay(seen.run, fp8lab.Float8CurrentScaling()).frame
@@ -272,14 +273,14 @@ def test_a_large_run_is_not_replayed(story: Story, monkeypatch: pytest.MonkeyPat
     told = what_if.what_if(run, "it")
     assert isinstance(told, str) and f"it has {rows} tensor rows" in told
     monkeypatch.setattr(what_if, "MOST_ROWS", rows)
-    assert isinstance(what_if.what_if(run, "it"), Table)
+    assert isinstance(what_if.what_if(run, "it")[0], Table)
 
 
 def test_amaxes_alone_promise_nothing(tmp_path: Path) -> None:
     rows: list[Row] = [{"step": s, "site": "mlp:product", "cur_amax": 1.0} for s in range(4)]
     sites = [{"site": "mlp", "gate": "gate.weight", "up": "up.weight", "down": "down.weight"}]
     run = Seen("run", write(tmp_path / "run", tensors=rows, info={"sites": sites}))
-    table = what_if.what_if(run, "it")
+    table, *_ = what_if.what_if(run, "it")
     assert isinstance(table, Table)
     current = {row[0].text: row for row in table.rows}["Float8CurrentScaling"]
     assert current[1] == ("none by amax alone", "")

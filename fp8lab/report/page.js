@@ -201,18 +201,22 @@
     return { choosers: [site, quantity], draw };
   };
 
+  const RING = "circle-open";
+
   const weights = (data) => {
     const place = choice("Show", data.places.map((one) => one.name));
     const all = () => data.places[place.at].scatters ?? data.places[place.at].peaks;
     const step = slider("Step", all().length, all().length - 1);
     place.input.addEventListener("input", () => step.resize(all().length));
-    const dots = (x, y, peak, said) => ({
+    // `signs`: of the points that the caption speaks of, what they look like there.
+    const dots = (x, y, signs, said) => ({
       type: "scatter", mode: "markers", x, y, showlegend: false, text: said,
       hovertemplate: "%{text}<extra></extra>", cliponaxis: false,
       marker: {
-        color: x.map((_, at) => colour(at === peak ? "--c2" : "--c1")), opacity: 0.8,
-        symbol: x.map((_, at) => (at === peak ? "diamond" : "circle")),
-        size: x.map((_, at) => (at === peak ? 14 : 7)), line: { width: 0 },
+        color: x.map((_, at) => colour(signs[at] ? "--c2" : "--c1")), opacity: 0.8,
+        symbol: x.map((_, at) => signs[at] ?? "circle"),
+        size: x.map((_, at) => (signs[at] ? 14 : 7)),
+        line: { width: x.map((_, at) => (signs[at] === RING ? 2.5 : 0)) },
       },
     });
     const height = () => (NARROW.matches ? 360 : 460);
@@ -225,7 +229,7 @@
       const square = (title, more) =>
         axis(title, { range: [-limit, limit], nticks: 7, constrain: "domain", ...more });
       return {
-        data: [dots(one.gate, one.up, one.peak, said)],
+        data: [dots(one.gate, one.up, { [one.peak]: RING }, said)],
         layout: layout(height(), {
           xaxis: square("weight in the gate row"),
           yaxis: square("weight in the up row", { scaleanchor: "x" }),
@@ -248,9 +252,10 @@
         type: "scatter", mode: "lines", x: [low, high], y: [low, high].map((gate) => one.product_amax[0] / gate),
         line: { width: 1, dash: "dash", color: colour("--soft") }, hoverinfo: "skip", showlegend: false,
       };
+      const largest = one.product_amax.indexOf(Math.max(...one.product_amax));
       const titled = (scale, title) => ({ ...scale, title: axis(title).title });
       return {
-        data: [line, dots(one.gate_amax, one.up_amax, 0, said)],
+        data: [line, dots(one.gate_amax, one.up_amax, { [largest]: "diamond", 0: "x" }, said)],
         layout: layout(height(), {
           xaxis: titled(logarithmic(low, high), "largest gate of a channel"),
           yaxis: titled(logarithmic(...ends("up_amax")), "largest up of a channel"),

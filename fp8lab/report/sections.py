@@ -87,7 +87,7 @@ def _sections(story: Story) -> list[Section]:
         Section("range", "The product against the format's range", [_ranges(story, shown, place)]),
         Section("twin", "Beside its twin in high precision", [_twin(story, worst)]),
         Section("dose", "One channel amplified: the dose response", _dose_blocks(story)),
-        Section("whatif", "What other recipes would have met", [_what_if(story, shown)]),
+        Section("whatif", "What other recipes would have met", _what_if(story, shown)),
         Section("findings", "All findings", _finding_blocks(story)),
         Section("limits", "What does not follow", _limit_blocks(story)),
         Section("words", "What the words mean", [Points(WORDS)]),
@@ -389,9 +389,9 @@ def _twin(story: Story, worst: list[Seen]) -> Picture | Note:
     )
 
 
-def _what_if(story: Story, run: Seen | None) -> Block:
+def _what_if(story: Story, run: Seen | None) -> list[Block]:
     told = _NO_RUN if run is None else what_if(run, named(story, run))
-    return _missing(told) if isinstance(told, str) else told
+    return [_missing(told)] if isinstance(told, str) else [*told]
 
 
 def _finding_blocks(story: Story) -> list[Block]:

@@ -24,6 +24,7 @@ from fp8lab.recipe import (
     Recipe,
     RowwiseScaling,
 )
+from fp8lab.report.blocks import Folded
 from fp8lab.report.story import Seen
 from fp8lab.report.tables import NOTHING, Cell, Table
 
@@ -39,8 +40,9 @@ MOST_ROWS = 10_000
 HEAD = ("recipe, with its defaults", "trouble foreseen", "worst", "known of it")
 
 
-def what_if(run: Seen, name: str) -> Table | str:
-    """A row a recipe; or why there is none."""
+def what_if(run: Seen, name: str) -> list[Table | Folded] | str:
+    """A row a recipe, and behind a line what a next run has to record for all of them; or why there
+    is none."""
     rows = run.run.arrow("tensors", ("step",)).num_rows
     if not rows:
         return f"no tensor of {name} was recorded"
@@ -52,12 +54,15 @@ def what_if(run: Seen, name: str) -> Table | str:
     forecasts = [replay(run.run, recipe) for recipe in RECIPES]
     notes = [*dict.fromkeys(note for one in forecasts for note in one.notes)]
     notes += _unknown(forecasts[0].unknown)
-    common = select_of(missing for forecast in forecasts for missing in forecast.missing)
-    if common:
-        notes.append(f"to know all of it, watch the next run with {common}; {PRICE}")
     told = f"The tensors of {name} as they were recorded, cast by other recipes"
     rows_of = [_row(recipe, one) for recipe, one in zip(RECIPES, forecasts, strict=True)]
-    return Table(title=told, head=HEAD, rows=rows_of, note="; ".join(notes))
+    blocks: list[Table | Folded] = []
+    blocks.append(Table(title=told, head=HEAD, rows=rows_of, note="; ".join(notes)))
+    common = select_of(missing for forecast in forecasts for missing in forecast.missing)
+    if common:
+        argument = Table(head=("argument of watch",), rows=[(Cell(common),)], note=PRICE)
+        blocks.append(Folded("What a next run has to record for all of them", [argument]))
+    return blocks
 
 
 def _row(recipe: Recipe, forecast: Forecast) -> tuple[Cell, ...]:
