@@ -298,6 +298,7 @@ def test_compare(runs: Path, tmp_path: Path) -> None:
         "saturated": products["saturated"].max(),
         "flushed": products["flushed"].max(),
         "bulk_error": products["bulk_error"].max(),
+        "in_full": f"{products['flushed'].count()} of {len(products)}",
         "steps_per_second": 1 / run.steps()["seconds"].median(),
         "step_time_ratio": 1.0,
         "changes_function": False,
