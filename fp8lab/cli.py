@@ -1,9 +1,9 @@
 """The command line: verbs over runs and experiments, each a thin layer over the library.
 
 `--json` gives any listing as data. Exit codes: 0 fine, 1 when `diagnose` found something of high
-severity, a run of an experiment failed or `bisect` can name nothing, 2 for wrong usage or bad input
-(one line on stderr that names the file, the key and what was expected), 130 after Ctrl-C (what was
-recorded is kept).
+severity, a run of an experiment or its conclusion failed or `bisect` can name nothing, 2 for wrong
+usage or bad input (one line on stderr that names the file, the key and what was expected), 130
+after Ctrl-C (what was recorded is kept).
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from fp8lab.listing import (
     facts_of,
     print_grids,
     print_rows,
+    print_runs,
     rank_in_words,
     ranks_of,
     stopped_first,
+    summaries_below,
     summary_of,
 )
 from fp8lab.progress import Bars
@@ -56,7 +58,7 @@ class _OneLineErrors(TyperGroup):
                 message = f"{error.filename}: {error.strerror}"
             for line in message.strip().splitlines()[:1]:  # none after the help, for no arguments
                 typer.echo(f"error: {printable(line)}", err=True)
-            sys.exit(2)
+            sys.exit(getattr(error, "exit_code", 2))
         if code == 130:
             typer.echo("interrupted: what was recorded is kept", err=True)
         sys.exit(code)
@@ -131,6 +133,7 @@ def run(
     ],
     out: Annotated[Path | None, typer.Option(help="Folder for the runs. [runs/NAME]")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 2,
+    part: Annotated[list[str] | None, typer.Option(help="Only this part; repeatable.")] = None,
     arm: Annotated[list[str] | None, typer.Option(help="Only this arm; repeatable.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Only this seed; repeatable.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of every training.")] = None,
@@ -145,11 +148,12 @@ def run(
     """Run an experiment, arms x seeds; go on where it stopped."""
     from fp8lab.lab.experiment import Settings, load_experiment, run_experiment
     from fp8lab.lab.result import require_conclusion, write_page
+    from fp8lab.lab.work import Chosen
 
     file, value = load_experiment(experiment)
     out = out or Path("runs") / value.name
     if report is not None:
-        require_conclusion(value, out, quick, arm, seed)
+        require_conclusion(value, out, quick, Chosen.of(part, arm, seed))
     source = None if text is None else _readable(text)
     how = None if parallel is None else parallel.value
     more: dict[str, Any] = {"processes": processes, "parallel": how}
@@ -161,9 +165,11 @@ def run(
             out,
             workers=workers,
             ray=ray,
+            parts=part,
             arms=arm,
             seeds=seed,
             settings=Settings(steps=steps, text=source, quick=quick, **more),
+            on_note=progress.noted,
             on_plan=progress.planned,
             on_start=progress.started,
             on_report=progress.reported,
@@ -171,8 +177,8 @@ def run(
         )
     if as_json:
         rows = [summary_of(open_run(path)) for path in find_runs(out)]
-        chosen = {"arm": arm, "seed": seed}
-        _print_json([row for row in rows if all(row[k] in v for k, v in chosen.items() if v)])
+        asked = {"part": part, "arm": arm, "seed": seed}
+        _print_json([row for row in rows if all(row[k] in v for k, v in asked.items() if v)])
     else:
         print_grids(console, value.parts, out)
     if failures:
@@ -197,20 +203,11 @@ def list_runs(
     """List the runs below a folder."""
     if not folder.is_dir():
         raise RunError(f"{folder}: no such folder")
-    summaries, damaged = [], []
-    for path in find_runs(folder):
-        try:
-            summaries.append(summary_of(open_run(path)))
-        except (RunError, OSError, ValueError) as error:
-            damaged.append({"run": str(path), "state": "damaged", "error": str(error)})
+    summaries = summaries_below(folder)
     if as_json:
-        _print_json([*summaries, *damaged])
-        return
-    names = ("run", "state", "steps", "diverged_at", "loss", "final_loss")
-    rows = [{name: row.get(name) for name in names} for row in [*summaries, *damaged]]
-    for row in rows:
-        row["run"] = Path(str(row["run"])).relative_to(folder)
-    print_rows(Console(markup=False), rows)
+        _print_json(summaries)
+    else:
+        print_runs(Console(markup=False), summaries, folder)
 
 
 @app.command()

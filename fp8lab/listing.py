@@ -20,9 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fp8lab.comparison import config_of, lost_at, number_of, told_losses, told_of
+from fp8lab.failure import TRACEBACK, and_where
 from fp8lab.recipe import GEMMS, gemm_in_words
 from fp8lab.runs import UNTOLD, often_in_words
-from fp8lab.store import Run, find_runs, open_run
+from fp8lab.store import Run, RunError, find_runs, open_run
 from fp8lab.terminal import printable
 
 NAMED = 3  # layers, of those that are cast alike
@@ -46,7 +47,36 @@ def summary_of(run: Run) -> dict[str, Any]:
         "loss": losses[-1].as_py() if len(losses) else None,
         "diverged_at": lost_at(run),
         "final_loss": result.get("final_loss"),
+        "error": run.info.get("error"),
     }
+
+
+def summaries_below(folder: Path) -> list[dict[str, Any]]:
+    """Of the runs below a folder those that can be read, then those that are damaged."""
+    summaries, damaged = [], []
+    for path in find_runs(folder):
+        try:
+            summaries.append(summary_of(open_run(path)))
+        except (RunError, OSError, ValueError) as error:
+            damaged.append({"run": str(path), "state": "damaged", "error": str(error)})
+    return summaries + damaged
+
+
+def print_runs(console: Console, summaries: Iterable[Mapping[str, Any]], folder: Path) -> None:
+    """A row a run, and below why one failed or cannot be read."""
+    names = ("state", "steps", "diverged_at", "loss", "final_loss")
+    rows, why = [], []
+    for summary in summaries:
+        run = Path(str(summary["run"])).relative_to(folder)
+        rows.append({"run": run} | {name: summary.get(name) for name in names})
+        if summary.get("error") is not None:
+            why.append(printable(f"{run}: {summary['error']}"))
+    if not rows:
+        why = [f"no runs in {printable(str(folder))}"]
+    else:
+        print_rows(console, rows)
+    for line in why:
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def facts_of(run: Run, info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -54,7 +84,7 @@ def facts_of(run: Run, info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in ("run", "state", "steps", "loss", "machine", "command", "every"):
         yield key, cell_of(info.get(key))
     if info.get("error") is not None:
-        yield "error", str(info["error"])
+        yield "error", and_where(str(info["error"]), run.path / TRACEBACK)
     yield "versions", ", ".join(f"{k} {v}" for k, v in told_of(run, "versions").items())
     sites = info.get("sites")
     for site in sites if isinstance(sites, list) else []:
@@ -66,7 +96,7 @@ def facts_of(run: Run, info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(casts, dict):
             told = "; ".join(f"{gemm} {gemm_in_words(casts, gemm)}" for gemm in GEMMS)
             alike.setdefault(told, []).append(layer)
-    if not alike:
+    if not alike and "precision" in run.info:
         yield "precision", "no layer says its own: as the model's dtype and autocast have it"
     for told, layers in alike.items():
         more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
@@ -156,12 +186,17 @@ def print_grids(console: Console, parts: Iterable[Any], out: Path) -> None:
     for part in parts:
         if any(config_of(one).get("part") == part.name for one in runs):
             titles = {one.name: printable(one.title) for one in part.arms}
-            console.print(_grid(printable(part.title), titles, part.name, runs))
+            table, key = _grid(titles, part.name, runs)
+            # Not the table's own, which are as narrow as it is.
+            console.print(printable(part.title), style="table.title", highlight=False)
+            console.print(table)
+            if key:
+                console.print(key, style="table.caption", highlight=False)
     console.print(f"runs: {printable(str(out))}", highlight=False, soft_wrap=True)
 
 
-def _grid(title: str, arms: dict[str, str], part: str, runs: list[Run]) -> Table:
-    """Arms x seeds: the step at which a run diverged, or its final loss."""
+def _grid(arms: dict[str, str], part: str, runs: list[Run]) -> tuple[Table, str]:
+    """Arms x seeds: the step at which a run diverged, or its final loss; and how to read it."""
     cells: dict[tuple[str, int], str | Text] = {}
     for one in runs:
         config, summary = config_of(one), summary_of(one)
@@ -173,15 +208,15 @@ def _grid(title: str, arms: dict[str, str], part: str, runs: list[Run]) -> Table
                 cell = Text(printable(f"✗ {diverged}"), style="bold red")
             cells[where[0], where[1]] = cell
     seeds = sorted({seed for _, seed in cells})
-    table = Table(box=None, title=title, title_justify="left", caption_justify="left")
-    if any(isinstance(cell, Text) for cell in cells.values()):
-        table.caption = "a number: the final loss; ✗ n: diverged at step n"
+    has_diverged = any(isinstance(cell, Text) for cell in cells.values())
+    key = "a number: the final loss; ✗ n: diverged at step n" * has_diverged
+    table = Table(box=None)
     for name in ("arm", *(f"seed {seed}" for seed in seeds)):
         table.add_column(name)
     for arm, arm_title in arms.items():
         if any((arm, seed) in cells for seed in seeds):
             table.add_row(arm_title, *(cells.get((arm, seed), "") for seed in seeds))
-    return table
+    return table, key
 
 
 def print_rows(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:

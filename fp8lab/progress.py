@@ -45,6 +45,10 @@ class Bars:
         if self._console.is_terminal:
             self._bars.stop()
 
+    def noted(self, line: str) -> None:
+        """What does not fail and should be known."""
+        print(f"note: {printable(line)}", file=sys.stderr)
+
     def planned(self, total: int) -> None:
         self._at_most, self._is_planned = total, True
         self._bars.update(self._all, total=total)

@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from fp8lab import segments
+from fp8lab.failure import TRACEBACK
 from fp8lab.record import SCHEMA_VERSION, TABLES, Table
 from fp8lab.runs import Run as Run
 from fp8lab.runs import claimed, folder_of, state_file, this_process
@@ -327,14 +328,15 @@ class _Backlog:
 
 
 def _refuse_taken(path: Path, info: Mapping[str, Any], rank: int) -> None:
-    """An empty folder is free; so is what other ranks of this training made."""
+    """An empty folder is free; so is what other ranks of this training made, or one of which all
+    that a training left is why it failed before it began."""
     expected = "expected a new run directory; watch(resume_at=STEP) goes on with one"
     taken = RunError(f"{path}: exists already, {expected}")
     if not path.is_dir():
         if path.exists():
             raise taken
         return
-    names = {child.name for child in path.iterdir()}
+    names = {child.name for child in path.iterdir()} - {TRACEBACK}
     starting = {"ranks"} if rank == 0 else {"ranks", "segments", ".run.json"}
     # Asked by name: a listing taken while it is replaced may lack it.
     if not names <= starting and (rank == 0 or not (path / "run.json").exists()):

@@ -171,7 +171,7 @@ TABLE: dict[str, set[str]] = {
     "wanted": {"record"},
     "segments": {"record", "wanted"},
     "runs": {"record", "segments", "wanted"},
-    "store": {"record", "runs", "segments"},
+    "store": {"failure", "record", "runs", "segments"},
     "forecast": {"formats", "recipe", "plan", "record", "runs", "segments", "sketch"},
     "diagnosis": NECK | {"plan"},
     "guard": {
@@ -189,7 +189,7 @@ TABLE: dict[str, set[str]] = {
     | {"sites", "monitor", "store"},
     "comparison": {"runs"},
     "report": NECK | {"comparison", "forecast", "diagnosis"},
-    "listing": {"comparison", "recipe", "runs", "store", "terminal"},
+    "listing": {"comparison", "failure", "recipe", "runs", "store", "terminal"},
     "live": {"diagnosis", "record", "report", "runs", "segments", "terminal"},
     "terminal": set(),
     "integrations": {"monitor", "guard", "sites", "store", "recipe", "record", "monitor.statistics"}
@@ -199,7 +199,7 @@ TABLE: dict[str, set[str]] = {
     DOOR: ALL,
 }
 TORCH_FREE = NECK | {"comparison", "forecast", "diagnosis", "report"}
-TORCH_FREE |= {"listing", "live", "terminal"}
+TORCH_FREE |= {"listing", "live", "terminal", "failure"}
 
 
 # module -> source, where a package is named by its file: `fp8lab.report.__init__`

@@ -124,6 +124,7 @@ def test_run(first_run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
             "loss": float(run.steps()["loss"].iloc[-1]),
             "diverged_at": 1 if "hot" in label else None,
             "final_loss": None if "hot" in label else float(run.steps()["loss"].iloc[-1]),
+            "error": None,
         }
 
 
@@ -146,12 +147,43 @@ def test_a_run_that_fails_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.Mon
     result = invoke("run", TINY, *only, "--text", "text")
     (line,) = [n for n, of in enumerate(TINY.read_text().split("\n"), 1) if "it raised" in of]
     error = f"RuntimeError: it raised (tiny_experiment.py:{line})"
-    assert (result.exit_code, result.stderr) == (1, f"failed: first/current/seed-1: {error}\n")
+    whole = Path("runs/tiny/first/current/seed-1/traceback.txt")
+    told = f"{error}; all of the error is in {whole}"
+    assert (result.exit_code, result.stderr) == (1, f"failed: first/current/seed-1: {told}\n")
+    assert whole.read_text().startswith("Traceback (most recent call last)")
+    assert whole.read_text().endswith("RuntimeError: it raised\nand said more\n")
     assert result.stdout.splitlines()[0] == "done: first/prepare/seed-1 (1/2)"
     assert "it raised" not in result.stdout and "FP8 failed" in spoken(result.stdout)
-    assert f"error {error}" in spoken(invoke("show", "runs/tiny/first/current/seed-1").stdout)
+    assert f"error {told}" in spoken(invoke("show", whole.parent).stdout)
+    listed = invoke("ls", "runs/tiny").stdout.splitlines()
+    assert listed[-1] == f"first/current/seed-1: {error}"
     described = json.loads(Path("runs/tiny/experiment.json").read_text())
     assert described["settings"] == {"steps": None, "text": "text", "quick": False}
+
+
+def test_a_conclusion_that_fails_is_exit_code_1(tmp_path: Path) -> None:
+    file, page = tmp_path / TINY.name, tmp_path / "page"
+    text = TINY.read_text().replace('verdict="confirmed"', "verdict=1 / 0")
+    file.write_text(text)
+    quick = ("--quick", "--workers", "1")
+    result = invoke("run", file, "--out", tmp_path / "runs", "--report", page, *quick)
+    whole = tmp_path / "runs" / "traceback.txt"
+    told = f"; all of the error is in {whole}\n"
+    assert result.exit_code == 1 and result.stderr.endswith(told)
+    assert "error: experiment tiny: no conclusion: ZeroDivisionError" in result.stderr
+    assert whole.read_text().endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_a_grids_title_and_key_have_the_width_of_the_terminal(runs: Path) -> None:
+    title = "From scratch, and with a title that is wider than its table of two columns"
+    arms = [SimpleNamespace(name="hot", title="H")]
+    printed = io.StringIO()
+    part = SimpleNamespace(name="second", title=title, arms=arms)
+    print_grids(Console(file=printed, width=100), [part], runs)
+    key = "a number: the final loss; ✗ n: diverged at step n"
+    assert [line.rstrip() for line in printed.getvalue().splitlines()] == [
+        *(title, " arm  seed 0", " H    ✗ 1", key, f"runs: {runs}")
+    ]
 
 
 def test_run_prints_as_json_what_was_asked_for_of_a_folder_with_more(runs: Path) -> None:
@@ -184,7 +216,15 @@ def test_ls_lists_what_is_damaged_too(tmp_path: Path) -> None:
     states = {Path(row["run"]).name: row["state"] for row in strict(result.stdout)}
     damaged = dict.fromkeys(("bad", "new", "list", "torn"), "damaged")
     assert states == {"good": "finished"} | damaged
-    assert spoken(invoke("ls", tmp_path).stdout).count("damaged - - - -") == 4
+    told = invoke("ls", tmp_path).stdout
+    assert spoken(told).count("damaged - - - -") == 4
+    assert f"\nnew: {tmp_path}/new/run.json: schema_version: 99, expected 1" in told
+
+
+def test_ls_of_a_folder_without_runs_says_so(tmp_path: Path) -> None:
+    result = invoke("ls", tmp_path)
+    assert (result.exit_code, result.stdout) == (0, f"no runs in {tmp_path}\n")
+    assert strict(invoke("ls", tmp_path, "--json").stdout) == []
 
 
 def test_ls_looks_in_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -460,7 +500,9 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*RUN, "new", "--text", "empty"), "text empty: Is a directory"),
     ((*RUN, "foreign"), "foreign: exists and holds no experiment, expected a new folder"),
     ((*RUN, "file"), "file: Not a directory"),
+    ((*RUN, "new", "--part", "third"), "part third: expected some of first, second"),
     ((*RUN, "new", "--arm", "cold"), "arm cold: expected some of bf16, current, hot"),
+    ((*RUN, "new", "--part", "first", "--arm", "hot"), "arm hot: expected some of bf16, current"),
     ((*RUN, "new", "--seed", "5"), "seed 5: expected some of 0, 1, as the experiment has them"),
     ((*RUN, "new", "--workers", "-1"), "Invalid value for '--workers': "),
     ((*RUN, "new", "--workers", "0"), "Invalid value for '--workers': "),
@@ -493,7 +535,7 @@ def test_a_bug_is_not_bad_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     def broken(path: Path) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("fp8lab.cli.find_runs", broken)
+    monkeypatch.setattr("fp8lab.listing.find_runs", broken)
     result = CliRunner().invoke(app, ["ls", str(tmp_path)])
     assert isinstance(result.exception, KeyError)
 
@@ -508,7 +550,7 @@ def test_an_error_is_its_first_line_or_its_name(
     def broken(path: Path) -> None:
         raise error
 
-    monkeypatch.setattr("fp8lab.cli.find_runs", broken)
+    monkeypatch.setattr("fp8lab.listing.find_runs", broken)
     assert invoke("ls", tmp_path).stderr == f"error: {line}\n"
 
 

@@ -268,6 +268,12 @@ def test_what_fails_or_dies_is_told_in_a_line_and_done_again(
         "second/bf16/seed-1": "SystemExit: 3",
     }
     assert {one.split(" (tiny")[0] for one in failures} == {f"{k}: {v}" for k, v in reasons.items()}
+    whole = "first/bf16/seed-0/traceback.txt"
+    assert f"; all of the error is in {out / whole}" in "".join(failures)
+    assert (out / whole).read_text().endswith("RuntimeError: it raised\nand said more\n")
+    whole = "first/prepare-seed-1-traceback.txt"
+    assert f"; all of the error is in {out / whole}" in "".join(failures)
+    assert (out / whole).read_text().endswith("ValueError: nothing prepared\n")
     unprepared = {"first/bf16/seed-1", "first/current/seed-1"}
     ends = {told.labels[index]: error for index, error in told.ends.items()}
     assert ends.keys() == {*LABELS, "first/prepare/seed-0", "first/prepare/seed-1"} - unprepared
@@ -293,6 +299,60 @@ def test_what_fails_or_dies_is_told_in_a_line_and_done_again(
     assert {label: snapshot(out / label) for label in kept} == kept
     for label in LABELS:
         assert rows(open_run(out / label)) == rows(open_run(done[0] / label)), label
+    assert not [*out.rglob("*traceback.txt")]
+
+
+def test_a_training_that_never_watched_is_a_run_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: tuple[Path, Told]
+) -> None:
+    out, which = tmp_path / "runs", {"parts": ["second"], "arms": ["bf16"]}
+    raised, killed = (out / "second" / "bf16" / f"seed-{seed}" for seed in (0, 1))
+    fates = {"second/bf16/seed-0": "raises early", "second/bf16/seed-1": "killed early"}
+    monkeypatch.setenv("TINY_EXPERIMENT", json.dumps(fates))
+    for _ in range(2):  # what a failure leaves hinders no second one
+        failures = run_tiny(out, workers=1, **which)
+        reasons = [open_run(path).info["error"] for path in (raised, killed)]
+        assert reasons[0].startswith("RuntimeError: it never began (tiny_experiment.py:")
+        assert reasons[1] == "its process ended with exit code -9"
+        whole = raised / "traceback.txt"
+        assert failures == [
+            f"second/bf16/seed-0: {reasons[0]}; all of the error is in {whole}",
+            f"second/bf16/seed-1: {reasons[1]}",
+        ]
+        assert whole.read_text().endswith("RuntimeError: it never began\nand said more\n")
+        assert whole.read_text().count("Traceback") == 1
+    assert [path.relative_to(out).as_posix() for path in find_runs(out)] == [*fates]
+    for run in (open_run(raised), open_run(killed)):
+        finished = open_run(done[0] / run.path.relative_to(out)).info["config"]
+        assert run.state == "failed" and len(run.steps()) == 0
+        assert run.info["config"] == {k: finished[k] for k in run.info["config"]}
+    monkeypatch.delenv("TINY_EXPERIMENT")
+    assert run_tiny(out, workers=1, **which) == []
+    for path in (raised, killed):
+        assert rows(open_run(path)) == rows(open_run(done[0] / path.relative_to(out)))
+        assert not (path / "traceback.txt").exists()
+
+
+def test_finished_runs_of_another_version_of_the_file_are_told(
+    tmp_path: Path, done: tuple[Path, Told]
+) -> None:
+    """Nothing but the file knows of a learning rate in its code."""
+    out, file, notes = tmp_path / "runs", tmp_path / TINY.name, list[str]()
+    shutil.copytree(done[0], out)
+    file.write_text(TINY.read_text().replace("lr=0.01", "lr=0.02"))
+    before, now = (hashlib.sha256(one.read_bytes()).hexdigest()[:16] for one in (TINY, file))
+
+    def told(file: Path) -> list[str]:
+        notes.clear()
+        assert run_experiment(*load_experiment(str(file)), out, on_note=notes.append) == []
+        return notes
+
+    assert told(TINY) == []
+    of = f"another version of {TINY.name} (SHA-256 {before}, now {now}): another --out runs it"
+    assert told(file) == [f"{out}: 8 finished runs are kept, made by {of} as it is now"]
+    shutil.rmtree(out / "second" / "hot" / "seed-1")
+    assert told(file) == [f"{out}: 7 finished runs are kept, made by {of} as it is now"]
+    assert told(file) == [f"{out}: 8 finished runs are kept, some made by {of} as it is now"]
 
 
 def unfinished(path: Path, state: str) -> None:
@@ -340,6 +400,23 @@ def test_an_unknown_arm_is_refused_before_anything_is_written(tmp_path: Path) ->
     assert str(caught.value) == "arm cold: expected some of bf16, current, hot"
     with pytest.raises(ValueError, match="workers: 0, expected at least 1"):
         run_tiny(tmp_path / "runs", workers=0)
+    with pytest.raises(ValueError, match=r"^arm hot: expected some of bf16, current$"):
+        run_tiny(tmp_path / "runs", parts=["first"], arms=["hot"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_arm_and_a_seed_that_no_part_has_together_are_refused(tmp_path: Path) -> None:
+    file, experiment = load_experiment(str(TINY))
+    first, second = experiment.parts
+    parts = first, dataclasses.replace(second, seeds=(2,))
+    with pytest.raises(ValueError, match=r"^arm hot with seed 0: expected ones that a part has"):
+        run_experiment(
+            file,
+            dataclasses.replace(experiment, parts=parts),
+            tmp_path / "runs",
+            arms=["hot"],
+            seeds=[0],
+        )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -447,7 +447,7 @@ def test_what_lies_beside_an_experiments_file_can_be_imported(
 
 
 def test_seeds_of_the_command_line_are_checked(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="seed -1, expected distinct whole numbers"):
+    with pytest.raises(ValueError, match=r"^seed -1: expected some of 0, 1, as the experiment has"):
         run_experiment(Path("x.py"), tiny(), tmp_path / "out", seeds=[-1])
     assert not (tmp_path / "out").exists()
 

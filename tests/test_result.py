@@ -19,6 +19,7 @@ import pytest
 from fp8lab.lab.experiment import Settings, load_experiment, run_experiment
 from fp8lab.lab.result import (
     Clause,
+    NoConclusion,
     Picture,
     Result,
     Table,
@@ -34,6 +35,7 @@ from fp8lab.lab.result import (
     write_log,
     write_page,
 )
+from fp8lab.lab.work import Chosen
 from fp8lab.monitor.about import command
 from fp8lab.store import find_runs, open_run
 
@@ -121,7 +123,7 @@ def test_a_conclusion_that_fails_is_a_line_and_a_file(
         verdict="partly", sentence="It did.", parts=(Picture(name="a", title="A", draw=raising),)
     )  # type: ignore[arg-type]
     failing = replace(experiment, conclude=raising if fails == "conclude" else lambda _: drawn)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(NoConclusion) as caught:
         write_page(failing, file, whole, tmp_path / "reports")
     place = f"(test_result.py:{raising.__code__.co_firstlineno + 1})"
     told = f"no conclusion: KeyError: 'the arm\\nand more' {place}; all of the error is in "
@@ -307,12 +309,15 @@ def test_bad_values_are_refused_at_birth() -> None:
 
 def test_a_page_is_refused_before_its_other_runs_are_missed(quick: Path) -> None:
     _, experiment = load_experiment(str(TINY))
-    require_conclusion(experiment, quick, True, None, None)
-    require_conclusion(experiment, quick, True, [experiment.parts[0].arms[0].name], None)
+    everything = Chosen.of(None, None, None)
+    require_conclusion(experiment, quick, True, everything)
+    require_conclusion(experiment, quick, True, Chosen.of(None, ["bf16"], None))
     nothing = quick.parent / "nothing"
-    require_conclusion(experiment, nothing, True, None, None)
-    told = (
-        r"^--report: .*nothing lacks \d runs that --arm and --seed leave out, as \w+/.*: expected"
-    )
-    with pytest.raises(ValueError, match=told):
-        require_conclusion(experiment, nothing, True, None, [10**6])
+    require_conclusion(experiment, nothing, True, everything)
+    left_out = r"runs that --part, --arm and --seed leave out, as \w+/.*: expected"
+    for lacks, chosen in (
+        (4, Chosen.of(None, None, [10**6])),
+        (2, Chosen.of(["second"], None, None)),
+    ):
+        with pytest.raises(ValueError, match=f"^--report: .*nothing lacks {lacks} {left_out}"):
+            require_conclusion(experiment, nothing, True, chosen)

@@ -1,9 +1,10 @@
 """An experiment of a second: two parts, one of which prepares something, two arms and two seeds.
 
 The environment says what befalls a run: TINY_EXPERIMENT is JSON that maps a run, such as
-"second/bf16/seed-0", to "raises", "exits", "terminated" or "killed", and "pause" to the seconds
-that every step takes. Weights and batches come from torch's global generator: what a run draws is
-then its seed's only if nothing else has been drawn before.
+"second/bf16/seed-0", to "raises", "exits", "terminated" or "killed", or before it watches "raises
+early" or "killed early", and "pause" to the seconds that every step takes. Weights and batches come
+from torch's global generator: what a run draws is then its seed's only if nothing else has been
+drawn before.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ class Reconstruction:
 
     def __init__(self, label: str) -> None:
         self.fate = BEFALLS.get(label)
+        if self.fate == "raises early":
+            raise RuntimeError("it never began\nand said more")
+        if self.fate == "killed early":
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
         time.sleep(BEFALLS.get("pause", 0.0))

@@ -66,6 +66,26 @@ def description_of(out: Path, experiment: Experiment, settings: Settings) -> dic
     return description
 
 
+def other_versions(description: dict[str, Any], file: Path) -> str | None:
+    """In words, if runs of the folder were made by another version of the file than this one.
+
+    Which of them is not known once several versions have made some.
+    """
+    made_by, now = description["files"], file_hash(file)
+    others = ", ".join(str(one) for one in made_by if one != now)
+    if not others:
+        return None
+    which = "some made by" if now in made_by else "made by"
+    told = f"{which} another version of {file.name} (SHA-256 {others}, now {now})"
+    return f"{told}: another --out runs it as it is now"
+
+
+def add_maker(description: dict[str, Any], file: Path, command: str) -> None:
+    """This version of the file, and this command, make runs from now on."""
+    for name, told in (("files", file_hash(file)), ("commands", command)):
+        description[name] = list(dict.fromkeys([*description[name], told]))
+
+
 def _in_words(settings: dict[str, Any], usual: dict[str, Any]) -> str:
     others = {name: value for name, value in settings.items() if value != usual.get(name)}
     told = ", ".join(f"{name}={shown(value)}" for name, value in sorted(others.items()))

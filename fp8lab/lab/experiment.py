@@ -8,6 +8,8 @@ under contention are many times slower on small tensors) and its own run directo
     OUT/<part>/<arm>/seed-<seed>/          a run, see `store`
 
 Finished runs are kept; what was interrupted or killed is run again, and nothing else is touched.
+A training that fails leaves all of its error in `traceback.txt` of its run's folder; where it never
+began to watch, there is still a run, which has failed and has no rows.
 
 Rejected: threads (the GIL, and torch's thread pools), and a results file beside the run
 directories, which could disagree with them.
@@ -16,31 +18,37 @@ directories, which could disagree with them.
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from fp8lab.failure import in_one_line
+from fp8lab.agreement import rank_of, world_size
+from fp8lab.failure import and_where, in_one_line, left_in
 from fp8lab.lab.arm import Arm, require_types
-from fp8lab.lab.description import description_of, file_hash, write_description
+from fp8lab.lab.description import (
+    add_maker,
+    description_of,
+    other_versions,
+    write_description,
+)
 from fp8lab.lab.parallel import Parallel
 from fp8lab.lab.processes import do_in_processes, require_parallel
 from fp8lab.lab.ray_workers import RayWorkers
 from fp8lab.lab.result import Result
+from fp8lab.lab.work import Chosen, Work, stages, whole_error
 from fp8lab.lab.workers import Call, Workers
 from fp8lab.monitor.about import command
 from fp8lab.plan import named
 from fp8lab.recipe import shown
-from fp8lab.store import Run, RunError, open_run
+from fp8lab.store import RunError, RunWriter, find_runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +94,13 @@ class Job:
         there.
         """
         self.arm.require_all_asked()
+        return self.asked() | more
+
+    def asked(self) -> dict[str, Any]:
+        """What of the run's config is known before it has begun."""
         arm, settings = self.arm.describe(), self.settings
-        if settings.parallel is not None:
-            more |= {"processes": settings.processes, "parallel": settings.parallel}
+        how = settings.parallel
+        several = {} if how is None else {"processes": settings.processes, "parallel": how}
         return {
             "experiment": self.experiment,
             "part": self.part,
@@ -98,7 +110,7 @@ class Job:
             "mitigations": arm["mitigations"],
             "changes_function": arm["changes_function"],
             "options": arm["options"],
-            **more,
+            **several,
         }
 
 
@@ -281,33 +293,32 @@ def do_job(
     progress = reporting(send, index)
     seed, path, settings = about
     torch.manual_seed(seed)  # or what a run draws would depend on the runs before it in the process
-    if arm_name is None:
-        assert part.prepare is not None
-        part.prepare(seed, path, settings, progress)
-        return
-    arm = next(a for a in part.arms if a.name == arm_name)
-    part.run(Job(experiment.name, part.name, arm, seed, path, settings), progress)
+    heading = f"rank {rank_of()}: " if world_size() > 1 else ""
+    with left_in(whole_error(arm_name, seed, path), heading):
+        if arm_name is None:
+            assert part.prepare is not None
+            part.prepare(seed, path, settings, progress)
+            return
+        arm = next(a for a in part.arms if a.name == arm_name)
+        part.run(Job(experiment.name, part.name, arm, seed, path, settings), progress)
 
 
-class _Work(NamedTuple):
-    """A run, or without an arm what is prepared for a part's runs of one seed."""
-
-    part: Part
-    arm: Arm | None
-    seed: int
-    path: Path
-
-    @property
-    def label(self) -> str:
-        return f"{self.part.name}/{self.arm.name if self.arm else 'prepare'}/seed-{self.seed}"
-
-
-def _call(index: int, file: Path, work: _Work, settings: Settings) -> Call:
+def _call(index: int, file: Path, work: Work, settings: Settings) -> Call:
     name = None if work.arm is None else work.arm.name
     several = settings.parallel is not None and name is not None
     about = work.seed, work.path, settings
     function = do_in_processes if several else do_job
     return function, (index, file, work.part.name, name, about)
+
+
+def _record_failure(experiment: Experiment, work: Work, settings: Settings, error: str) -> str:
+    """In one line; and as a run, where the training failed or died before it had begun one."""
+    if work.arm is not None and next(find_runs(work.path), None) is None:
+        job = Job(experiment.name, work.part.name, work.arm, work.seed, work.path, settings)
+        about = {"created": time.time(), "command": command(), "config": job.asked()}
+        with suppress(RunError, OSError):  # of a full disk; the line is told in any case
+            RunWriter.create(work.path, about).close("failed", error=error)
+    return f"{work.label}: {and_where(error, work.whole_error)}"
 
 
 def run_experiment(
@@ -317,9 +328,11 @@ def run_experiment(
     *,
     workers: int = 2,
     ray: str | None = None,
+    parts: Iterable[str] | None = None,
     arms: Iterable[str] | None = None,
     seeds: Iterable[int] | None = None,
     settings: Settings | None = None,
+    on_note: Callable[[str], None] = lambda line: None,
     on_plan: Callable[[int], None] = lambda total: None,
     on_start: Callable[[int, str], None] = lambda index, label: None,
     on_report: Callable[[Report], None] = lambda report: None,
@@ -329,26 +342,24 @@ def run_experiment(
     each. Runs whose preparation failed are not done. With `ray`, a cluster's address, they are its
     tasks, as many at a time as it has cores; `out` has to be a folder that all its machines share.
 
-    The callbacks get a job's index and label when it is known, its progress, and its end (with the
-    error in one line, None if it went well). Raises ValueError for an arm or a seed that is not the
-    experiment's, fewer than one worker, what several processes cannot do; RunError if `out` holds
-    other runs than these.
+    The callbacks get a line on finished runs of another version of the file; the number of jobs; a
+    job's index and label, its progress, and its end (with the error in one line, None if it went
+    well). Raises ValueError for a part, an arm or a seed that no run has, or not together, fewer
+    than one worker, what several processes cannot do; RunError if `out` holds other runs.
     """
     settings = settings or Settings()
     require_parallel(settings, experiment.parts, ray)
-    seeds = None if seeds is None else list(dict.fromkeys(seeds))
-    _require_seeds("run_experiment", seeds or ())
-    _require_known(experiment, seeds or ())
-    wanted = None if arms is None else _known_arms(experiment, arms)
-    begun: list[_Work] = []
+    chosen = Chosen.of(parts, arms, seeds)
+    chosen.require_known(experiment)
+    begun: list[Work] = []
     failures: dict[int, str] = {}
 
     def ended(index: int, error: str | None) -> None:
         if error is not None:
-            failures[index] = f"{begun[index].label}: {error}"
+            failures[index] = _record_failure(experiment, begun[index], settings, error)
         on_end(index, failures.get(index))
 
-    def do(stage: list[_Work]) -> None:
+    def do(stage: list[Work]) -> None:
         jobs = {n: _call(n, file, work, settings) for n, work in enumerate(stage, len(begun))}
         begun.extend(stage)
         for index in jobs:
@@ -357,105 +368,16 @@ def run_experiment(
 
     with Workers(workers) if ray is None else RayWorkers(ray) as pool:
         description = description_of(out, experiment, settings)
-        preparations, runs = _stages(experiment, out, wanted, seeds, settings.quick)
-        made_by = {"files": file_hash(file), "commands": command()} if preparations or runs else {}
-        for name, told in made_by.items():
-            description[name] = list(dict.fromkeys([*description[name], told]))
+        preparations, runs, kept = stages(experiment, out, chosen, settings.quick)
+        if kept and (line := other_versions(description, file)) is not None:
+            on_note(f"{out}: {kept} finished runs are kept, {line}")
+        if preparations or runs:
+            add_maker(description, file, command())
         write_description(out, description)  # all that could be refused has been
-        for work in runs:
-            if work.path.exists():
-                shutil.rmtree(work.path)
+        for work in preparations + runs:
+            work.clear()
         on_plan(len(preparations) + len(runs))
         do(preparations)
         unprepared = {(begun[index].part.name, begun[index].seed) for index in failures}
         do([work for work in runs if (work.part.name, work.seed) not in unprepared])
     return list(failures.values())
-
-
-def _known_arms(experiment: Experiment, arms: Iterable[str]) -> set[str]:
-    wanted, known = set(arms), {arm.name for part in experiment.parts for arm in part.arms}
-    if not wanted <= known:
-        unknown = ", ".join(sorted(wanted - known))
-        raise ValueError(f"arm {named(unknown)}: expected some of {', '.join(sorted(known))}")
-    return wanted
-
-
-def _require_known(experiment: Experiment, seeds: Iterable[int]) -> None:
-    """A prediction is about the seeds that the file names, and its page about their runs."""
-    known = list(dict.fromkeys(seed for part in experiment.parts for seed in part.seeds))
-    for seed in seeds:
-        if seed not in known:
-            expected = ", ".join(map(str, known))
-            raise ValueError(
-                f"seed {seed}: expected some of {expected}, as the experiment has them"
-            )
-
-
-def _stages(
-    experiment: Experiment,
-    out: Path,
-    arms: set[str] | None,
-    seeds: Iterable[int] | None,
-    quick: bool,
-) -> tuple[list[_Work], list[_Work]]:
-    """What parts prepare, and all runs without those that are finished."""
-    wanted_seeds = None if seeds is None else set(seeds)
-    preparations: list[_Work] = []
-    runs: list[_Work] = []
-    for part in experiment.parts:
-        seeds_of_part = part.seeds[:1] if quick else part.seeds
-        for seed in seeds_of_part if wanted_seeds is None else sorted(wanted_seeds & {*part.seeds}):
-            todo: list[_Work] = []
-            for arm in part.arms:
-                path = out / part.name / arm.name / f"seed-{seed}"
-                if (arms is None or arm.name in arms) and not _finished(path, arm):
-                    todo.append(_Work(part, arm, seed, path))
-            if todo and part.prepare is not None:
-                preparations.append(_Work(part, None, seed, out / part.name))
-            runs += todo
-    return preparations, runs
-
-
-_OF_A_RUN = ("run.json", "segments", "ranks")  # and its tables: what is removed with it
-
-
-def _finished(path: Path, arm: Arm) -> bool:
-    """Whether a run is complete. What was left unfinished will be removed, to be done again.
-
-    Raises RunError if it must not be: somebody is writing it, or it holds what no run writes. So it
-    does for a finished run that was another arm's.
-    """
-    if not path.exists() and not path.is_symlink():
-        return False
-    if not path.is_dir():
-        raise RunError(f"{path}: is no folder, expected a run directory or nothing")
-    # Without a run.json: its process was killed between two lines of `RunWriter.create`.
-    if {child.name for child in path.iterdir()} - {"segments", ".run.json"}:
-        run = open_run(path)
-        if run.state == "finished":
-            _require_same(run, arm)
-            return True
-        if run.state == "running":
-            raise RunError(f"{path}: is being written by process {run.info.get('pid')}")
-    for child in sorted(path.iterdir()):
-        name = child.name
-        if name not in _OF_A_RUN and not name.startswith(".") and child.suffix != ".parquet":
-            expected = "expected nothing but the run, which is to be done again"
-            raise RunError(f"{path}: holds {shown(name)}, {expected}")
-    if path.is_symlink():
-        raise RunError(f"{path}: is a link to a run that has to be done again, expected the run")
-    return False
-
-
-def _require_same(run: Run, arm: Arm) -> None:
-    config, described = run.info.get("config"), arm.describe()
-    for key in ("recipe", "mitigations", "options"):
-        if not isinstance(config, dict) or key not in config:
-            continue  # from before it was said, or by another's hand
-        found, wanted = config[key], described[key]
-        if key == "mitigations" and isinstance(found, list) and set(map(type, found)) == {str}:
-            wanted = [one["name"] for one in wanted]  # so it was said before
-        if found != json.loads(json.dumps(wanted)):
-            got, expected = (json.dumps(one)[:300] for one in (found, wanted))
-            told = f"a finished run with {key}={got}, expected {expected}, or a new folder"
-            raise RunError(f"{run.path}: {told}")

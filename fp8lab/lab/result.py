@@ -16,22 +16,29 @@ from __future__ import annotations
 import json
 import math
 import re
-import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import pandas as pd
 
-from fp8lab.failure import in_one_line
+from fp8lab.failure import TRACEBACK, and_where, in_one_line, left_in
 from fp8lab.lab.description import file_hash
+from fp8lab.lab.work import Chosen, label_of
 from fp8lab.runs import Run, find_runs, open_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fp8lab.lab.experiment import Experiment
+
+
+class NoConclusion(ValueError):
+    """The experiment's own code has failed on runs that are all there."""
+
+    exit_code = 1  # of the command: as of a run that failed, and not of a wrong word in it
+
 
 Verdict = Literal["confirmed", "refuted", "partly", "undecided"]
 """Of the prediction: as predicted, not, in some clauses only, or the runs cannot tell."""
@@ -199,49 +206,38 @@ def unfinished(experiment: Experiment, out: Path, quick: bool) -> list[tuple[str
     ]
 
 
-def require_conclusion(
-    experiment: Experiment,
-    out: Path,
-    quick: bool,
-    arms: Collection[str] | None,
-    seeds: Collection[int] | None,
-) -> None:
-    """Raises ValueError if no page can follow from these arms and seeds, all if None, and from
-    what `out` has already: better before they are trained."""
+def require_conclusion(experiment: Experiment, out: Path, quick: bool, chosen: Chosen) -> None:
+    """Raises ValueError if no page can follow from the chosen runs and from what `out` has
+    already: better before they are trained."""
     if experiment.conclude is None:
         raise ValueError(f"--report: {experiment.name} has no conclusion, expected none")
-    others = [
-        run
-        for run in unfinished(experiment, out, quick)
-        if (arms and run[1] not in arms) or (seeds and run[2] not in seeds)
-    ]
+    others = [run for run in unfinished(experiment, out, quick) if not chosen.has(*run)]
     if others:
-        first = "{}/{}/seed-{}".format(*others[0])
-        told = f"--report: {out} lacks {len(others)} runs that --arm and --seed leave out"
-        raise ValueError(f"{told}, as {first}: expected all runs of the experiment")
+        told = f"--report: {out} lacks {len(others)} runs that --part, --arm and --seed leave out"
+        raise ValueError(f"{told}, as {label_of(*others[0])}: expected all runs of the experiment")
 
 
 def write_page(experiment: Experiment, file: Path, out: Path, folder: Path) -> Path:
     """Conclude from the runs in `out`, and write page and pictures into `folder`.
 
-    Raises ValueError if the experiment has no conclusion, `out` lacks a run that it would have, or
-    the experiment's own code fails; `out`/traceback.txt then has all of the error.
+    Raises ValueError if the experiment has no conclusion, or `out` lacks a run that it would have;
+    NoConclusion if the experiment's own code fails: `out`/traceback.txt then has all of the error.
     """
     if experiment.conclude is None:
         raise ValueError(f"experiment {experiment.name}: has no conclusion to write")
     quick = _settings(out).get("quick", False)
     if missing := unfinished(experiment, out, quick):
-        first = "{}/{}/seed-{}".format(*missing[0])
+        first = label_of(*missing[0])
         raise ValueError(f"{out}: {len(missing)} runs are not finished, {first} first")
     folder.mkdir(parents=True, exist_ok=True)
-    whole = out / "traceback.txt"
-    try:
-        lines = _concluded(experiment, out, folder, quick)
-    except Exception as error:  # of the experiment's own code
-        whole.write_text(traceback.format_exc(), encoding="utf-8")
-        told = f"no conclusion: {in_one_line(error)}; all of the error is in {whole}"
-        raise ValueError(f"experiment {experiment.name}: {told}") from error
+    whole = out / TRACEBACK
     whole.unlink(missing_ok=True)
+    try:
+        with left_in(whole):
+            lines = _concluded(experiment, out, folder, quick)
+    except Exception as error:  # of the experiment's own code
+        told = and_where(f"no conclusion: {in_one_line(error)}", whole)
+        raise NoConclusion(f"experiment {experiment.name}: {told}") from error
     lines += ["## What does not follow", "", *(f"- {one}" for one in experiment.limits), ""]
     lines += ["## Where this is from", "", *_provenance(experiment, file, out), ""]
     page = folder / f"{experiment.name}.md"
