@@ -65,6 +65,8 @@ def test_two_processes_do_a_run_together(tmp_path: Path) -> None:
     config = dict(run.info["config"])
     assert (config.pop("processes"), config.pop("parallel")) == (2, "ddp")
     assert config == one.info["config"]
+    typed = f"-c run {FILE.name} --out two --workers 1 {' '.join(DDP)} --arm bf16"
+    assert [run.info_of(rank)["command"] for rank in range(2)] == [typed, typed]
     # In high precision a batch in two parts differs by the order of its sums alone.
     found, expected = run.info["result"], one.info["result"]
     assert found == expected | {"final_loss": pytest.approx(expected["final_loss"], rel=1e-6)}
@@ -138,6 +140,10 @@ def test_runs_that_broke_off_are_done_again(tmp_path: Path) -> None:
     assert failed[0].startswith("failed: first/delayed/seed-0: RuntimeError: rank 1 killed")
     assert "RuntimeError: it raised (parallel_experiment.py:" in failed[1]
     first = tmp_path / "out" / "first"
+    whole = first / "current" / "seed-0" / "traceback.txt"
+    assert failed[1].endswith(f"; all of the error is in {whole}")
+    told = whole.read_text()
+    assert "rank 1: Traceback (most" in told and "RuntimeError: it raised\nand said more\n" in told
     bf16 = fp8lab.open_run(first / "bf16" / "seed-0")
     before = bf16.info["updated"]
     states = fp8lab.open_run(first / "delayed" / "seed-0").ranks()["state"].tolist()

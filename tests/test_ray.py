@@ -16,6 +16,7 @@ import pytest
 
 from fp8lab.lab.experiment import load_experiment, run_experiment
 from fp8lab.lab.ray_workers import RayWorkers
+from fp8lab.monitor.about import command
 from fp8lab.store import find_runs, open_run
 
 pytestmark = pytest.mark.long
@@ -78,6 +79,8 @@ def test_a_cluster_gives_the_same_runs_and_a_lost_worker_costs_its_own(
     assert len(here) == 8
     assert here.pop(KILLED)
     assert losses(tmp_path / "there") == here
+    runs = [open_run(tmp_path / "there" / name) for name in here]
+    assert {run.info["command"] for run in runs} == {command()}
 
 
 def test_no_cluster_is_one_line() -> None:

@@ -70,7 +70,7 @@ def do_in_processes(
     from fp8lab.lab.experiment import Report
 
     seed, path, settings = about
-    job = [index, str(file), part_name, arm_name, seed, str(path), asdict(settings)]
+    job = [sys.argv, index, str(file), part_name, arm_name, seed, str(path), asdict(settings)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={settings.processes}", "-m", __name__, json.dumps(job)]
     # torchrun's own account of a failure says no more than what is heard here.
@@ -122,7 +122,7 @@ def _interrupt(*_: object) -> None:
 def _do(job: list[Any]) -> None:
     from fp8lab.lab.experiment import Settings, do_job
 
-    index, file, part_name, arm_name, seed, path, settings = job
+    sys.argv, index, file, part_name, arm_name, seed, path, settings = job
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
@@ -50,7 +51,7 @@ class RayWorkers:
     ) -> None:
         """Do all jobs, as `Workers.do` does."""
         task = self._ray.remote(num_cpus=1, max_retries=0)(_serve)
-        indexes = {task.remote(self._queue, *job): index for index, job in jobs.items()}
+        indexes = {task.remote(self._queue, sys.argv, *job): i for i, job in jobs.items()}
         self._waiting = list(indexes)
         while self._waiting:
             ended, self._waiting = self._ray.wait(self._waiting, timeout=0.2)
@@ -89,9 +90,12 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def _serve(queue: Any, function: Callable[..., None], arguments: tuple[Any, ...]) -> str | None:
+def _serve(
+    queue: Any, typed: list[str], function: Callable[..., None], arguments: tuple[Any, ...]
+) -> str | None:
     """On a worker: one job; the error in one line, None if it went well."""
     torch.set_num_threads(1)
+    sys.argv = typed  # which the run tells, and not how Ray starts its workers
     try:
         function(queue.put, *arguments)
     except (Exception, SystemExit) as error:
