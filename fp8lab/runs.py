@@ -40,6 +40,7 @@ HEARTBEAT_SECONDS = 300.0  # one on another machine that flushed nothing for so 
 LARGEST_INFO_BYTES, DEEPEST_INFO = 64 << 20, 50  # a run.json beyond this is none
 NAMED_RANKS = 8  # in one sentence
 OFTEN = 5.0  # seconds between two writes of a process, if it does not say
+_REFUSED = "could not write"  # of a process, beside its state
 UNTOLD = ("running", "killed", "unknown")  # states in which more was done than is on disk
 
 BISECTION = "bisection.json"  # beside the reruns that it lists
@@ -85,25 +86,27 @@ class Run:
     def lost(self) -> str:
         """Which of several processes have not come to an end, or not written all their rows, in
         words: "rank 3 killed; ranks 0, 1 failed". Empty if there are none, and for one process."""
-        folders = self.folders()
-        if len(folders) < 2:
-            return ""
-        ranks: dict[str, list[str]] = {}
-        for rank in folders:
-            ranks.setdefault(self.state_of(rank), []).append(str(rank))
-            if self.info_of(rank).get("refused") is not None:
-                ranks.setdefault("could not write", []).append(str(rank))
-        order = [state for state in (*_STATES[1:], "could not write") if state in ranks]
+        ranks = self._by_end()
+        order = [state for state in (*_STATES[1:], _REFUSED) if state in ranks]
         return "; ".join(f"{_named(ranks[state])} {state}" for state in order)
 
     @property
     def incomplete(self) -> str:
         """Of several processes those that may have had rows which are not on disk, in words: "rank
         3" was killed, or its disk refuses. A process that failed has written what it had."""
+        ranks = self._by_end()
+        which = {rank for state in (*UNTOLD[1:], _REFUSED) for rank in ranks.get(state, ())}
+        return _named(sorted(which)) if which else ""
+
+    def _by_end(self) -> dict[str, list[int]]:
+        """Of several processes those of each state, and those whose disk refuses; of one none."""
+        ranks: dict[str, list[int]] = {}
         folders = self.folders()
-        told = [(rank, self.state_of(rank), self.info_of(rank).get("refused")) for rank in folders]
-        which = [str(rank) for rank, state, refused in told if refused or state in UNTOLD[1:]]
-        return _named(which) if len(folders) > 1 and which else ""
+        for rank in folders if len(folders) > 1 else ():
+            ranks.setdefault(self.state_of(rank), []).append(rank)
+            if self.info_of(rank).get("refused") is not None:
+                ranks.setdefault(_REFUSED, []).append(rank)
+        return ranks
 
     def writes_every(self, rank: int) -> float:
         """Seconds between two writes of a process: what was done since its last, a kill loses."""
@@ -283,20 +286,17 @@ class Run:
     def state_of(self, rank: int) -> str:
         """The state of one process, as `state`; or "left", see `ranks`."""
         info = self.info_of(rank)
-        state = info.get("state", "unknown")
-        if state != "running":
+        if (state := info.get("state", "unknown")) != "running":
             return str(state)
         if info.get("host", socket.gethostname()) == socket.gethostname():
             return "running" if _alive(info.get("pid"), info.get("born")) else "killed"
-        flushed = 0.0
-        with suppress(OSError):
-            flushed = (folder_of(self.path, rank) / "segments").stat().st_mtime
+        flushed = _last_written(folder_of(self.path, rank), {})
         return "running" if time.time() - flushed < HEARTBEAT_SECONDS else "unknown"
 
 
-def _named(ranks: list[str]) -> str:
+def _named(ranks: list[int]) -> str:
     more = f" and {len(ranks) - NAMED_RANKS} more" if len(ranks) > NAMED_RANKS else ""
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks[:NAMED_RANKS])}{more}"
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:NAMED_RANKS]))}{more}"
 
 
 def often_in_words(seconds: float) -> str:
