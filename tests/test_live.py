@@ -44,7 +44,7 @@ from fp8lab.live import following
 from fp8lab.live.following import Curve, Follower, chosen
 from fp8lab.live.frames import frame, sparkline
 from fp8lab.record import Finding
-from fp8lab.store import RunWriter, open_run
+from fp8lab.store import RunError, RunWriter, open_run
 
 PROGRAM = str(Path(sys.executable).with_name("fp8lab"))
 PATIENCE = 60.0  # seconds; two busy cores need a tenth
@@ -507,7 +507,8 @@ def test_no_run_is_one_line(tmp_path: Path) -> None:
 def test_where_there_is_no_disk_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a drive that is none: nothing of the path is there."""
     monkeypatch.setattr(Path, "exists", lambda _: False)
-    assert not following.is_awaited(Path("nowhere/run"))
+    with pytest.raises(RunError, match=r"^nowhere/run: no run here"):
+        chosen(Path("nowhere/run"), awaiting=True)
 
 
 @pytest.mark.long

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fp8lab.live.following import UNDER_WAY, Follower, chosen, is_awaited
+from fp8lab.live.following import UNDER_WAY, Follower, chosen
 from fp8lab.live.frames import Lines, Screen, frame
 from fp8lab.terminal import printable
 
@@ -33,12 +33,14 @@ def follow(path: str | Path, console: Console, *, interval: float = 2.0, once: b
     Raises RunError if there is no run at `path` and none can come, or it is damaged.
     """
     path = Path(path)
-    if not once and is_awaited(path):
+    which = chosen(path, awaiting=not once)
+    if which is None:
         told = f"{printable(str(path))}: no run yet, waiting for one; Ctrl-C ends that"
         console.print(told, soft_wrap=True)
-        while is_awaited(path):
-            time.sleep(interval)
-    follower = Follower(*chosen(path))
+    while which is None:
+        time.sleep(interval)
+        which = chosen(path, awaiting=True)
+    follower = Follower(*which)
     if once:
         view = follower.look()
         console.print(frame(view, console.width, None))

@@ -148,19 +148,17 @@ class _Recent(Excerpt):
         return super().arrow(table, columns, sites=sites, steps=steps, ranks=ranks, coded=coded)
 
 
-def is_awaited(path: Path) -> bool:
-    """Whether there is no run yet at `path` or below it, and nothing but folders in its way."""
-    there = next((place for place in (path, *path.parents) if place.exists()), path)
-    taken = state_file(path, 0).exists() or next(find_runs(path), None) is not None
-    return there.is_dir() and not taken
-
-
-def chosen(path: Path) -> tuple[Path, str]:
+def chosen(path: Path, *, awaiting: bool = False) -> tuple[Path, str] | None:
     """The run at `path`; below a folder, the newest that is being recorded, and a note of that.
 
-    Raises RunError if there is none.
+    Raises RunError if there is none; `awaiting` one it is None, while nothing but folders is in its
+    way.
     """
     found = list(find_runs(path))
+    if awaiting and not found and not state_file(path, 0).exists():
+        there = next((place for place in (path, *path.parents) if place.exists()), path)
+        if there.is_dir():
+            return None
     if found in ([], [path]):
         open_run(path)  # raises with the reason
         return path, ""
