@@ -291,7 +291,7 @@ def bisect_training(
     from fp8lab.lab.workers import Workers
 
     console = Console(stderr=as_json, markup=False)
-    with Bars(console) as progress, Workers(workers) as pool:
+    with Workers(workers) as pool, Bars(console) as progress:  # which end first, at Ctrl-C
         train = training_of(
             training,
             out,

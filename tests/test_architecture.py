@@ -184,7 +184,7 @@ TABLE: dict[str, set[str]] = {
         "wanted",
     },
     "progress": {"terminal"},
-    "bisection": {"recipe", "plan", "runs", "store", "diagnosis"},
+    "bisection": {"failure", "recipe", "plan", "runs", "store", "diagnosis"},
     "checkpoint": {"formats", "recipe", "rounding", "scaling", "casting", "kernels", "record"}
     | {"sites", "monitor", "store"},
     "comparison": {"runs"},

@@ -373,8 +373,11 @@ def test_a_rerun_that_raises_ends_the_bisection(tmp_path: Path) -> None:
     with pytest.raises(RunError) as told:
         bisect(invented, FP8, path=tmp_path / "b")
     assert str(told.value) == (
-        f"{tmp_path}/b/reruns/rerun-003: layers.0:input, layers.0:weight: MemoryError: no memory"
+        f"{tmp_path}/b/reruns/rerun-003: layers.0:input, layers.0:weight: MemoryError: no memory; "
+        f"all of the error is in {tmp_path}/b/reruns/rerun-003/traceback.txt"
     )
+    whole = (tmp_path / "b/reruns/rerun-003/traceback.txt").read_text()
+    assert whole.endswith("MemoryError: no memory\nand more\n")
     invented.befalls = lambda path: None
     found = bisect(invented, FP8, path=tmp_path / "b")
     assert found.guilty == ("layers.1:input",)
@@ -417,7 +420,7 @@ def _fails(plan: Plan, path: Path) -> None:
     ("training", "told"),
     [
         (lambda plan, path: None, "no run here, expected a directory with a run.json"),
-        (_raises_after, "RuntimeError: boom"),
+        (_raises_after, "rerun-000/traceback.txt"),
         (_leaves_open, "its run is still open, expected train to leave its `with`"),
         (_fails, "its run is failed and did not diverge"),
         (lambda plan, path: write_run(path, {}, None, 0), "its run has no steps"),
@@ -535,6 +538,19 @@ def test_a_folder_of_another_question_is_refused(
     assert f"{tmp_path}/b: holds a bisection with {key} " in str(caught.value)
     assert "\n" not in str(caught.value)
     assert sorted((tmp_path / "b").rglob("*")) == before
+
+
+def test_a_folder_in_which_nothing_was_finished_takes_another_question(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"rerun-000: the plan as it is: AssertionError; all of"):
+        bisect(another, FP8, path=tmp_path / "b")
+    invented = Invented(guilty_of("layers.1:input"))
+    (tmp_path / "b" / "step-3.safetensors").touch()  # of that question's training
+    with pytest.raises(RunError, match="holds a bisection with train "):
+        bisect(invented, FP8, path=tmp_path / "b")
+    (tmp_path / "b" / "step-3.safetensors").unlink()
+    found = bisect(invented, FP8, path=tmp_path / "b")
+    assert found.guilty == ("layers.1:input",)
+    assert found.reruns[0].name == "rerun-001"  # nothing is removed
 
 
 @pytest.mark.parametrize(
@@ -953,6 +969,8 @@ def test_a_function_that_is_none_ends_in_one_line(experiment: Path, tmp_path: Pa
     code, _, errors = invoke(*asked)
     assert code == 2
     assert errors.splitlines()[-1].endswith("expected a function nothing(plan, path)")
+    code, _, errors = invoke(f"{experiment}:neither", *asked[1:])
+    assert errors.splitlines()[-1].endswith("expected a function neither(plan, path)")
 
 
 # --- real trainings ---------------------------------------------------------------------------

@@ -4,7 +4,9 @@
     PATH/reruns/rerun-NNN/      a run, see `store`
 
 A rerun enters the index when it is over; one that was killed stays where it is, and the next gets
-another number: nothing is ever removed or written twice. Outcomes are judged from the run
+another number: nothing is ever removed or written twice. A folder in which no rerun is finished
+answers no question yet, and takes another. Of one that raised, all of the error is in its folder,
+in `traceback.txt`. Outcomes are judged from the run
 directories whenever the folder is opened, so that index and evidence cannot disagree.
 
 An error is not an outcome. A rerun that raises counts only where what it recorded had diverged by
@@ -19,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from fp8lab.failure import TRACEBACK, and_where, left_in
 from fp8lab.plan import Plan
 from fp8lab.recipe import HighPrecision, Recipe, shown
 from fp8lab.runs import BISECTION
@@ -89,7 +92,9 @@ class Reruns:
         if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
             return
         theirs, earlier = self._read()
-        for key in self.question:
+        others = {child.name for child in self.folder.iterdir()} - {BISECTION, "reruns"}
+        # A checkpoint, say, is that of its own question.
+        for key in self.question if earlier or others else ():
             mine, other = self.question[key], theirs.get(key)
             if mine != other:
                 told = f"holds a bisection with {key} {shown(other)}, expected {shown(mine)}"
@@ -168,7 +173,8 @@ class Reruns:
             try:
                 rerun = self._judged(path.name, asked, patterns, error)
             except (RunError, OSError) as reason:
-                failed.append(RunError(f"{path}: {asked}: {error or reason}"))
+                whole = and_where(f"{path}: {asked}: {error or reason}", path / TRACEBACK)
+                failed.append(RunError(whole))
                 told = str(failed[-1])
             else:
                 self.known[patterns] = rerun
@@ -194,7 +200,8 @@ class Reruns:
         more = () if self.checkpoint is None else (self.checkpoint,)
         try:
             assert not isinstance(self.train, Batch)
-            self.train(plan, path, *more)
+            with left_in(path / TRACEBACK):
+                self.train(plan, path, *more)
         except Exception as error:  # whatever a training raises
             reason = (str(error).strip().splitlines() or [""])[0]
             return f"{type(error).__name__}: {reason}".removesuffix(": ")

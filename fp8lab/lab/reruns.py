@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fp8lab.failure import TRACEBACK, left_in
 from fp8lab.lab.arm import Arm
 from fp8lab.lab.experiment import (
     Experiment,
@@ -265,7 +266,8 @@ def _rerun_script(
     _seed()
     train = function_of(file, name)
     _seed()  # again, for what it imports may have drawn, the first time alone
-    train(pickle.loads(plan), path, *(() if checkpoint is None else (checkpoint,)))
+    with left_in(path / TRACEBACK):
+        train(pickle.loads(plan), path, *(() if checkpoint is None else (checkpoint,)))
 
 
 def _prepare_part(
@@ -303,4 +305,5 @@ def _rerun_arm(
     torch.manual_seed(seed)
     switched = replace(arm, plan=pickle.loads(plan))
     job = Job(experiment.name, part.name, switched, seed, path, settings, start, stop)
-    part.run(job, reporting(send, index))
+    with left_in(path / TRACEBACK):
+        part.run(job, reporting(send, index))

@@ -36,14 +36,19 @@ class Task(Protocol):
     """What is trained on."""
 
     def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
-        """The loss of `model` on the batch of `step`, and further numbers to record."""
+        """The loss of `model` on the batch of `step`, and further numbers to record.
+
+        Each of several processes asks for the same step, and nothing is divided: a task that is to
+        share its batch out takes `parallel.part_of` of it, as `NextByte` does.
+        """
 
 
 class NextByte:
     """The task of a language model: mean cross-entropy in nats per byte on windows of a text.
 
     `text` is a file or folder to read, the standard library's own source if None. A batch is
-    [batch, context + 1] bytes and a function of (seed, step) alone. Raises what `read_text` does.
+    [batch, context + 1] bytes and a function of (seed, step) alone, of which each of several
+    processes takes its part. Raises what `read_text` does.
     """
 
     def __init__(self, text: str | Path | None, seed: int, *, batch: int, context: int) -> None:
