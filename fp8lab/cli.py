@@ -155,8 +155,7 @@ def run(
     if report is not None:
         require_conclusion(value, out, quick, Chosen.of(part, arm, seed))
     source = None if text is None else _readable(text)
-    how = None if parallel is None else parallel.value
-    more: dict[str, Any] = {"processes": processes, "parallel": how}
+    more: dict[str, Any] = {"processes": processes, "parallel": parallel and parallel.value}
     console = Console(stderr=as_json, markup=False)
     with Bars(console) as progress:
         failures = run_experiment(
@@ -174,6 +173,7 @@ def run(
             on_start=progress.started,
             on_report=progress.reported,
             on_end=progress.ended,
+            on_interrupt=progress.interrupted,
         )
     if as_json:
         rows = [summary_of(open_run(path)) for path in find_runs(out)]

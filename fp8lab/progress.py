@@ -45,6 +45,12 @@ class Bars:
         if self._console.is_terminal:
             self._bars.stop()
 
+    def interrupted(self) -> None:
+        """Nothing moves any more; that processes close their runs may take seconds."""
+        if self._console.is_terminal:
+            self._bars.stop()
+            self._console.print("interrupted: the runs that are under way are being closed")
+
     def noted(self, line: str) -> None:
         """What does not fail and should be known."""
         print(f"note: {printable(line)}", file=sys.stderr)

@@ -13,12 +13,14 @@ import json
 import multiprocessing
 import operator
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -559,6 +561,31 @@ def test_ctrl_c_ends_everyone_and_keeps_what_was_recorded(tmp_path: Path, to_all
         assert run.state == "interrupted"
         assert run.steps()["step"].tolist() == list(range(len(run.steps())))
         assert len(run.steps()) >= 2
+
+
+def test_after_ctrl_c_no_bar_is_drawn_any_more(tmp_path: Path) -> None:
+    terminal, far = pty.openpty()
+    program = [sys.executable, "-c", "from fp8lab.cli import app; app()", "run", str(TINY)]
+    process = subprocess.Popen(
+        [*program, "--out", str(tmp_path / "runs"), "--arm", "hot"],
+        env=os.environ | {"TERM": "xterm", "TINY_EXPERIMENT": json.dumps({"pause": 0.5})},
+        stdin=far,
+        stdout=far,
+        stderr=far,
+        start_new_session=True,
+    )
+    os.close(far)
+    printed, asked = b"", False
+    with suppress(OSError):  # so a terminal ends that nobody holds any more
+        while chunk := os.read(terminal, 1 << 16):
+            printed += chunk
+            if not asked and b" 0/2" in printed:
+                os.killpg(process.pid, signal.SIGINT)
+                asked = True
+    os.close(terminal)
+    assert process.wait() == 130
+    _, mark, after = printed.partition(b"interrupted: the runs that are under way")
+    assert mark and after == b" are being closed\r\ninterrupted: what was recorded is kept\r\n"
 
 
 def test_ctrl_c_while_the_workers_start(tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ class _Search:
                     if is_low and any(_covers(p, layer, operand) for p in self.patterns):
                         cells.append(Cell(layer, operand, gemm))
         if not cells:
-            raise ValueError(f"bisect: {run.path}: nothing of {self.patterns} is in FP8")
+            raise ValueError(f"bisect: {run.path}: nothing of {', '.join(self.patterns)} is in FP8")
         return cells
 
     def _does(self, cells: Iterable[Cell], asked: str) -> bool:

@@ -22,7 +22,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -321,6 +321,15 @@ def _record_failure(experiment: Experiment, work: Work, settings: Settings, erro
     return f"{work.label}: {and_where(error, work.whole_error)}"
 
 
+@contextmanager
+def _telling(on_interrupt: Callable[[], None]) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        on_interrupt()
+        raise
+
+
 def run_experiment(
     file: Path,
     experiment: Experiment,
@@ -337,20 +346,20 @@ def run_experiment(
     on_start: Callable[[int, str], None] = lambda index, label: None,
     on_report: Callable[[Report], None] = lambda report: None,
     on_end: Callable[[int, str | None], None] = lambda index, error: None,
+    on_interrupt: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Do every run of the experiment that is not finished in `out`; returns what failed, one line
     each. Runs whose preparation failed are not done. With `ray`, a cluster's address, they are its
     tasks, as many at a time as it has cores; `out` has to be a folder that all its machines share.
 
     The callbacks get a line on finished runs of another version of the file; the number of jobs; a
-    job's index and label, its progress, and its end (with the error in one line, None if it went
-    well). Raises ValueError for a part, an arm or a seed that no run has, or not together, fewer
-    than one worker, what several processes cannot do; RunError if `out` holds other runs.
+    job's index and label, its progress, its end (and the error in one line, or None); word of a
+    Ctrl-C before runs are closed. Raises ValueError for a part, an arm or a seed that no run has,
+    or not together, and for what several processes cannot do; RunError if `out` holds other runs.
     """
     settings = settings or Settings()
     require_parallel(settings, experiment.parts, ray)
-    chosen = Chosen.of(parts, arms, seeds)
-    chosen.require_known(experiment)
+    chosen = Chosen.of(parts, arms, seeds).known_to(experiment)
     begun: list[Work] = []
     failures: dict[int, str] = {}
 
@@ -366,7 +375,7 @@ def run_experiment(
             on_start(index, begun[index].label)
         pool.do(jobs, on_report, ended)
 
-    with Workers(workers) if ray is None else RayWorkers(ray) as pool:
+    with Workers(workers) if ray is None else RayWorkers(ray) as pool, _telling(on_interrupt):
         description = description_of(out, experiment, settings)
         preparations, runs, kept = stages(experiment, out, chosen, settings.quick)
         if kept and (line := other_versions(description, file)) is not None:

@@ -73,9 +73,11 @@ def training_of(
             raise ValueError(f"bisect: {option} is for {kind}, {named(training)} is none")
     if is_script:
         return _script(Path(script), function, pool, recipe, checkpoint)
-    if arm is None:
-        raise ValueError(f"bisect: {named(training)}: expected --arm with the arm that breaks")
     file, experiment = load_experiment(training)
+    if arm is None:
+        known = ", ".join(dict.fromkeys(one.name for of in experiment.parts for one in of.arms))
+        expected = f"expected --arm with the arm that breaks, of {known}"
+        raise ValueError(f"bisect: {named(training)}: {expected}")
     of, one = arm_of(experiment, arm, part)
     return ArmReruns(
         pool=pool,

@@ -49,9 +49,9 @@ class Chosen(NamedTuple):
         asked = zip(self, (part, arm, seed), strict=True)
         return all(some is None or one in some for some, one in asked)
 
-    def require_known(self, experiment: Experiment) -> None:
-        """Raises ValueError for what the experiment has not: a prediction is about the runs that
-        its file names, and so is its page."""
+    def known_to(self, experiment: Experiment) -> Chosen:
+        """These. Raises ValueError for what the experiment has not: a prediction is about the runs
+        that its file names, and so is its page."""
         parts = [part for part in experiment.parts if self.parts is None or part.name in self.parts]
         _require(self.parts, "part", [part.name for part in experiment.parts])
         _require(self.arms, "arm", sorted(arm.name for part in parts for arm in part.arms))
@@ -61,6 +61,7 @@ class Chosen(NamedTuple):
         if asked and parts and not any(self.has(*run) for run in _runs_of(parts)):
             arms, numbers = (", ".join(map(str, sorted(some or ()))) for some in self[1:])
             raise ValueError(f"arm {arms} with seed {numbers}: expected ones that a part has both")
+        return self
 
 
 def _require(
