@@ -114,7 +114,8 @@ Quick = Annotated[
     bool, typer.Option(help="One seed, few steps: does it run? Nothing follows from it.")
 ]
 Verdicts = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="Write the verdict's page there.")
+    Path | None,
+    typer.Option(metavar="FOLDER", file_okay=False, help="Write the verdict's page there."),
 ]
 Processes = Annotated[int, typer.Option(min=1, help="That do each run together, under torchrun.")]
 Shared = Annotated[Parallelism | None, typer.Option(help="How processes share a run's model.")]

@@ -504,6 +504,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*RUN, "new", "--arm", "cold"), "arm cold: expected some of bf16, current, hot"),
     ((*RUN, "new", "--part", "first", "--arm", "hot"), "arm hot: expected some of bf16, current"),
     ((*RUN, "new", "--seed", "5"), "seed 5: expected some of 0, 1, as the experiment has them"),
+    ((*RUN, "new", "--report", "file"), "Invalid value for '--report': "),
     ((*RUN, "new", "--workers", "-1"), "Invalid value for '--workers': "),
     ((*RUN, "new", "--workers", "0"), "Invalid value for '--workers': "),
     ((*RUN, "new", "--workers", "two"), "Invalid value for '--workers': "),

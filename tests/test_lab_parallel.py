@@ -88,7 +88,12 @@ class _Started(Exception):
 @pytest.mark.parametrize(
     ("parts", "settings", "ray", "told"),
     [
-        (PARTS[:1], {"processes": 2}, None, "processes: 2, parallel None, expected both or"),
+        (
+            PARTS[:1],
+            {"processes": 2},
+            None,
+            "parallel None, expected both or neither, parallel one of ddp",
+        ),
         (PARTS[:1], {"parallel": "ddp"}, None, "processes: 1, parallel ddp, expected both or"),
         (PARTS[:1], {"processes": 0, "parallel": "ddp"}, None, "processes: 0, expected at least 1"),
         (

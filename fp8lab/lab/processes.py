@@ -37,15 +37,16 @@ MARK = "\x1efp8lab "  # opens a line that is said to the worker
 
 def require_parallel(settings: Settings, parts: Iterable[Part], ray: str | None) -> None:
     """Raises ValueError in one line for what several processes could not do."""
-    size, how = settings.processes, settings.parallel
+    size, how, known = settings.processes, settings.parallel, ", ".join(get_args(Parallel))
     if type(size) is not int or size < 1:
         raise ValueError(f"processes: {size!r:.60}, expected at least 1")
     if (size > 1) != (how is not None):
-        raise ValueError(f"processes: {size}, parallel {how}, expected both or neither")
+        expected = f"expected both or neither, parallel one of {known}"
+        raise ValueError(f"processes: {size}, parallel {how}, {expected}")
     if how is None:
         return
     if how not in get_args(Parallel):
-        raise ValueError(f"parallel: {how!r:.60}, expected one of {', '.join(get_args(Parallel))}")
+        raise ValueError(f"parallel: {how!r:.60}, expected one of {known}")
     if ray is not None:
         raise ValueError(f"processes: {size} with ray, expected one of them")
     for part in parts:
