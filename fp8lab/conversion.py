@@ -27,7 +27,7 @@ from fp8lab.agreement import unlike, world_size
 from fp8lab.casting import FusedProduct
 from fp8lab.engines import torchao, transformer_engine
 from fp8lab.linear import Fp8Linear
-from fp8lab.plan import Plan, as_recipe, in_words, nearest
+from fp8lab.plan import Plan, as_recipe, in_words, nearest_layers
 from fp8lab.recipe import GEMMS, Accumulation, Recipe, shown
 from fp8lab.regions import close_region, open_region, register
 from fp8lab.sites import GateSite, find_gates, modules_of
@@ -103,7 +103,7 @@ def _chosen(model: nn.Module, plan: Plan) -> dict[str, nn.Linear]:
     unmatched = plan.patterns_without_match(linears)
     if unmatched and linears:
         told = f"convert: pattern {shown(unmatched[0])} matches no linear layer"
-        raise ValueError(f"{told}, expected one of {nearest(unmatched[0], linears)}")
+        raise ValueError(f"{told}, expected one of {nearest_layers(unmatched[0], linears)}")
     chosen = {name: linear for name, linear in linears.items() if plan.covers(name)}
     if not chosen:
         raise ValueError(

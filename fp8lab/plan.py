@@ -132,7 +132,7 @@ class Plan:
         return [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
 
 
-def nearest(pattern: str, layers: Iterable[str]) -> str:
+def nearest_layers(pattern: str, layers: Iterable[str]) -> str:
     """Of layers that a pattern does not match: how many they are, and of those that differ by more
     than a number the few whose names are most like it."""
     names = list(layers)

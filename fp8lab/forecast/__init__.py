@@ -57,7 +57,7 @@ from fp8lab.forecast.what_if import (
     uses_of,
 )
 from fp8lab.formats import FP16, FloatFormat
-from fp8lab.plan import Plan, as_recipe, nearest, recipe_to_dict
+from fp8lab.plan import Plan, as_recipe, nearest_layers, recipe_to_dict
 from fp8lab.recipe import OPERANDS, DelayedScaling, HighPrecision, Operand, shown
 from fp8lab.record import CLIPPED_STALENESS, NOTHING_BETWEEN
 from fp8lab.runs import Run, open_run
@@ -269,7 +269,7 @@ def _require_layers(run: Run, plan: Plan) -> None:
     unmatched = plan.patterns_without_match(layers) if layers else []
     if unmatched:
         told = f"replay: pattern {shown(unmatched[0])} matches no linear layer"
-        raise ValueError(f"{told}, expected one of {nearest(unmatched[0], layers)}")
+        raise ValueError(f"{told}, expected one of {nearest_layers(unmatched[0], layers)}")
     for layer in layers:
         plan.recipes_of(layer, "replay")
 

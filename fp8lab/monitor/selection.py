@@ -28,7 +28,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from fp8lab.plan import nearest
+from fp8lab.plan import nearest_layers
 
 FEED_FORWARD_TENSORS = ("gate", "up", "product", "output")
 FEED_FORWARD_GRADIENTS = ("grad_gate", "grad_up", "grad_product", "grad_output")
@@ -128,7 +128,7 @@ def require_seen(selections: Iterable[Selection], layers: Mapping[str, Iterable[
         known = {name: tensor for tensor in selection.tensors for name in layers.get(tensor, ())}
         if not any(selection.names(name, tensor) for name, tensor in known.items()):
             told = f"{', '.join(selection.tensors)} and a name like {', '.join(selection.layers)}"
-            choice = nearest(selection.layers[0], known)
+            choice = nearest_layers(selection.layers[0], known)
             raise ValueError(f"watch: select: no layer has {told}, expected one of {choice}")
 
 
