@@ -134,6 +134,10 @@ def _typed(body: str, work: Path, how: str | None) -> str:
         "COLUMNS": "120",
         "NO_COLOR": "1",
         "OMP_NUM_THREADS": "1",
+        # Sums in one order on every x86: a training near its edge tips over at another step else.
+        "MKL_CBWR": "COMPATIBLE",
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
         "HF_HUB_OFFLINE": "1",
         "NVTE_PROJECT_BUILDING": "1",  # do not look for the compiled libraries
         "NVTE_TORCH_COMPILE": "0",
