@@ -93,13 +93,15 @@ def _round_by_quantum(
     overflow: Overflow,
 ) -> Tensor:
     """The specification's own steps, for formats and roundings that torch does not have."""
-    exponent = (torch.frexp(values).exponent - 1).clamp(min=fmt.min_exponent)
-    # In float64 every quantum of every format is normal and the quotient is exact. A power of two
-    # is made from its bits: what ldexp and pow return is not promised to be one.
-    biased = exponent.long() + (1023 - fmt.mantissa_bits)
-    # Not `<<`, which gives back a DTensor as it is (torch 2.13).
+    # In float64 every value and every quantum of every format is normal, and the quotient exact. A
+    # power of two is made from its bits: what ldexp and pow return is not promised to be one, and
+    # frexp of a DTensor is none before torch 2.13.
+    wide = values.double()
+    # Not `>>` and `<<`, which give back a DTensor as it is (torch 2.13).
+    biased = torch.bitwise_right_shift(wide.view(torch.int64), 52).bitwise_and(0x7FF)
+    biased = biased.clamp(min=fmt.min_exponent + 1023) - fmt.mantissa_bits
     quantum = torch.bitwise_left_shift(biased, 52).view(torch.float64)
-    quotient = values.double() / quantum
+    quotient = wide / quantum
     if rounding == "nearest":
         steps = quotient.round()
     elif rounding == "toward_zero":
@@ -117,7 +119,7 @@ def _round_by_quantum(
     rounded = steps * quantum
     if rounding == "toward_zero":
         rounded = rounded.clamp(-fmt.max, fmt.max)
-    rounded = torch.where(values.isinf(), values.double(), rounded)
+    rounded = torch.where(values.isinf(), wide, rounded)
     if overflow == "saturate":
         rounded = rounded.clamp(-fmt.max, fmt.max)
     else:

@@ -16,7 +16,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fp8lab import kernels
@@ -69,8 +68,13 @@ def tile_maximum(matrix: Tensor, tile: Tile) -> Tensor:
     rows, columns = -(-height // tile[0]), -(-width // tile[1])
     if not matrix.numel():
         return matrix.new_zeros(rows, columns, dtype=torch.float32)
-    missing = rows * tile[0] - height, columns * tile[1] - width
-    padded = F.pad(_without_nan(matrix), (0, missing[1], 0, missing[0]))
+    padded = _without_nan(matrix)
+    # Not F.pad: torch 2.11 gives a distributed tensor the shape that it had before.
+    for axis, missing in enumerate((rows * tile[0] - height, columns * tile[1] - width)):
+        if missing:
+            shape = [*padded.shape]
+            shape[axis] = missing
+            padded = torch.cat([padded, padded.new_zeros(shape)], axis)
     return padded.view(rows, tile[0], columns, tile[1]).amax((1, 3))
 
 
