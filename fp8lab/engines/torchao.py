@@ -6,11 +6,12 @@ refused by name. One layer takes one recipe, another layer may take another.
 
 Its GEMMs multiply the codes (`torch._scaled_mm`), on a GPU that can and on a CPU; torchao's own
 emulation, which rounds dequantised operands to the model's dtype, is never used. On a CPU layers
-are those of `backend="emulated"` bit for bit, but for this: a bias is added behind the rounding to
-the model's dtype; GEMMs of rows give BF16 in every model, and gradients are rounded to it before
-scales that are no powers of two are put on; an amax below 1e-12 counts as 1e-12; under one scale
-for a tensor a NaN or an infinity makes all of it NaN; and the product of a gated feed-forward is
-rounded where the model does it, not as in Transformer Engine.
+are those of `backend="emulated"` bit for bit, but for this: with scales that are no powers of two
+some processors' GEMMs differ in FP32's last bits; a bias is added behind the rounding to the
+model's dtype; GEMMs of rows give BF16 in every model, and gradients are rounded to it before scales
+that are no powers of two are put on; an amax below 1e-12 counts as 1e-12; under one scale for a
+tensor a NaN or an infinity makes all of it NaN; and the product of a gated feed-forward is rounded
+where the model does it, not as in Transformer Engine.
 """
 
 from __future__ import annotations
