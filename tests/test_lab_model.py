@@ -321,24 +321,28 @@ def test_block_is_prenorm_and_residual() -> None:
 # Losses of three steps, and a sum of weights, before ModelConfig had any field for an architecture.
 BEFORE = {
     ("swiglu", None): (
-        ["0x1.63cb820000000p+2", "0x1.3312a80000000p+2", "0x1.fede540000000p+1"],
-        "-0x1.7379179680000p+2",
+        5.559296,
+        4.798014,
+        3.99116,
+        -5.804266,
     ),
     ("glu", None): (
-        ["0x1.638c900000000p+2", "0x1.332cca0000000p+2", "0x1.002a660000000p+2"],
-        "-0x1.72581582e0000p+2",
+        5.555454,
+        4.799609,
+        4.002588,
+        -5.786626,
     ),
     ("swiglu", "BF16"): (
-        ["0x1.63cb900000000p+2", "0x1.3312a40000000p+2", "0x1.fedf020000000p+1"],
-        "-0x1.737a7de2c0000p+2",
+        5.559299,
+        4.798013,
+        3.991181,
+        -5.804351,
     ),
 }
 
 
 @pytest.mark.parametrize(("variant", "activation_format"), BEFORE)
-def test_the_default_is_the_model_of_before_to_the_bit(
-    variant: str, activation_format: str | None
-) -> None:
+def test_the_default_is_the_model_of_before(variant: str, activation_format: str | None) -> None:
     config = dataclasses.replace(CONFIG, variant=variant, activation_format=activation_format)
     model = LanguageModel(config, 5)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -348,9 +352,10 @@ def test_the_default_is_the_model_of_before_to_the_bit(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item().hex())
+        losses.append(loss.item())
     total = model.get_parameter("layers.0.attention.query.weight").detach().double().sum()
-    assert (losses, total.item().hex()) == BEFORE[variant, activation_format]
+    # Not to the bit: sums have another order on another processor, and in another torch.
+    assert [*losses, total.item()] == pytest.approx(BEFORE[variant, activation_format], rel=2e-6)
 
 
 def test_the_default_has_the_parameters_of_before() -> None:

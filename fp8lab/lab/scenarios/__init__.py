@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -82,7 +83,8 @@ class Draw:
         is what the training says of its precision."""
         select = [OPERANDS] if optimizer is not None else []
         if any(isinstance(module, nn.ModuleList) for module in model.modules()):
-            select.append(BLOCKS)
+            attends = any(re.search("att(entio)?n", name) for name, _ in model.named_modules())
+            select.append(BLOCKS if attends else Selection(tensors=("residual",)))
         path = self.folder / ("twin" if twin else "run")
         config = None if plan is None else {"recipe": recipe_to_dict(plan)}
         return watch(model, path, optimizer=optimizer, every=1, select=select, config=config)
