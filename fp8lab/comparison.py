@@ -270,7 +270,7 @@ def number_of(value: Any) -> float | None:
 
 
 def _row(arm: str, runs: list[Run], others: list[Run]) -> dict[str, Any]:
-    tensors = [run.coded("tensors", _WORST, sites=_WHERE) for run in runs]
+    tensors = [run.coded("tensors", (*_WORST, "count"), sites=_WHERE) for run in runs]
 
     def largest(column: str, site: str = _PRODUCT) -> float | None:
         found = [one.loc[one["site"].str.contains(site, na=False), column] for one in tensors]
@@ -306,10 +306,11 @@ def _row(arm: str, runs: list[Run], others: list[Run]) -> dict[str, Any]:
 
 
 def _in_full(tensors: list[pd.DataFrame]) -> tuple[int, int]:
-    """Of the products' steps those that say more than a staleness, and all."""
+    """Of the products' steps those in which each product says more than a staleness, and all. In
+    full has a count of its elements, also of a product that nothing casts."""
     products = [one[one["site"].str.contains(_PRODUCT, na=False)] for one in tensors]
-    told = [one.loc[one[[*_IN_FULL]].notna().any(axis=1), "step"].nunique() for one in products]
-    return sum(told), sum(one["step"].nunique() for one in products)
+    told = [one["count"].notna().groupby(one["step"]).all() for one in products]
+    return sum(int(steps.sum()) for steps in told), sum(len(steps) for steps in told)
 
 
 def _finals(runs: list[Run]) -> dict[Any, list[float]]:

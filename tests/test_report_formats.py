@@ -804,7 +804,7 @@ def test_of_how_many_steps_it_knows_what_the_cast_did(tmp_path: Path) -> None:
     """The steps that were clipped are not among those recorded in full: saturated is 0 of these."""
     for name, every in (("a", 4), ("b", 1)):
         writer = RunWriter.create(tmp_path / name, {})
-        at, full = {"rank": 0, "site": "m:product"}, {"saturated": 0.0}
+        at, full = {"rank": 0, "site": "m:product"}, {"count": 8, "saturated": 0.0}
         rows = [at | {"step": i, "staleness": 7.0 if i == 5 else 1.0} for i in range(10)]
         writer.append("steps", [{"step": i, "rank": 0, "loss": 1.0} for i in range(10)])
         writer.append("tensors", [r | (full if r["step"] % every == 0 else {}) for r in rows])
@@ -816,6 +816,27 @@ def test_of_how_many_steps_it_knows_what_the_cast_did(tmp_path: Path) -> None:
     assert [row["in_full"] for row in both] == ["3 of 10", "10 of 10"]
     text = write_comparison([tmp_path], tmp_path / "page.md").read_text("utf-8")
     assert "recorded at a product, the last three of the steps recorded in full." in text
+
+
+def test_a_step_is_in_full_if_each_product_is_whether_cast_or_not(tmp_path: Path) -> None:
+    """In BF16 nothing is saturated; of a model of which one layer is selected the rest is not."""
+    both = [{"rank": 0, "site": f"{layer}:product"} for layer in "mn"]
+    for name, cast in (("bf16", {}), ("fp8", {"saturated": 0.0}), ("one", {"saturated": 0.0})):
+        for every in (1, 4):
+            writer = RunWriter.create(tmp_path / f"{name}-{every}", {})
+            full = {"count": 8, **cast}
+            for step in range(10):
+                told = [step % every == 0 or (name == "one" and at is both[0]) for at in both]
+                rows = [
+                    at | {"step": step} | (full if is_full else {})
+                    for at, is_full in zip(both, told, strict=True)
+                ]
+                writer.append("tensors", rows)
+            writer.close()
+    names = ("bf16", "fp8", "one")
+    often, seldom = ([open_run(tmp_path / f"{name}-{n}") for name in names] for n in (1, 4))
+    assert ["in_full" in row for row in side_by_side(often, "high")] == [False] * 3
+    assert [row["in_full"] for row in side_by_side(seldom, "high")] == ["3 of 10"] * 3
 
 
 def test_every_run_of_a_seed_counts(tmp_path: Path) -> None:
