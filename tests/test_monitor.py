@@ -426,6 +426,15 @@ def test_an_optimizer_may_share_some_parameters_or_hold_copies_in_higher_precisi
         assert open_run(path).steps()["grad_norm"].tolist() == [pytest.approx(squares**0.5)]
 
 
+def test_an_optimizer_may_hold_flat_copies_or_nothing_yet(paths: Iterator[Path]) -> None:
+    """As ZeRO keeps them, in float32 too, and of layers that are trained later."""
+    model = plain()
+    flat = nn.Parameter(torch.cat([one.detach().flatten() for one in model.parameters()]))
+    for held in ([flat], [{"params": []}]):
+        with watch(model, next(paths), optimizer=torch.optim.SGD(held, lr=0.1)):
+            pass
+
+
 def test_an_existing_directory_is_refused_and_not_touched(tmp_path: Path) -> None:
     model = plain()
     with watch(model, tmp_path / "run") as watching:

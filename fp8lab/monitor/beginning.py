@@ -95,11 +95,13 @@ def _check(asked: Asked) -> None:
 
 def _require_own(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """One of several optimizers, or of one that trains other models too, shares some parameters.
-    Copies in higher precision than the model's own, as mixed precision keeps them, are its."""
-    held = [one for group in optimizer.param_groups for one in group["params"]]
+    Copies in higher precision than the model's own, as mixed precision keeps them, are its, and so
+    are flat buffers of many, as ZeRO's. One that says nothing yet may get its own later."""
+    groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])
+    held = [one for group in groups for one in group["params"]]
     own = list(model.parameters())
     lowest = min((one.element_size() for one in own), default=0)
-    is_copy = bool(held) and all(one.element_size() > lowest for one in held)
+    is_copy = all(one.element_size() > lowest or one.dim() == 1 for one in held)
     if not is_copy and {id(one) for one in held}.isdisjoint(map(id, own)):
         told = f"watch: optimizer: none of its {len(held)} parameters is one of the model's"
         raise ValueError(f"{told}, expected the optimizer that trains it")
