@@ -331,10 +331,13 @@ def _one_recipe(data: Any, where: str, beside: tuple[str, ...] = ()) -> Recipe:
                 got = shown(values[key])
                 raise ValueError(f"{where}: {key}: {got}, expected one of {choice}")
             values[key] = names[values[key]]
-    known = [field.name for field in dataclasses.fields(RECIPES[name])]
+    fields_of = {one: [f.name for f in dataclasses.fields(of)] for one, of in RECIPES.items()}
     for key in values:
-        if key not in known:
-            expected = _nearest(key, [*known, *beside])
+        if key not in fields_of[name]:
+            choice = [*fields_of[name], *beside]
+            # Another recipe's field is spelt as meant: what is like it here may be its opposite.
+            is_others = any(key in fields for fields in fields_of.values())
+            expected = f"one of {', '.join(choice)}" if is_others else _nearest(key, choice)
             raise ValueError(f"{where}: {named(key)}: unknown field, expected {expected}")
     try:
         return RECIPES[name](**values)
@@ -379,8 +382,10 @@ def load_recipe(path: str | Path) -> Plan:
     import yaml
 
     path = Path(path)
-    if not path.exists() and path.suffix not in (".yaml", ".yml"):
-        name = str(path)
+    name = str(path)
+    # A folder may have a recipe's name, as a run's of that recipe.
+    is_none = not path.exists() or (path.is_dir() and name in RECIPES)
+    if is_none and path.suffix not in (".yaml", ".yml"):
         if name not in RECIPES:
             expected = f"a YAML file or {_nearest(name, RECIPES)}"
             raise ValueError(f"recipe {named(name)}: no such file, expected {expected}")

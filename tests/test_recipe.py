@@ -363,6 +363,11 @@ BAD_FILES = {
         "",
         "overide: unknown field, expected overrides",
     ),
+    "another's field": (
+        b"recipe: DelayedScaling\ndisable_stochastic_rounding: true",
+        "",
+        "disable_stochastic_rounding: unknown field, expected one of margin, ",
+    ),
     "recipes": (b"recipe: [DelayedScaling]", "", "recipe: ['DelayedScaling'], expected one"),
     "itself": (b"recipe: &a [*a]", "", "recipe: [[...]], expected one of"),
     "field": (b"recipe: HighPrecision\nmargin: 1", "", "margin: unknown field, expected one of f"),
@@ -426,6 +431,8 @@ def test_a_bad_file_is_one_line_that_names_it(
 def test_a_recipe_is_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_recipe("MXFP8BlockScaling") == Plan(recipe=MXFP8BlockScaling())
+    Path("DelayedScaling").mkdir()  # as a run may be called
+    assert load_recipe("DelayedScaling") == Plan(recipe=DelayedScaling())
     with pytest.raises(ValueError, match=r"^recipe MXFP8: no such file, .* YAML file or MXFP8Bl"):
         load_recipe("MXFP8")
     Path("MXFP8BlockScaling").write_text("recipe: HighPrecision")
