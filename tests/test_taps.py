@@ -313,6 +313,30 @@ def test_what_can_have_no_rows_is_said_once(tmp_path: Path) -> None:
     assert found == ["layers.0:attention_logits"] * 2
 
 
+class WithExperts(nn.Module):
+    """A block of attention and blocks that have none, as of a mixture of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention("causal")
+        self.experts = nn.ModuleList([GatedFeedForward(16, 24), GatedFeedForward(16, 24)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attention(x)
+        for expert in self.experts:
+            x = x + expert(x)
+        return x
+
+
+def test_of_a_block_inside_of_one_no_attention_is_expected(tmp_path: Path) -> None:
+    model = Attending("causal")
+    model.layers[0] = WithExperts()
+    path, select = tmp_path / "run", Selection(tensors=("attention_logits",))
+    rows = watched(path, model, select=select)
+    assert [*rows.filter(like="attention_logits", axis=0).index] == ["layers.0:attention_logits"]
+    assert fp8lab.open_run(path).events().empty
+
+
 def test_the_moments_of_another_optimizer_are_none_that_fail(tmp_path: Path) -> None:
     """Of two optimizers one is watched: of what the other trains nothing is expected."""
     model = Attending("causal")

@@ -14,7 +14,7 @@ library hides them, and so does `nn.MultiheadAttention`: their row is then missi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -98,8 +98,9 @@ class TensorTaps:
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
         for name, block in self._blocks:
             handles.append(block.register_forward_hook(eagerly(self._block_ran(name))))
-            if self._recorder.selects(name, "attention_logits"):
-                handles += _LogitsTap(name, block, self._recorder).attach()
+        attention = {n: b for n, b in self._blocks if self._recorder.selects(n, "attention_logits")}
+        for name, block in attention.items():
+            handles += _LogitsTap(name, block, self._recorder, _is_within(name, attention)).attach()
         if self._parameters and self._optimizer is not None:
             handles.append(when_gradients_are_there(self._optimizer, self._before_step))
             handles.append(self._optimizer.register_step_post_hook(self._after_step))
@@ -227,6 +228,8 @@ class TensorTaps:
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
+        groups: list[dict[str, Any]] = getattr(self._optimizer, "param_groups", [])
+        held = {id(parameter) for group in groups for parameter in group["params"]}
         for owner, parameter in self._parameters:
             asked = [
                 n for n in ("exp_avg", "exp_avg_sq") if self._recorder.due(owner, n) is not None
@@ -235,16 +238,20 @@ class TensorTaps:
                 moments = _moments(self._optimizer, parameter)
                 for name in asked:
                     self._record(owner, name, moments.get(name))
-                    if name not in moments and name not in self._has_no:
-                        self._note_none(name, owner, parameter)
+                    # Without a gradient the optimizer leaves a parameter as it is.
+                    is_due = id(parameter) in held and parameter.grad is not None
+                    if is_due and name not in moments and name not in self._has_no:
+                        kind = type(self._optimizer).__name__
+                        self._recorder.fail(
+                            "the optimizer", f"{name}: {kind} keeps none of {owner}"
+                        )
+                        self._has_no.add(name)
 
-    def _note_none(self, name: str, owner: str, parameter: nn.Parameter) -> None:
-        groups: list[dict[str, Any]] = getattr(self._optimizer, "param_groups", [])
-        held = any(one is parameter for group in groups for one in group["params"])
-        if held and parameter.grad is not None:  # without one the optimizer leaves it as it is
-            kind = type(self._optimizer).__name__
-            self._recorder.fail("the optimizer", f"{name}: {kind} keeps none of {owner}")
-            self._has_no.add(name)
+
+def _is_within(name: str, blocks: Container[str]) -> bool:
+    """Whether one of the blocks holds that of this name."""
+    parts = name.split(".")
+    return any(".".join(parts[:depth]) in blocks for depth in range(1, len(parts)))
 
 
 def _own_randomness(caster: nn.Module | None, tensor: Tensor) -> AbstractContextManager[None]:
@@ -311,14 +318,15 @@ def _at(position: int, hook: Callable[[Tensor], None]) -> Callable[[Any, Any], N
 
 
 class _LogitsTap(TorchFunctionMode):
-    """Sees the attention of one block: [largest magnitude, largest value] of its logits."""
+    """Sees the attention of one block: [largest magnitude, largest value] of its logits. An `inner`
+    block, as an expert of another, need not have any."""
 
-    def __init__(self, name: str, block: nn.Module, recorder: Recorder) -> None:
+    def __init__(self, name: str, block: nn.Module, recorder: Recorder, inner: bool) -> None:
         super().__init__()
         self._name, self._block, self._recorder = name, block, recorder
         self._entered = 0
         self._is_refused = False
-        self._saw_any = self._told_of_none = False
+        self._saw_any, self._told_of_none = False, inner
 
     def attach(self) -> list[Any]:
         enter, leave = eagerly(self._enter), eagerly(self._leave)
