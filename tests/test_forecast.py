@@ -335,10 +335,11 @@ def test_a_tensor_of_two_names_is_one(tmp_path: Path) -> None:
     assert forecast.frame["flushed_low"].notna().all()
     assert replay(trained(tmp_path / "less"), DelayedScaling()).frame["flushed_low"].isna().any()
     sites = [{"site": "mlp", "gate": "gate.weight", "up": "up.weight", "down": "down.weight"}]
-    rows = [{"step": 0, "site": "mlp:product", "cur_amax": 2.0}]
-    rows += [{"step": 0, "site": "mlp.down:input", "cur_amax": 1.0}]  # smoothed on its way
-    run = write(tmp_path / "two", steps=[{}], tensors=rows, info={"sites": sites})
-    assert replay(run, DelayedScaling()).frame["site"].nunique() == 2
+    for product, operand, count in ((2.0, 1.0, 2), (np.inf, np.inf, 1)):
+        rows = [{"step": 0, "site": "mlp:product", "cur_amax": product}]
+        rows += [{"step": 0, "site": "mlp.down:input", "cur_amax": operand}]  # 1.0: smoothed
+        run = write(tmp_path / str(count), steps=[{}], tensors=rows, info={"sites": sites})
+        assert replay(run, DelayedScaling()).frame["site"].nunique() == count
 
 
 def test_rows_and_columns_that_are_cast_apart_have_names_of_their_own(tmp_path: Path) -> None:

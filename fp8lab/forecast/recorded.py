@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from glob import escape
 
-import numpy as np
 import pandas as pd
 
 from fp8lab.runs import Run
@@ -70,7 +69,9 @@ def same_as(run: Run, sites: Collection[str]) -> dict[str, str]:
     )
     both = {one: amaxes[[one, other]].dropna().to_numpy() for one, other in pairs.items()}
     return {
-        one: pairs[one] for one, pair in both.items() if len(pair) and np.ptp(pair, 1).max() == 0
+        one: pairs[one]
+        for one, pair in both.items()
+        if len(pair) and (pair[:, 0] == pair[:, 1]).all()  # no difference: of infinities it is NaN
     }
 
 
