@@ -241,11 +241,16 @@ def _claim(folder: Path, watching: Watch) -> None:
     mark, mine = folder / ".run", f"{watching.info['created']!r} {watching.path.name}"
     folder.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError), mark.open("x", encoding="utf-8") as file:
-        file.write(mine)
+        try:
+            file.write(mine)
+            file.flush()
+        except OSError:  # a mark without a name on it would keep everybody out, this run too
+            mark.unlink()
+            raise
     created, _, owner = mark.read_text(encoding="utf-8").partition(" ")
     if created != mine.partition(" ")[0]:
         told = f"Guard: checkpoints: {folder} is the folder of another run, {owner}"
-        raise ValueError(f"{told}, expected one for this run alone")
+        raise ValueError(f"{told} ({mark.name} in it), expected one for this run alone")
 
 
 def _check(mitigations: Mapping[str, Mitigation], info: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ token in ten steps. Unguarded it diverges; what a guard did is read back from th
 from __future__ import annotations
 
 import math
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -223,12 +224,27 @@ def test_a_folder_of_checkpoints_is_that_of_one_run(tmp_path: Path) -> None:
         Guard(watching, checkpoints=checkpoints)
         watching.step(1)
     assert sorted(file.name for file in (tmp_path / "safe").glob("step-*")) == ["step-1", "step-2"]
-    told = "safe is the folder of another run, first, expected one for this run alone$"
+    told = (
+        r"safe is the folder of another run, first \(.run in it\), expected one for this run alone$"
+    )
     for name in ("second", "first"):
         with watch(model, tmp_path / name) as watching:
             with pytest.raises(ValueError, match=f"^Guard: checkpoints: .*/{told}"):
                 Guard(watching, checkpoints=checkpoints)
             assert watching.observers == []
+
+
+def test_a_full_disk_takes_no_folder_from_its_run(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(folder=tmp_path / "safe", save=lambda path: path.mkdir(), every=1)
+    with watch(nn.Sequential(GatedFeedForward(8, 16)), tmp_path / "run") as watching:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        try:
+            with pytest.raises(OSError):
+                Guard(watching, checkpoints=checkpoints)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        Guard(watching, checkpoints=checkpoints)
 
 
 def test_of_old_checkpoints_one_stays_for_each_doubling_of_age(tmp_path: Path) -> None:
