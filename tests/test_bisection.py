@@ -540,6 +540,25 @@ def test_a_folder_of_another_question_is_refused(
     assert sorted((tmp_path / "b").rglob("*")) == before
 
 
+def test_a_folder_whose_first_rerun_has_yet_to_begin_takes_no_other_question(
+    tmp_path: Path,
+) -> None:
+    """A model may load for minutes before there is a run."""
+    refused: list[str] = []
+
+    def loads(plan: Plan, path: Path) -> None:
+        with pytest.raises(RunError) as caught:
+            bisect(another, FP8, path=tmp_path / "b")
+        refused.append(str(caught.value))
+        raise MemoryError
+
+    with pytest.raises(RunError, match="MemoryError"):
+        bisect(loads, FP8, path=tmp_path / "b")
+    assert len(refused) == 1 and refused[0].startswith(
+        f"{tmp_path}/b: holds a bisection with train"
+    )
+
+
 def test_a_folder_in_which_nothing_was_finished_takes_another_question(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"rerun-000: the plan as it is: AssertionError; all of"):
         bisect(another, FP8, path=tmp_path / "b")
@@ -969,9 +988,11 @@ def test_a_function_that_is_none_ends_in_one_line(experiment: Path, tmp_path: Pa
     asked = (f"{experiment}:nothing", "--recipe", "MXFP8BlockScaling", "--out", tmp_path / "b")
     code, _, errors = invoke(*asked)
     assert code == 2
-    assert errors.splitlines()[-1].endswith("expected a function nothing(plan, path)")
+    whole = tmp_path / "b" / "reruns" / "rerun-000" / "traceback.txt"
+    told = f"expected a function nothing(plan, path); all of the error is in {whole}"
+    assert errors.splitlines()[-1].endswith(told)
     code, _, errors = invoke(f"{experiment}:neither", *asked[1:])
-    assert errors.splitlines()[-1].endswith("expected a function neither(plan, path)")
+    assert "expected a function neither(plan, path)" in errors.splitlines()[-1]
 
 
 # --- real trainings ---------------------------------------------------------------------------

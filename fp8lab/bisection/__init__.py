@@ -150,9 +150,9 @@ def bisect(
     Of a rerun `on_start` gets number and label, `on_end` number and error; `on_bound` how many are
     done and how many there will be at most, if no further site is guilty.
 
-    Raises ValueError for a pattern that matches nothing; RunError if `path` holds finished reruns
-    of another question, or if a rerun records no run, raises without having diverged, or ends
-    before the step at which the plan itself breaks.
+    Raises ValueError for a pattern that matches nothing; RunError if `path` holds another question
+    of which not every rerun failed, or if a rerun records no run, raises without having diverged,
+    or ends before the step at which the plan itself breaks.
     """
     patterns = (sites,) if isinstance(sites, str) else tuple(sites)
     _check(plan, patterns, direction)

@@ -4,10 +4,10 @@
     PATH/reruns/rerun-NNN/      a run, see `store`
 
 A rerun enters the index when it is over; one that was killed stays where it is, and the next gets
-another number: nothing is ever removed or written twice. A folder in which no rerun is finished
-answers no question yet, and takes another. Of one that raised, all of the error is in its folder,
-in `traceback.txt`. Outcomes are judged from the run
-directories whenever the folder is opened, so that index and evidence cannot disagree.
+another number: nothing is ever removed or written twice. A folder in which reruns were begun and
+none is finished answers no question yet, and takes another. Of one that raised, all of the error is
+in its folder, in `traceback.txt`. Outcomes are judged from the run directories whenever the folder
+is opened, so that index and evidence cannot disagree.
 
 An error is not an outcome. A rerun that raises counts only where what it recorded had diverged by
 then, and one that survived must have come as far as the step at which the plan itself breaks.
@@ -93,8 +93,9 @@ class Reruns:
             return
         theirs, earlier = self._read()
         others = {child.name for child in self.folder.iterdir()} - {BISECTION, "reruns"}
-        # A checkpoint, say, is that of its own question.
-        for key in self.question if earlier or others else ():
+        is_held = bool(earlier or others or not self._places())
+        # A checkpoint, say, is that of its own question; and one without a rerun may be under way.
+        for key in self.question if is_held else ():
             mine, other = self.question[key], theirs.get(key)
             if mine != other:
                 told = f"holds a bisection with {key} {shown(other)}, expected {shown(mine)}"

@@ -266,9 +266,9 @@ def _rerun_script(
 ) -> None:
     """In a worker."""
     _seed()
-    train = function_of(file, name)
-    _seed()  # again, for what it imports may have drawn, the first time alone
     with left_in(path / TRACEBACK):
+        train = function_of(file, name)
+        _seed()  # again, for what it imports may have drawn, the first time alone
         train(pickle.loads(plan), path, *(() if checkpoint is None else (checkpoint,)))
 
 
