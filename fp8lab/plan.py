@@ -145,7 +145,7 @@ def nearest_layers(pattern: str, layers: Iterable[str]) -> str:
 
     for name in sorted(names, key=likeness, reverse=True):
         near.setdefault(re.sub(r"\d+", "#", name), name)
-    return f"{len(names)}, nearest {', '.join([*near.values()][:4])}" if names else "none"
+    return f"{len(names)}, nearest {', '.join([*near.values()][:4])}"
 
 
 def _parts(pattern: str) -> tuple[str, str | None, str | None]:

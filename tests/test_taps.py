@@ -507,6 +507,14 @@ def test_a_selection_that_selects_nothing_is_refused_before_anything_exists(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_tensors_of_which_a_model_has_none_are_refused(tmp_path: Path) -> None:
+    told = (
+        r"no layer has residual and a name like \*, expected tensors that a layer of this model h"
+    )
+    with pytest.raises(ValueError, match=told):
+        fp8lab.watch(GatedFeedForward(16, 24), tmp_path, select=Selection(tensors=("residual",)))
+
+
 @pytest.mark.parametrize("accumulation", [None, fp8lab.Accumulation()])
 def test_casts_that_round_at_random_leave_the_trainings_randomness_alone(
     accumulation: fp8lab.Accumulation | None, tmp_path: Path

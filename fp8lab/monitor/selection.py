@@ -128,8 +128,9 @@ def require_seen(selections: Iterable[Selection], layers: Mapping[str, Iterable[
         known = {name: tensor for tensor in selection.tensors for name in layers.get(tensor, ())}
         if not any(selection.names(name, tensor) for name, tensor in known.items()):
             told = f"{', '.join(selection.tensors)} and a name like {', '.join(selection.layers)}"
-            choice = nearest_layers(selection.layers[0], known)
-            raise ValueError(f"watch: select: no layer has {told}, expected one of {choice}")
+            choice = f"one of {nearest_layers(selection.layers[0], known)}"
+            expected = choice if known else "tensors that a layer of this model has"
+            raise ValueError(f"watch: select: no layer has {told}, expected {expected}")
 
 
 def _read(path: Path) -> Any:
