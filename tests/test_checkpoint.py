@@ -834,6 +834,12 @@ def test_activations_join_what_the_weights_say(tmp_path: Path) -> None:
     for nothing, kind in (([], "nothing"), (3, "int"), ("some text", "str")):
         with pytest.raises(ValueError, match=f"tokens: {kind}, expected an int64"):
             audit(model, tokens=nothing)  # type: ignore[arg-type]
+
+    def too_large(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no room")  # which says nothing of what a model takes
+
+    with model.register_forward_pre_hook(too_large), pytest.raises(torch.OutOfMemoryError):
+        audit(model, tokens=tokens)
     with pytest.raises(TypeError, match="audit: OrderedDict, expected a file, a folder or a model"):
         audit(model.state_dict())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="audit: top=0, expected at least 1"):

@@ -330,6 +330,8 @@ def _run_on(model: nn.Module, batch: Tensor, number: int) -> None:
     """A model's own words for what is no token of its vocabulary say nothing of tokens."""
     try:
         model(batch)
+    except torch.OutOfMemoryError:
+        raise  # of tokens that it takes, but for which there is no room
     except Exception as error:
         what = f"{str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}"
         told = " ".join(str(error).split())[:200] or type(error).__name__
