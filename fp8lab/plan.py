@@ -334,10 +334,10 @@ def _one_recipe(data: Any, where: str, beside: tuple[str, ...] = ()) -> Recipe:
     fields_of = {one: [f.name for f in dataclasses.fields(of)] for one, of in RECIPES.items()}
     for key in values:
         if key not in fields_of[name]:
-            choice = [*fields_of[name], *beside]
+            known = [*fields_of[name], *beside]
             # Another recipe's field is spelt as meant: what is like it here may be its opposite.
             is_others = any(key in fields for fields in fields_of.values())
-            expected = f"one of {', '.join(choice)}" if is_others else _nearest(key, choice)
+            expected = f"one of {', '.join(known)}" if is_others else _nearest(key, known)
             raise ValueError(f"{where}: {named(key)}: unknown field, expected {expected}")
     try:
         return RECIPES[name](**values)
