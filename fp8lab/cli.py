@@ -431,12 +431,13 @@ def compare(
 ) -> None:
     """One table of arms: diverged, final loss, what the casts did to the product, speed.
 
-    Losses and speeds are medians over runs; staleness, saturated, flushed and bulk error are the
-    largest recorded, the last three of steps recorded in full ("in full": how many). The loss gap
-    is the median, over the seeds that both have, of the final loss less that of the arm named by
-    --against in the same part; the step time ratio is that of the median step times. With --by, the
-    aligned loss is that at the furthest step, or number of tokens, that every arm of the part
-    reached with a run that did not diverge.
+    Losses and speeds are medians over runs, final losses over finished ones ("unfinished": what
+    the others came to; "steps": those they took, where they differ); staleness, saturated, flushed
+    and bulk error are the largest recorded, the last three of steps recorded in full ("in full":
+    how many). The loss gap is the median, over seeds that both have, of the final loss less that
+    of the arm named by --against in the same part; the step time ratio is that of the median step
+    times. With --by, the aligned loss is that at the furthest step, or number of tokens, that every
+    arm of the part reached with a run that did not diverge.
 
     With --out a page: losses of every arm, a band over its seeds, and the table.
     """

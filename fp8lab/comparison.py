@@ -42,9 +42,12 @@ def side_by_side(runs: Iterable[Run], against: str, by: By | None = None) -> lis
     recorded in full, which `in_full` counts in words ("20 of 200", steps of all runs of the arm).
     It is left out where every step of every arm was. Where the weight of a down projection was
     recorded, to which a balanced product hands its range, its largest are `weight_flushed` and
-    `weight_bulk_error`; where it was in no arm these are left out. `loss_gap` is the median, over
-    the seeds that both have, of the final loss less that of the arm `against` in the same part;
-    `step_time_ratio` that of the median times of a step.
+    `weight_bulk_error`; where it was in no arm these are left out. Final losses are of finished
+    runs: what others came to is `unfinished`, in words ("2 failed"), left out where there are none.
+    `steps` are those that the finished runs took which did not diverge, in words ("5 to 100"), left
+    out where all took as many. `loss_gap` is the median, over the seeds that both have, of the
+    final loss less that of the arm `against` in the same part; `step_time_ratio` that of the median
+    times of a step.
 
     With `by`, `aligned_loss` is the median of the losses that the arm's runs recorded last at or
     before `aligned_at`: the furthest step, or number of tokens seen, that every arm of the part
@@ -62,7 +65,11 @@ def side_by_side(runs: Iterable[Run], against: str, by: By | None = None) -> lis
     for row in rows:
         told, steps = row["in_full"]
         row["in_full"] = f"{told} of {steps}" if is_partial and steps else None
-    optional = ("in_full", *_OF_WEIGHT)
+    differ = len(set().union(*(row["steps"] for row in rows))) > 1
+    for row in rows:
+        ends = sorted(row["steps"]) if differ else []
+        row["steps"] = " to ".join(map(str, dict.fromkeys((*ends[:1], *ends[-1:])))) or None
+    optional = ("unfinished", "steps", "in_full", *_OF_WEIGHT)
     unseen = {name for name in optional if all(row[name] is None for row in rows)}
     return [{name: row[name] for name in row if name not in unseen} for row in rows]
 
@@ -218,7 +225,7 @@ def _aligned(rows: list[dict[str, Any]], groups: list[list[Run]], by: By) -> lis
             found[arm] = {"aligned_at": common, "aligned_loss": median}
     aligned = []
     for arm, row in enumerate(rows):
-        head = {name: row[name] for name in ("arm", "runs", "diverged", "final_loss")}
+        head = {name: row[name] for name in ("arm", "runs", "diverged", "unfinished", "final_loss")}
         aligned.append(head | found[arm] | row)
     return aligned
 
@@ -290,8 +297,10 @@ def _row(arm: str, runs: list[Run], others: list[Run]) -> dict[str, Any]:
         "arm": arm,
         "runs": len(runs),
         "diverged": sum(lost_at(run) is not None for run in runs),
+        "unfinished": _unfinished(runs),
         "final_loss": statistics.median(all_finals) if all_finals else None,
         "loss_gap": statistics.median(gaps) if gaps else None,
+        "steps": _steps_taken(runs),
         "staleness": largest("staleness"),
         "saturated": largest("saturated"),
         "flushed": largest("flushed"),
@@ -313,11 +322,24 @@ def _in_full(tensors: list[pd.DataFrame]) -> tuple[int, int]:
     return sum(int(steps.sum()) for steps in told), sum(len(steps) for steps in told)
 
 
+def _unfinished(runs: list[Run]) -> str | None:
+    """Of the runs that are not finished how many there are of each state."""
+    states = Counter(run.state for run in runs)
+    told = [f"{count} {state}" for state, count in states.items() if state != "finished"]
+    return ", ".join(told) or None
+
+
+def _steps_taken(runs: list[Run]) -> set[int]:
+    """How many steps the finished runs took that did not diverge."""
+    whole = (run for run in runs if run.state == "finished" and lost_at(run) is None)
+    return {len(pa.compute.unique(run.arrow("steps", "step")["step"])) for run in whole}
+
+
 def _finals(runs: list[Run]) -> dict[Any, list[float]]:
-    """The final losses that there are, by seed, None for runs that say none: those of the results,
-    and of a run without a result its last one, unless it is lost."""
+    """The final losses that there are, by seed, None for runs that say none: those of the results
+    of finished runs, and of one without a result its last one, unless it is lost."""
     found: dict[Any, list[float]] = {}
-    for run in runs:
+    for run in (one for one in runs if one.state == "finished"):
         result = told_of(run, "result")
         final = number_of(result.get("final_loss")) if result else _last_loss(run)
         seed = config_of(run).get("seed")

@@ -397,6 +397,33 @@ def test_compare_pairs_the_seeds_of_two_arms(tmp_path: Path) -> None:
     assert rows[0]["loss_gap"] == -0.375
 
 
+def test_what_did_not_finish_has_no_final_loss(tmp_path: Path) -> None:
+    """Of a run that failed the last loss is no final one, and of no gap; a run of fewer steps is
+    told."""
+    ends = {"bf16": ("finished", 4), "fp8": ("failed", 2), "quick": ("interrupted", 1)}
+    for arm, (state, steps) in ends.items():
+        for seed in (0, 1):
+            config = {"part": "p", "arm": arm, "seed": seed}
+            writer = RunWriter.create(tmp_path / arm / str(seed), {"config": config})
+            rows = [{"step": i, "rank": 0, "loss": 9.0 - i} for i in range(steps)]
+            writer.append("steps", rows)
+            if arm == "quick" and seed:
+                writer.close()
+            else:
+                writer.close(state, error="it broke")
+    rows = strict(invoke("compare", tmp_path, "--json").stdout)
+    names = ("arm", "runs", "unfinished", "final_loss", "loss_gap", "steps")
+    assert [tuple(row[name] for name in names) for row in rows] == [
+        ("p/bf16", 2, None, 6.0, 0.0, "4"),
+        ("p/fp8", 2, "2 failed", None, None, None),
+        ("p/quick", 2, "1 interrupted", 9.0, 3.0, "1"),
+    ]
+    assert "unfinished - 2 failed 1 interrupted" in spoken(invoke("compare", tmp_path).stdout)
+    page = tmp_path / "page.md"
+    assert invoke("compare", tmp_path, "--out", page).exit_code == 0
+    assert "| 2 failed |" in page.read_text("utf-8")
+
+
 def test_report(runs: Path, tmp_path: Path) -> None:
     before = snapshot(runs)
     page = tmp_path / "pages" / "mine.html"

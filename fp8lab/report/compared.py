@@ -165,10 +165,11 @@ def _arms(story: Story, by: By, against: str) -> list[Block]:
         Table(
             head=tuple(name.replace("_", " ") for name in rows[0]),
             rows=[_cells(name, row) for name, row in zip(names, rows, strict=True)],
-            note=f"Losses and speeds are medians over runs; the aligned loss is that at the "
-            f"furthest {by} that every arm reached with a run that did not diverge; staleness, "
-            f"saturated, flushed and bulk error are the largest recorded at a product{partly}. "
-            f"Gap and ratio are to the arm {against} of the same part, seed by seed.",
+            note=f"Losses and speeds are medians over runs, final losses over those that "
+            f"finished; the aligned loss is that at the furthest {by} that every arm reached with "
+            f"a run that did not diverge; staleness, saturated, flushed and bulk error are the "
+            f"largest recorded at a product{partly}. Gap and ratio are to the arm {against} "
+            f"of the same part, seed by seed.",
         )
     ]
 
@@ -177,8 +178,8 @@ def _cells(arm: str, row: Mapping[str, Any]) -> tuple[Cell, ...]:
     cells = [Cell(arm)]
     for name, value in row.items():
         if name != "arm":
-            lost = name == "diverged" and value > 0
-            cells.append(Cell(_shown(value), "bad" if lost else ""))
+            is_bad = name in ("diverged", "unfinished") and bool(value)
+            cells.append(Cell(_shown(value), "bad" if is_bad else ""))
     return tuple(cells)
 
 

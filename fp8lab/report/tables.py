@@ -140,7 +140,7 @@ def mitigations(part: Part) -> Table:
     rare = ["rare error, median"] if has_rare else []
     gaps = ["loss gap", "time of a step"] if references else []
     head = ("arm", "mitigation", "function", "diverged", "final loss, median", *rare, *gaps)
-    note = "medians over the runs that did not diverge"
+    note = "medians over the runs that finished and did not diverge"
     if references:
         note += (
             f"; gap and time are to {' or '.join(references)}, over the seeds that both have and "
@@ -185,7 +185,8 @@ def _price(price: dict[str, Any]) -> tuple[Cell, Cell]:
 
 
 def _median(arm: Arm, name: str) -> Cell:
-    values = [run.result[name] for run in arm.runs if run.result.get(name) is not None]
+    whole = [run for run in arm.runs if run.state == "finished"]
+    values = [run.result[name] for run in whole if run.result.get(name) is not None]
     return Cell(number(float(statistics.median(values)))) if values else NOTHING
 
 
