@@ -183,6 +183,9 @@ def run(
     else:
         print_grids(console, value.parts, out)
     if failures:
+        if report is not None:
+            first = failures[0].partition(": ")[0]
+            typer.echo(f"no page: {len(failures)} failed, {first} first", err=as_json)
         raise typer.Exit(1)
     if report is not None:
         page = write_page(value, file, out, report)

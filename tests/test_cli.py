@@ -397,6 +397,15 @@ def test_compare_pairs_the_seeds_of_two_arms(tmp_path: Path) -> None:
     assert rows[0]["loss_gap"] == -0.375
 
 
+def test_without_all_runs_there_is_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINY_EXPERIMENT", '{"first/prepare/seed-0": "raises"}')
+    page = tmp_path / "pages"
+    result = invoke("run", TINY, "--out", tmp_path / "runs", "--quick", "--report", page)
+    assert result.exit_code == 1
+    assert result.stdout.endswith("no page: 1 failed, first/prepare/seed-0 first\n")
+    assert not page.exists()
+
+
 def test_what_did_not_finish_has_no_final_loss(tmp_path: Path) -> None:
     """Of a run that failed the last loss is no final one, and of no gap; a run of fewer steps is
     told."""

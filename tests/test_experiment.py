@@ -34,6 +34,7 @@ from fp8lab.lab.experiment import (
     load_experiment,
     run_experiment,
 )
+from fp8lab.lab.result import runs_of
 from fp8lab.lab.workers import Workers
 from fp8lab.mitigations import ClampedSwiGLU, HadamardProduct, QKClip, SmoothSwiGLU
 from fp8lab.monitor.about import command
@@ -333,6 +334,33 @@ def test_a_training_that_never_watched_is_a_run_that_failed(
     for path in (raised, killed):
         assert rows(open_run(path)) == rows(open_run(done[0] / path.relative_to(out)))
         assert not (path / "traceback.txt").exists()
+
+
+def test_a_run_that_cannot_be_found_again_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Watched at another path, or without the config that names its arm and seed."""
+    out, which = tmp_path / "runs", {"parts": ["second"], "arms": ["bf16"]}
+    fates = {"second/bf16/seed-0": "elsewhere", "second/bf16/seed-1": "unnamed"}
+    monkeypatch.setenv("TINY_EXPERIMENT", json.dumps(fates))
+    lost, unnamed = (out / label for label in fates)
+    reasons = {
+        lost: f"ValueError: no run at {lost}: expected watch(model, job.path, …)",
+        unnamed: "ValueError: its run was recorded with config experiment=None, not 'tiny': "
+        "expected watch(…, config=job.config(…))",
+    }
+    assert run_tiny(out, workers=1, **which) == [
+        f"{path.relative_to(out)}: {reason}; all of the error is in {path / 'traceback.txt'}"
+        for path, reason in reasons.items()
+    ]
+    assert open_run(lost).state == "failed" and open_run(lost).info["error"] == reasons[lost]
+    expected = f"{unnamed}: its config says no arm and seed, expected watch(…, config=job.config"
+    with pytest.raises(RunError) as caught:
+        runs_of(out, "second")
+    assert str(caught.value).startswith(expected)
+    shutil.rmtree(tmp_path / "elsewhere")
+    monkeypatch.delenv("TINY_EXPERIMENT")
+    assert run_tiny(out, workers=1, **which) == []
 
 
 def test_finished_runs_of_another_version_of_the_file_are_told(

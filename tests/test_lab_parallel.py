@@ -135,6 +135,25 @@ def test_what_several_processes_cannot_do_is_refused(
     assert out.exists() == (told is None)
 
 
+@pytest.mark.parametrize(
+    ("which", "how"), [({"parts": ["first"]}, "ddp"), ({"arms": ["bf16"]}, "fsdp2")]
+)
+def test_what_was_not_asked_for_hinders_nothing(
+    which: dict[str, Any], how: Any, tmp_path: Path
+) -> None:
+    """Part `alone` is one of one process, an arm of `mixed` has mitigations."""
+
+    def started(index: int, label: str) -> None:
+        raise _Started
+
+    mixed = replace(PARTS[2], name="mixed", arms=(*PARTS[0].arms, *PARTS[2].arms))
+    parts = PARTS[:2] if how == "ddp" else (mixed,)
+    settings = Settings(processes=2, parallel=how)
+    more: dict[str, Any] = {"settings": settings, "on_start": started}
+    with pytest.raises(_Started):
+        run_experiment(FILE, experiment(*parts), tmp_path / "out", **which, **more)
+
+
 @pytest.mark.slow
 def test_runs_that_broke_off_are_done_again(tmp_path: Path) -> None:
     some = [*DDP, "--arm", "bf16", "--arm", "delayed", "--arm", "current"]

@@ -11,6 +11,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -131,6 +132,13 @@ def test_a_conclusion_that_fails_is_a_line_and_a_file(
     assert (whole / "traceback.txt").read_text().startswith("Traceback (most recent call last)")
     write_page(experiment, file, whole, tmp_path / "reports")
     assert not (whole / "traceback.txt").exists()
+
+
+def test_a_conclusion_is_a_result(whole: Path, tmp_path: Path) -> None:
+    file, experiment = one_seed()
+    told: Any = lambda out: "It did."  # noqa: E731
+    with pytest.raises(NoConclusion, match=r"TypeError: conclude: returned str, expected a Result"):
+        write_page(replace(experiment, conclude=told), file, whole, tmp_path / "reports")
 
 
 def test_the_same_runs_give_the_same_bytes(whole: Path, tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 The environment says what befalls a run: TINY_EXPERIMENT is JSON that maps a run, such as
 "second/bf16/seed-0", to "raises", "exits", "terminated" or "killed", or before it watches "raises
-early" or "killed early", and "pause" to the seconds that every step takes. Weights and batches come
-from torch's global generator: what a run draws is then its seed's only if nothing else has been
-drawn before.
+early" or "killed early", or how it watches, "elsewhere" or "unnamed"; and "pause" to the seconds
+that every step takes. Weights and batches come from torch's global generator: what a run draws is
+then its seed's only if nothing else has been drawn before.
 """
 
 from __future__ import annotations
@@ -80,8 +80,10 @@ def regress(job: Job, progress: Progress) -> None:
     optimizer.param_groups[0]["lr"] *= (job.arm.options or {}).get("hotter", 1.0)
     task = Reconstruction(f"{job.part}/{job.arm.name}/seed-{job.seed}")
     config = job.config(steps=steps, threads=torch.get_num_threads())
+    config = {"steps": steps} if task.fate == "unnamed" else config
+    path = job.path.parents[3] / "elsewhere" if task.fate == "elsewhere" else job.path
     with watch(
-        model, job.path, optimizer=optimizer, every=2, config=config, flush_seconds=0.0
+        model, path, optimizer=optimizer, every=2, config=config, flush_seconds=0.0
     ) as watching:
         losses: list[float] = []
 

@@ -48,7 +48,7 @@ from fp8lab.lab.workers import Call, Workers
 from fp8lab.monitor.about import command
 from fp8lab.plan import named
 from fp8lab.recipe import shown
-from fp8lab.store import RunError, RunWriter, find_runs
+from fp8lab.store import RunError, RunWriter, find_runs, open_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +300,25 @@ def do_job(
             part.prepare(seed, path, settings, progress)
             return
         arm = next(a for a in part.arms if a.name == arm_name)
-        part.run(Job(experiment.name, part.name, arm, seed, path, settings), progress)
+        job = Job(experiment.name, part.name, arm, seed, path, settings)
+        part.run(job, progress)
+        if rank_of() == 0:
+            _require_recorded(job)
+
+
+def _require_recorded(job: Job) -> None:
+    """Raises ValueError for a training that has left no run, or one that nobody could find again
+    by its part, its arm and its seed."""
+    try:
+        config = open_run(job.path).info.get("config")
+    except RunError:
+        raise ValueError(f"no run at {job.path}: expected watch(model, job.path, …)") from None
+    asked = job.asked()
+    for key in ("experiment", "part", "arm", "seed"):
+        found = config.get(key) if isinstance(config, dict) else None
+        if found != asked[key]:
+            told = f"its run was recorded with config {key}={shown(found)}, not {asked[key]!r}"
+            raise ValueError(f"{told}: expected watch(…, config=job.config(…))")
 
 
 def _call(index: int, file: Path, work: Work, settings: Settings) -> Call:
@@ -358,8 +376,8 @@ def run_experiment(
     or not together, and for what several processes cannot do; RunError if `out` holds other runs.
     """
     settings = settings or Settings()
-    require_parallel(settings, experiment.parts, ray)
     chosen = Chosen.of(parts, arms, seeds).known_to(experiment)
+    require_parallel(settings, experiment.parts, chosen, ray)
     begun: list[Work] = []
     failures: dict[int, str] = {}
 

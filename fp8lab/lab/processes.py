@@ -31,12 +31,15 @@ from fp8lab.store import RunError, open_run
 
 if TYPE_CHECKING:
     from fp8lab.lab.experiment import Part, Report, Settings
+    from fp8lab.lab.work import Chosen
 
 MARK = "\x1efp8lab "  # opens a line that is said to the worker
 
 
-def require_parallel(settings: Settings, parts: Iterable[Part], ray: str | None) -> None:
-    """Raises ValueError in one line for what several processes could not do."""
+def require_parallel(
+    settings: Settings, parts: Iterable[Part], chosen: Chosen, ray: str | None
+) -> None:
+    """Raises ValueError in one line for what several processes could not do of the chosen runs."""
     size, how, known = settings.processes, settings.parallel, ", ".join(get_args(Parallel))
     if type(size) is not int or size < 1:
         raise ValueError(f"processes: {size!r:.60}, expected at least 1")
@@ -50,10 +53,11 @@ def require_parallel(settings: Settings, parts: Iterable[Part], ray: str | None)
     if ray is not None:
         raise ValueError(f"processes: {size} with ray, expected one of them")
     for part in parts:
-        if not part.parallel:
+        arms = [a for a in part.arms if any(chosen.has(part.name, a.name, s) for s in part.seeds)]
+        if arms and not part.parallel:
             told = "its training is one of one process"
             raise ValueError(f"part {part.name}: {told}, expected Part(parallel=True)")
-        for arm in part.arms if how != "ddp" else ():
+        for arm in arms if how != "ddp" else ():
             if arm.mitigations:
                 told = f"arm {arm.name}: mitigations under {how}"
                 raise ValueError(f"part {part.name}: {told}, expected ddp")

@@ -26,7 +26,7 @@ import pandas as pd
 from fp8lab.failure import TRACEBACK, and_where, in_one_line, left_in
 from fp8lab.lab.description import file_hash
 from fp8lab.lab.work import Chosen, label_of
-from fp8lab.runs import Run, find_runs, open_run
+from fp8lab.store import Run, RunError, find_runs, open_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,12 +90,18 @@ class Result:
 
 
 def runs_of(out: Path, part: str) -> dict[tuple[str, int], Run]:
-    """The finished runs of a part in an experiment's folder, by arm and seed."""
+    """The finished runs of a part in an experiment's folder, by arm and seed.
+
+    Raises RunError for one that says neither.
+    """
     found = {}
     for path in find_runs(out / part):
         run = open_run(path)
         if run.state == "finished":
-            config = run.info["config"]
+            config = run.info.get("config")
+            if not isinstance(config, dict) or not {"arm", "seed"} <= config.keys():
+                told = "its config says no arm and seed"
+                raise RunError(f"{path}: {told}, expected watch(…, config=job.config(…))")
             found[config["arm"], config["seed"]] = run
     return found
 
@@ -255,6 +261,8 @@ def _concluded(experiment: Experiment, out: Path, folder: Path, quick: bool) -> 
     """The page down to the last table or picture; pictures go into `folder`."""
     assert experiment.conclude is not None
     result = experiment.conclude(out)
+    if not isinstance(result, Result):
+        raise TypeError(f"conclude: returned {type(result).__name__}, expected a Result")
     lines = _head(experiment, result, quick)
     for part in result.parts:
         if isinstance(part, str):
