@@ -24,6 +24,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from fp8lab.comparison import AGAINST, require_arm, side_by_side
+from fp8lab.ending import stopped_first
 from fp8lab.listing import (
     facts_of,
     print_grids,
@@ -31,7 +32,6 @@ from fp8lab.listing import (
     print_runs,
     rank_in_words,
     ranks_of,
-    stopped_first,
     summaries_below,
     summary_of,
 )
@@ -155,7 +155,6 @@ def run(
     out = out or Path("runs") / value.name
     if report is not None:
         require_conclusion(value, out, quick, Chosen.of(part, arm, seed))
-    source = None if text is None else _readable(text)
     more: dict[str, Any] = {"processes": processes, "parallel": parallel and parallel.value}
     console = Console(stderr=as_json, markup=False)
     with Bars(console) as progress:
@@ -168,7 +167,7 @@ def run(
             parts=part,
             arms=arm,
             seeds=seed,
-            settings=Settings(steps=steps, text=source, quick=quick, **more),
+            settings=Settings(steps=steps, text=_readable(text), quick=quick, **more),
             on_note=progress.noted,
             on_plan=progress.planned,
             on_start=progress.started,
@@ -182,19 +181,19 @@ def run(
         _print_json([row for row in rows if all(row[k] in v for k, v in asked.items() if v)])
     else:
         print_grids(console, value.parts, out)
+    if report is not None and failures:
+        typer.echo(f"no page: {len(failures)} failed", err=as_json)
+    elif report is not None:
+        typer.echo(f"page: {write_page(value, file, out, report)}", err=as_json)
     if failures:
-        if report is not None:
-            first = failures[0].partition(": ")[0]
-            typer.echo(f"no page: {len(failures)} failed, {first} first", err=as_json)
         raise typer.Exit(1)
-    if report is not None:
-        page = write_page(value, file, out, report)
-        typer.echo(f"page: {page}", err=as_json)
 
 
-def _readable(text: Path) -> str:
+def _readable(text: Path | None) -> str | None:
     from fp8lab.lab.data import read_text
 
+    if text is None:
+        return None
     read_text(text)
     return str(text.resolve())
 
@@ -218,7 +217,7 @@ def list_runs(
 def show(run: RunPath, as_json: Json = False) -> None:
     """What a run is: versions, precision in force, sites, events, where its processes stand."""
     opened = open_run(run)
-    info = {key: value for key, value in opened.info.items() if key != "pid"}
+    info = {key: value for key, value in opened.info.items() if key not in ("pid", "error")}
     info["state"] = opened.state
     info |= {key: value for key, value in summary_of(opened).items() if key not in info}
     events = opened.events()[["step", "rank", "kind", "site", "detail"]].to_dict("records")

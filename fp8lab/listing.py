@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fp8lab.comparison import config_of, lost_at, number_of, told_losses, told_of
+from fp8lab.ending import error_of
 from fp8lab.failure import TRACEBACK, and_where
 from fp8lab.recipe import GEMMS, gemm_in_words
 from fp8lab.runs import UNTOLD, often_in_words
@@ -27,8 +28,6 @@ from fp8lab.store import Run, RunError, find_runs, open_run
 from fp8lab.terminal import printable
 
 NAMED = 3  # layers, of those that are cast alike
-# What gloo and NCCL say in a process of which another has gone.
-CUT_OFF = ("connection closed by peer", "connection reset", "broken pipe", "remote process exited")
 WRAPPED = 32  # characters, beyond which a cell of several words goes on in the next line
 
 
@@ -47,7 +46,7 @@ def summary_of(run: Run) -> dict[str, Any]:
         "loss": losses[-1].as_py() if len(losses) else None,
         "diverged_at": lost_at(run),
         "final_loss": result.get("final_loss"),
-        "error": run.info.get("error"),
+        "error": error_of(run),
     }
 
 
@@ -132,52 +131,6 @@ def rank_in_words(row: Mapping[str, Any]) -> str:
     told = told if error is None else f"{told}: {error}"
     refused = row["refused"]
     return told if refused is None else f"{told}; not written: {refused}"
-
-
-def stopped_first(run: Run) -> str | None:
-    """Which of several processes stopped first, in words, as far as anything tells; None where all
-    came to their end, or were interrupted together.
-
-    A process that lost the connection to another was alive when that was not; of those that are
-    gone without a word some may have been ended because one failed. Else the times of the last
-    writes tell, where they are further apart than processes write; of one that wrote no step they
-    do not, for it may have done many.
-    """
-    rows = run.ranks()
-    rows = rows[rows["state"] != "left"]
-    lost = rows[rows["state"].isin(["killed", "failed", "unknown"])]
-    if len(rows) < 2 or lost.empty:
-        return None
-    cut_off = lost["error"].fillna("").str.contains("|".join(CUT_OFF), case=False)
-    own = lost[~cut_off]
-    if own.empty:
-        return "not known: each lost the connection to another"
-    failed = own[own["state"] == "failed"]
-    ended = rows[rows["state"].isin(["finished", "interrupted"])]
-    # Who was killed may have been so after the others had ended.
-    rivals = (pd.concat([own, ended]) if failed.empty else failed).sort_values("flushed")
-    writes = max(run.writes_every(rank) for rank in rows["rank"])
-    silent = rivals[rivals["last_step"].isna()]
-    if len(rivals) > 1 and not silent.empty:
-        return f"not known: rank {silent['rank'].iloc[0]} has no step on disk that would tell when"
-    near = rivals[rivals["flushed"] - rivals["flushed"].iloc[0] <= writes]
-    if len(near) > 1:
-        ranks = ", ".join(map(str, sorted(near["rank"])))
-        return (
-            f"not known: ranks {ranks} wrote last within {writes:g} s, which is how often they do"
-        )
-    return _first_in_words(rivals.iloc[0], rows)
-
-
-def _first_in_words(first: pd.Series[Any], rows: pd.DataFrame) -> str:
-    """The rank, and its last step as far as known: a write is no end of one that was killed."""
-    told = f"rank {first['rank']}"
-    is_told = first["state"] == "failed" and pd.isna(first["refused"])
-    if pd.isna(first["last_step"]):
-        return f"{told}, " + ("before its first step" if is_told else "with no step on disk yet")
-    gap = float(rows[rows["rank"] != first["rank"]]["flushed"].min() - first["flushed"])
-    since = f", {'' if is_told else 'written '}{gap:.0f} s before the others" * (gap >= 1.0)
-    return f"{told}, last step {'' if is_told else 'on disk '}{first['last_step']}{since}"
 
 
 def print_grids(console: Console, parts: Iterable[Any], out: Path) -> None:

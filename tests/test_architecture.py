@@ -63,7 +63,7 @@ LAB = (
     | {"diagnosis", "guard", "checkpoint", "failure"}
 )
 ALL = LAB | {"comparison", "lab", "bisection", "progress", "report", "integrations"}
-ALL |= {"listing", "live", "terminal"}
+ALL |= {"listing", "live", "terminal", "ending"}
 
 # A room may always import itself.
 TABLE: dict[str, set[str]] = {
@@ -173,7 +173,8 @@ TABLE: dict[str, set[str]] = {
     "runs": {"record", "segments", "wanted"},
     "store": {"failure", "record", "runs", "segments"},
     "forecast": {"formats", "recipe", "plan", "record", "runs", "segments", "sketch"},
-    "diagnosis": NECK | {"plan"},
+    "ending": {"runs"},
+    "diagnosis": NECK | {"ending", "plan"},
     "guard": {
         "agreement",
         "monitor",
@@ -189,8 +190,8 @@ TABLE: dict[str, set[str]] = {
     | {"sites", "monitor", "store"},
     "comparison": {"runs"},
     "report": NECK | {"comparison", "forecast", "diagnosis"},
-    "listing": {"comparison", "failure", "recipe", "runs", "store", "terminal"},
-    "live": {"diagnosis", "record", "report", "runs", "segments", "terminal"},
+    "listing": {"comparison", "ending", "failure", "recipe", "runs", "store", "terminal"},
+    "live": {"diagnosis", "ending", "record", "report", "runs", "segments", "terminal"},
     "terminal": set(),
     "integrations": {"monitor", "guard", "sites", "store", "recipe", "record", "monitor.statistics"}
     | {"casting", "plan"},
@@ -199,7 +200,7 @@ TABLE: dict[str, set[str]] = {
     DOOR: ALL,
 }
 TORCH_FREE = NECK | {"comparison", "forecast", "diagnosis", "report"}
-TORCH_FREE |= {"listing", "live", "terminal", "failure"}
+TORCH_FREE |= {"listing", "live", "terminal", "failure", "ending"}
 
 
 # module -> source, where a package is named by its file: `fp8lab.report.__init__`

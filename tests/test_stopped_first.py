@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from fp8lab.diagnosis import diagnose
-from fp8lab.listing import rank_in_words, ranks_of, stopped_first
+from fp8lab.ending import error_of, stopped_first
+from fp8lab.listing import rank_in_words, ranks_of, summary_of
+from fp8lab.live.following import Follower
+from fp8lab.report import write_report
 from fp8lab.runs import folder_of, state_file
 from fp8lab.store import RunWriter, open_run
 
@@ -67,6 +70,39 @@ def test_which_process_stopped_first(ranks: Any, told: str, tmp_path: Path) -> N
     assert (said == "None") == (told == "None")
 
 
+@pytest.mark.parametrize(
+    ("ranks", "error"),
+    [
+        ([("failed", 9, 100, CLOSED), ("failed", 9, 100, OWN)], f"rank 1: {OWN}"),
+        ([("failed", 12, 120, OWN), ("failed", 9, 100, OWN + "!")], f"rank 1: {OWN}!"),
+        ([("failed", 9, 100, None), ("failed", 9, 100, OWN)], f"rank 1: {OWN}"),
+        ([("failed", 9, 100, CLOSED), ("killed", 9, 99, None)], f"rank 0: {CLOSED}"),
+        ([("failed", 9, 100, OWN)], OWN),
+        ([("killed", 9, 100, None), ("killed", 9, 100, None)], None),
+    ],
+)
+def test_the_error_is_that_of_the_process_that_stopped_first(
+    ranks: Any, error: str | None, tmp_path: Path
+) -> None:
+    """In rows, in a frame, in a diagnosis and in the headline of a page."""
+    run_of(tmp_path / "run", ranks, precision={"down": {"input": "E4M3 DelayedScaling"}})
+    run = open_run(tmp_path / "run")
+    assert error_of(run) == summary_of(run)["error"] == Follower(run.path).look().error == error
+    if error is not None:
+        assert diagnose(run).ended.endswith(f": {error}")
+        assert f": {error}: rows end there" in str(diagnose(run))
+        page = write_report([run.path], tmp_path / "page.md").read_text("utf-8")
+        assert error.partition(" [")[0] in page
+
+
+def test_a_frame_shows_the_steps_of_who_has_some(tmp_path: Path) -> None:
+    run_of(tmp_path / "run", [("killed", None, 100, None), ("failed", None, 100, OWN)])
+    writer = RunWriter.create(tmp_path / "run", {"job": "one"}, rank=2)
+    writer.append("steps", [{"step": 22, "loss": 1.0}])
+    writer.close()
+    assert Follower(tmp_path / "run").look().step == 22
+
+
 def test_how_often_processes_write_is_in_the_run(tmp_path: Path) -> None:
     ranks = [("killed", 120, 112.0, None), ("killed", 99, 100.0, None)]
     told = "not known: ranks 0, 1 wrote last within 60 s, which is how often they do"
@@ -100,13 +136,16 @@ def test_of_a_killed_process_only_what_is_on_disk_is_told(tmp_path: Path) -> Non
     assert failed.startswith("failed, last step 35, written")
     assert silent == f"killed, {LOST}"
     assert killed.startswith("killed, last step on disk 35, written")
-    told = "ranks 1, 2 killed; rank 0 failed: rows end there, the last of ranks 1, 2 may be missing"
+    told = f"ranks 1, 2 killed; rank 0 failed, last step on disk 35: rank 0: {RESET}"
+    told += ": rows end there, the last of ranks 1, 2 may be missing"
     assert str(diagnose(run)).endswith(told)
 
 
 def test_a_process_that_failed_has_written_what_it_had(tmp_path: Path) -> None:
     run_of(tmp_path / "run", [("finished", 9, 100.0, None), ("failed", 3, 99.0, OWN)])
-    assert str(diagnose(tmp_path / "run")).endswith("rank 1 failed: rows end there")
+    assert str(diagnose(tmp_path / "run")).endswith(
+        f"rank 1 failed after step 9: rank 1: {OWN}: rows end there"
+    )
 
 
 @pytest.mark.parametrize(

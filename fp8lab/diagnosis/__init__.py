@@ -42,6 +42,7 @@ from fp8lab.diagnosis import (
 from fp8lab.diagnosis.loss import loss_alarm
 from fp8lab.diagnosis.rows import Loaded, Rows
 from fp8lab.diagnosis.twin import Divergence, first_divergence
+from fp8lab.ending import error_of
 from fp8lab.record import SEVERITIES, Finding
 from fp8lab.runs import UNTOLD, often_in_words
 from fp8lab.store import Run, open_run
@@ -121,7 +122,8 @@ class Diagnosis:
     def __str__(self) -> str:
         parted = "" if self.divergence is None else f"\n{self.divergence}"
         if self.lost:
-            parted += f"\n{self.lost}: rows end there"
+            ended = self.lost if self.is_empty else self.ended or self.lost
+            parted += f"\n{ended}: rows end there"
             parted += f", the last of {self.incomplete} may be missing" if self.incomplete else ""
         elif self.ended and not self.is_empty:
             parted += f"\n{self.ended}: rows end there"
@@ -163,8 +165,7 @@ def _end_of(run: Run, is_empty: bool) -> str:
     state = run.state
     if state in ("running", "finished"):
         return ""
-    errors = (run.info_of(rank).get("error") for rank in run.folders())
-    error = next((error for error in errors if error is not None), None)
+    error = error_of(run)
     steps = run.arrow("steps", ("step",))["step"]
     if is_empty or not len(steps):
         told = f"{state} before its first step"

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from fp8lab import segments
 from fp8lab.diagnosis import judge
 from fp8lab.diagnosis.rows import Loaded
+from fp8lab.ending import error_of
 from fp8lab.record import CLIPPED_STALENESS, SEVERITIES, Finding, Table
 from fp8lab.runs import Excerpt, Names, Numbers, Run, find_runs, hottest, open_run, state_file
 from fp8lab.segments import RunError
@@ -204,20 +205,20 @@ def _age(run: Run) -> float | None:
 
 
 def _seen(run: Run, note: str, state: str) -> View:
-    rows = run.arrow("steps", list(CURVES), ranks=next(iter(run.folders())))
+    rows = _steps_of_one(run)
     curves = {}
     for name in CURVES:
         known = rows.filter(pa.compute.is_valid(rows[name]))
         order = np.argsort(known["step"].to_numpy(), kind="stable")
         curves[name] = Curve(known["step"].to_numpy()[order], known[name].to_numpy()[order])
     products, cast_step = _products(run, np.unique(rows["step"].to_numpy()))
-    config, error = run.info.get("config"), run.info_of(next(iter(run.folders()))).get("error")
+    config = run.info.get("config")
     planned = config.get("steps") if isinstance(config, dict) else None
     return View(
         path=run.path,
         note=note,
         state=state,
-        error=None if error is None else str(error),
+        error=error_of(run),
         planned=planned if type(planned) is int and planned > 0 else None,
         age=None,
         curves=curves,
@@ -226,6 +227,13 @@ def _seen(run: Run, note: str, state: str) -> View:
         events=run.events(),
         lost=run.lost,
     )
+
+
+def _steps_of_one(run: Run) -> pa.Table:
+    """Of the first process that has rows: who was killed may have written none."""
+    tables = (run.arrow("steps", list(CURVES), ranks=rank) for rank in run.folders())
+    none = run.arrow("steps", list(CURVES), ranks=())
+    return next((rows for rows in tables if len(rows)), none)
 
 
 def _products(run: Run, steps: NDArray[np.int64]) -> tuple[pd.DataFrame, int | None]:
