@@ -362,6 +362,39 @@ def test_a_training_that_breaks_in_high_precision_too(tmp_path: Path) -> None:
 # --- errors are no outcomes -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        (
+            FP8,
+            "rerun-001: layers.0:input@output is in FP8 under a plan that has it in high precision",
+        ),
+        (Plan(recipe=HighPrecision()), "rerun-000: no layer is in FP8"),
+    ],
+)
+def test_a_training_with_a_plan_of_its_own_is_refused(own: Plan, told: str, tmp_path: Path) -> None:
+    invented = Invented(lambda low: bool(low))
+    with pytest.raises(RunError) as caught:
+        bisect(lambda plan, path: invented(own, path), FP8, path=tmp_path, suspects=())
+    told += ", expected train to convert with the plan that it is given"
+    assert str(caught.value) == f"{tmp_path / 'reruns'}/{told}"
+    high = Plan(recipe=HighPrecision())
+    found = bisect(invented, high, path=tmp_path / "high", suspects=())
+    assert found.stopped == "the plan as it is survived to step 9: nothing to bisect"
+
+
+def test_after_a_site_that_is_none_the_folder_takes_another(tmp_path: Path) -> None:
+    """And the rerun of the plan as it is counts for it."""
+    invented = Invented(guilty_of("layers.1:input"))
+    with pytest.raises(ValueError, match=r"site 'third\.\*', expected layers among layers\.0"):
+        bisect(invented, FP8, "third.*", path=tmp_path, suspects=())
+    found = bisect(invented, FP8, "layers.1", path=tmp_path, suspects=())
+    assert found.guilty == ("layers.1:input",)
+    assert invented.calls == len(found.reruns)
+    with pytest.raises(RunError, match="holds a bisection with sites "):
+        bisect(invented, FP8, "*", path=tmp_path, suspects=())
+
+
 def test_a_rerun_that_raises_ends_the_bisection(tmp_path: Path) -> None:
     invented = Invented(guilty_of("layers.1:input"))
 

@@ -47,10 +47,11 @@ from fp8lab.diagnosis import diagnose
 from fp8lab.diagnosis.loss import loss_alarm
 from fp8lab.plan import Plan, recipe_to_dict
 from fp8lab.recipe import GEMMS, OPERANDS, Gemm, HighPrecision, Operand, shown
-from fp8lab.store import Run, open_run
+from fp8lab.store import Run, RunError, open_run
 
 Direction = Literal["saves", "breaks"]
 _HIGH_FORMATS = ("BF16", "FP16", "FP32")
+_AS_GIVEN = "expected train to convert with the plan that it is given"
 
 
 class Cell(NamedTuple):
@@ -152,7 +153,8 @@ def bisect(
 
     Raises ValueError for a pattern that matches nothing; RunError if `path` holds another question
     of which not every rerun failed, or if a rerun records no run, raises without having diverged,
-    or ends before the step at which the plan itself breaks.
+    or ends before the step at which the plan itself breaks; and if one of the first two, the plan
+    as it is and all in high precision, was recorded in another precision than that of its plan.
     """
     patterns = (sites,) if isinstance(sites, str) else tuple(sites)
     _check(plan, patterns, direction)
@@ -232,14 +234,23 @@ class _Search:
     def _stopped_at_once(self) -> str | None:
         """Why there is nothing to bisect, None if there is."""
         (base,) = self.reruns.ask({(): "the plan as it is"})
-        if not base.broke:
-            return f"the plan as it is {base}: nothing to bisect"
         run = open_run(self.reruns.path(base))
+        if not base.broke:
+            if self.reruns.is_low and not _low_cells(run):
+                raise RunError(f"{run.path}: no layer is in FP8, {_AS_GIVEN}")
+            return f"the plan as it is {base}: nothing to bisect"
         self.cells = self._cells_in_question(run)
         if self.suspects is None:
             self.suspects = _suspects_of(run)
         first = {tuple(patterns_of(self.cells)): "all in high precision"}
         (high,) = self.reruns.ask(first)
+        place = self.reruns.path(high)
+        still_low = set(_low_cells(open_run(place)))
+        if kept := [cell for cell in self.cells if cell in still_low]:
+            told = (
+                f"{patterns_of(kept[:1])[0]} is in FP8 under a plan that has it in high precision"
+            )
+            raise RunError(f"{place}: {told}, {_AS_GIVEN}")
         if high.broke:
             everywhere = "high precision" if self.patterns == ("*",) else "high precision there"
             late = "" if self.reruns.checkpoint is None else ", or the checkpoint is too late"
@@ -248,21 +259,16 @@ class _Search:
 
     def _cells_in_question(self, run: Run) -> list[Cell]:
         """Every operand of a GEMM that the run cast to less than 16 bits and a pattern covers."""
-        precision = run.info.get("precision")
-        said = precision.items() if isinstance(precision, dict) else ()
-        layers = {layer: casts for layer, casts in said if isinstance(casts, dict)}
+        layers = _casts_of(run)
         for pattern in self.patterns:
             if not any(fnmatchcase(layer, pattern.partition(":")[0]) for layer in layers):
                 known = ", ".join([*layers][:8]) or "none: nothing was converted"
                 raise ValueError(f"bisect: site {shown(pattern)}, expected layers among {known}")
-        cells = []
-        for layer, casts in layers.items():
-            for operand in OPERANDS:
-                for gemm in (g for g in GEMMS if operand in GEMMS[g]):
-                    cast = str(casts.get(f"{operand}@{gemm}", "BF16"))
-                    is_low = cast.split(" ")[0] not in _HIGH_FORMATS
-                    if is_low and any(_covers(p, layer, operand) for p in self.patterns):
-                        cells.append(Cell(layer, operand, gemm))
+        cells = [
+            cell
+            for cell in _low_cells(run)
+            if any(_covers(pattern, cell.layer, cell.operand) for pattern in self.patterns)
+        ]
         if not cells:
             raise ValueError(f"bisect: {run.path}: nothing of {', '.join(self.patterns)} is in FP8")
         return cells
@@ -377,6 +383,25 @@ def patterns_of(cells: Iterable[Cell]) -> list[str]:
             whole = len(gemms) == 2
             patterns += [f"{name}:{operand}"] if whole else [f"{name}:{operand}@{gemms[0]}"]
     return patterns
+
+
+def _casts_of(run: Run) -> dict[str, dict[str, Any]]:
+    """Layer -> what it said that each operand of each GEMM is."""
+    precision = run.info.get("precision")
+    said = precision.items() if isinstance(precision, dict) else ()
+    return {layer: casts for layer, casts in said if isinstance(casts, dict)}
+
+
+def _low_cells(run: Run) -> list[Cell]:
+    """Every operand of a GEMM that the run cast to less than 16 bits."""
+    return [
+        Cell(layer, operand, gemm)
+        for layer, casts in _casts_of(run).items()
+        for operand in OPERANDS
+        for gemm in GEMMS
+        if operand in GEMMS[gemm]
+        and str(casts.get(f"{operand}@{gemm}", "BF16")).split(" ")[0] not in _HIGH_FORMATS
+    ]
 
 
 def _covers(pattern: str, layer: str, operand: Operand) -> bool:

@@ -5,9 +5,10 @@
 
 A rerun enters the index when it is over; one that was killed stays where it is, and the next gets
 another number: nothing is ever removed or written twice. A folder in which reruns were begun and
-none is finished answers no question yet, and takes another. Of one that raised, all of the error is
-in its folder, in `traceback.txt`. Outcomes are judged from the run directories whenever the folder
-is opened, so that index and evidence cannot disagree.
+none is finished answers no question yet, and takes another; where that of the plan as it is alone
+is, other sites. Of one that raised, all of the error is in its folder, in `traceback.txt`. Outcomes
+are judged from the run directories whenever the folder is opened, so that index and evidence cannot
+disagree.
 
 An error is not an outcome. A rerun that raises counts only where what it recorded had diverged by
 then, and one that survived must have come as far as the step at which the plan itself breaks.
@@ -93,9 +94,13 @@ class Reruns:
             return
         theirs, earlier = self._read()
         others = {child.name for child in self.folder.iterdir()} - {BISECTION, "reruns"}
+        # A checkpoint, say, is that of its own question; one without a rerun may be under way; the
+        # plan as it is, is that of all sites.
         is_held = bool(earlier or others or not self._places())
-        # A checkpoint, say, is that of its own question; and one without a rerun may be under way.
-        for key in self.question if is_held else ():
+        asked = set(self.question) if is_held else set()
+        if self._places() and not any(one.high_precision for one in earlier):
+            asked.discard("sites")
+        for key in (one for one in self.question if one in asked):
             mine, other = self.question[key], theirs.get(key)
             if mine != other:
                 told = f"holds a bisection with {key} {shown(other)}, expected {shown(mine)}"
@@ -207,6 +212,12 @@ class Reruns:
             reason = (str(error).strip().splitlines() or [""])[0]
             return f"{type(error).__name__}: {reason}".removesuffix(": ")
         return None
+
+    @property
+    def is_low(self) -> bool:
+        """Whether the plan as it is puts anything into FP8, in a layer that it names."""
+        recipes = (self.plan.recipe, *self.plan.overrides.values())
+        return not all(isinstance(one, HighPrecision) for one in recipes)
 
     def switched(self, patterns: Sequence[str]) -> Plan:
         """The plan with these in high precision: last among its overrides, for the last one wins"""
