@@ -153,8 +153,8 @@ def bisect(
 
     Raises ValueError for a pattern that matches nothing; RunError if `path` holds another question
     of which not every rerun failed, or if a rerun records no run, raises without having diverged,
-    or ends before the step at which the plan itself breaks; and if one of the first two, the plan
-    as it is and all in high precision, was recorded in another precision than that of its plan.
+    ends before the step at which the plan itself breaks, or, of the first two, is not in its plan's
+    precision.
     """
     patterns = (sites,) if isinstance(sites, str) else tuple(sites)
     _check(plan, patterns, direction)
