@@ -153,8 +153,7 @@ def bisect(
 
     Raises ValueError for a pattern that matches nothing; RunError if `path` holds another question
     of which not every rerun failed, or if a rerun records no run, raises without having diverged,
-    ends before the step at which the plan itself breaks, or, of the first two, is not in its plan's
-    precision.
+    ends before the plan itself breaks, or, of the first two, is not in the precision of its plan.
     """
     patterns = (sites,) if isinstance(sites, str) else tuple(sites)
     _check(plan, patterns, direction)
