@@ -249,6 +249,7 @@ def diagnose_runs(
     """Name the cause, the place and the hour; exit code 1 if a finding is of high severity, 2 if
     nothing was recorded."""
     from fp8lab.diagnosis import diagnose
+    from fp8lab.forecast.not_judged import not_judged
 
     diagnoses = [diagnose(path, twin) for path in _expand(runs)]
     if as_json:
@@ -256,6 +257,9 @@ def diagnose_runs(
     else:
         for one in diagnoses:
             _echo(one)
+            left = not_judged(open_run(one.run)) if one.is_unexplained else None
+            if left is not None and left.what:
+                _echo(left)
     if any(finding.severity == "high" for one in diagnoses for finding in one.findings):
         raise typer.Exit(1)
     if any(one.is_empty for one in diagnoses):

@@ -321,6 +321,23 @@ def test_diagnose_beside_a_twin(tmp_path: Path, runs: Path) -> None:
     assert invoke("diagnose", run.path, "--twin", runs / LABELS[2]).exit_code == 1
 
 
+def test_diagnose_says_what_it_could_not_judge_where_it_finds_nothing(tmp_path: Path) -> None:
+    info = {"precision": {"head": {"input@output": "E4M3 X", "weight@output": "BF16 X"}}}
+    told = (
+        "not recorded, so not judged: input of 1 layer (head): watch(…, "
+        "select=[fp8lab.Selection(layers=('head',), tensors=('input',), freq=1)])\n"
+    )
+    for name, kind in (("lost", "diverged"), ("well", "note")):
+        run = RunWriter.create(tmp_path / name, info)
+        run.append("steps", [{"step": 5, "rank": 0, "loss": 1.0}])
+        run.append("events", [{"step": 5, "rank": 0, "kind": kind, "detail": ""}])
+        run.close()
+        result = invoke("diagnose", run.path)
+        assert result.exit_code == 0
+        expected = told if name == "lost" else ""
+        assert result.stdout == f"{diagnose(run.path)}\n{expected}"
+
+
 def test_compare(runs: Path, tmp_path: Path) -> None:
     result = invoke("compare", runs, "--json")
     assert result.exit_code == 0

@@ -42,6 +42,7 @@ from fp8lab.casting import Cast, cast_for
 from fp8lab.cli import app
 from fp8lab.forecast import DAMAGED, MOST, RELEASED, SATURATED, WINDOW, WOUND_UP
 from fp8lab.forecast.histories import current_scales, delayed_scales
+from fp8lab.forecast.not_judged import not_judged
 from fp8lab.forecast.recorded import recorded_sites
 from fp8lab.forecast.to_record import Missing, select_of
 from fp8lab.forecast.what_if import COLUMNS, uses_of
@@ -302,9 +303,12 @@ def test_operands_that_were_not_recorded_are_said_to_be_unknown(kept: Kept) -> N
     assert replay(kept.path, HighPrecision()).unknown == {}
 
 
-def trained(path: Path, **options: Any) -> Path:
+def trained(path: Path, plan: Plan | None = None, **options: Any) -> Path:
+    """Three feed-forwards, or with a plan one before a linear layer."""
     torch.manual_seed(0)
     model = nn.Sequential(*(fp8lab.GatedFeedForward(32, 64) for _ in range(3)))
+    if plan is not None:
+        model = fp8lab.convert(nn.Sequential(model[0], nn.Linear(32, 32)), plan)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     with fp8lab.watch(model, path, optimizer=optimizer, every=3, **options) as watch:
         for step in range(5):
@@ -325,6 +329,19 @@ def test_one_argument_records_what_all_recipes_need(tmp_path: Path) -> None:
     second = trained(tmp_path / "second", **eval(f"dict({select})", {"fp8lab": fp8lab}))
     assert asked(second) == []
     assert [replay(second, recipe).select for recipe in what_if.RECIPES] == [""] * 6
+
+
+def test_what_a_run_in_fp8_did_not_record_is_named_with_what_records_it(tmp_path: Path) -> None:
+    plan = fp8lab.Plan(recipe=DelayedScaling(), overrides={"1:weight": HighPrecision()})
+    first = open_run(trained(tmp_path / "first", plan=plan))
+    left = not_judged(first)
+    assert left.what == (
+        "input of 3 layers (0.gate, 0.up, 1), weight of 3 layers (0.gate, 0.up, 0.down), "
+        "grad_output of 4 layers (0.gate, 0.up, 0.down, …)"
+    )
+    select = eval(f"dict({left.select})", {"fp8lab": fp8lab})
+    second = open_run(trained(tmp_path / "second", plan=plan, **select))
+    assert not_judged(second) == not_judged(open_run(trained(tmp_path / "plain"))) == ("", "")
 
 
 def test_a_tensor_of_two_names_is_one(tmp_path: Path) -> None:

@@ -101,6 +101,12 @@ def test_what_went_wrong_in_high_precision_too_is_not_said_to_be_fp8(tmp_path: P
     assert answer(broken, healthy, lost)[2].endswith("that is here is known to be its twin")
 
 
+def test_where_nothing_is_found_what_was_not_recorded_is_told(tmp_path: Path) -> None:
+    said = answer_of(load([run(tmp_path / "lost", "fp8", lost=6)]))
+    assert said.because.endswith("not recorded, so not judged: input of 1 layer (down)")
+    assert "fp8lab diagnose RUN" in said.remedy
+
+
 def test_what_went_well_is_not_yet_fp8(tmp_path: Path) -> None:
     assert answer(run(tmp_path / "broken", "fp8"))[:2] == ("Not yet", "high")
 

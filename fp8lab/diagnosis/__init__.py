@@ -99,10 +99,20 @@ class Diagnosis:
     not_as_told: tuple[str, ...] = ()
 
     @property
+    def serious(self) -> tuple[Finding, ...]:
+        """The findings that are more than a note."""
+        return tuple(finding for finding in self.findings if finding.severity != "low")
+
+    @property
     def first_alarm(self) -> int | None:
         """The earliest step that a finding above "low" names."""
-        steps = [f.since for f in self.findings if f.severity != "low" and f.since is not None]
+        steps = [found.since for found in self.serious if found.since is not None]
         return min(steps, default=None)
+
+    @property
+    def is_unexplained(self) -> bool:
+        """Whether the loss told of trouble, and no finding is more than a note."""
+        return self.loss_alarm is not None and not self.serious
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""

@@ -41,9 +41,12 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from fp8lab.forecast.not_judged import in_short
 from fp8lab.forecast.recorded import (
+    is_watchable,
     layers_of,
     layers_of_feed_forwards,
+    low_casts,
     recorded_sites,
     same_as,
 )
@@ -399,23 +402,18 @@ def _in_words(plan: Plan, left: dict[Operand, list[str]]) -> dict[str, str]:
     told = {}
     for operand, layers in left.items():
         if layers:
-            listed = ", ".join(layers[:3]) + (", …" if len(layers) > 3 else "")
-            count = "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
             uses = (use for layer in layers for use in uses_in("", layer, operand, plan))
             whys = {statistics_of(use)[1]: None for use in uses if not use.is_scaled_whole}
             why = "; ".join(["not recorded", *filter(None, whys)])
-            told[f"{operand} of {count} ({listed})"] = why
+            told[f"{operand} of {in_short(layers)}"] = why
     return told
 
 
 def _missing(run: Run, plan: Plan, left: dict[Operand, list[str]]) -> Iterator[Missing]:
-    """What to record of them, as far as they are modules: of fused experts, and of what runs inside
-    of TE's LayerNormMLP, nothing can be asked."""
-    linears = run.info.get("linears")
+    """What to record of them, as far as they can be asked for."""
     for operand, layers in left.items():
         for layer in layers:
-            known = {layer: None} if not isinstance(linears, dict) else linears
-            if layer in known and "LayerNormMLP" not in str(known[layer]):
+            if is_watchable(run, layer):
                 for use in uses_in(f"{layer}:{operand}", layer, operand, plan):
                     yield from missing_of(use, None)
 
@@ -432,15 +430,10 @@ def _unknown(use: Use, rows: pd.DataFrame) -> dict[str, str]:
 
 def _own_casts(run: Run) -> Iterator[str]:
     """Whether the run was itself in FP8, or less, by what its layers say."""
-    told = run.info.get("precision")
-    layers = (
-        [one for one in told.values() if isinstance(one, dict)] if isinstance(told, dict) else []
-    )
-    casts = dict.fromkeys(str(cast) for layer in layers for cast in layer.values())
-    own = [cast for cast in casts if not cast.startswith(("BF16", "FP16", "FP32"))]
-    if own:
+    own = next(iter(low_casts(run).values()), None)
+    if own is not None:
         yield (
-            f"the run itself has operands in {own[0]}: its tensors have been through its own casts "
+            f"the run itself has operands in {own}: its tensors have been through its own casts "
             "already, so this tells less than a run in BF16 would"
         )
 

@@ -43,6 +43,26 @@ def layers_of(run: Run) -> list[str]:
     return list(dict.fromkeys([*map(str, linears), *own]))
 
 
+def low_casts(run: Run) -> dict[tuple[str, str], str]:
+    """(Layer, operand) -> its cast, of those to less than 16 bits, as the run's layers say."""
+    layers = run.info.get("precision")
+    told = layers.items() if isinstance(layers, dict) else ()
+    return {
+        (str(layer), str(use).partition("@")[0]): str(cast)
+        for layer, casts in told
+        for use, cast in (casts.items() if isinstance(casts, dict) else ())
+        if not str(cast).startswith(("BF16", "FP16", "FP32"))
+    }
+
+
+def is_watchable(run: Run, layer: str) -> bool:
+    """Whether it is a module: of fused experts, and of what runs inside of TE's LayerNormMLP,
+    nothing can be asked."""
+    linears = run.info.get("linears")
+    known = linears if isinstance(linears, dict) else {layer: None}
+    return layer in known and "LayerNormMLP" not in str(known[layer])
+
+
 def joined(module: str, part: str) -> str:
     return f"{'' if module == '.' else module}.{part}".strip(".")
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fp8lab.diagnosis import OF_PRECISION
+from fp8lab.forecast.not_judged import not_judged
 from fp8lab.record import Finding, Severity
 from fp8lab.report.story import Seen, Story
 from fp8lab.report.verdict import in_words
@@ -25,6 +26,7 @@ Word = Literal["Yes", "No", "Not yet", "Not tried", "Cannot say"]
 
 _OF_PRECISION = frozenset(rule.__name__.rpartition(".")[2] for rule in OF_PRECISION)
 _ASK = "ask what FP8 would have done: `fp8lab replay RUN --recipe R`, and see below"
+_RECORD = "record what was not: `fp8lab diagnose RUN` prints the argument of `watch`"
 _TWIN = "its twin in high precision"
 _LESS: dict[Severity, Severity] = {"high": "medium", "medium": "low", "low": "low"}
 ENOUGH_STEPS = 100  # the longest time that the rules look back over is of this order
@@ -64,19 +66,18 @@ def answer_of(story: Story) -> Answer:
         how = next((run.diagnosis.ended for run in worst if run.diagnosis.ended), "")
         return Answer(word="Cannot say", because=because + (f": {how}" if how else ""))
     run = worst[0]
-    found = _serious(run)
+    found = run.diagnosis.serious
     if found:
         return _found(story, run, found[0])
     ended = _ended(run)
     if ended:
         name = named(story, run)
         because = f"{ended} in {name}, and no rule found a cause in what was recorded"
-        return Answer(word="Cannot say", because=because, run=name)
+        left = not_judged(run.run)
+        because += f"; not recorded, so not judged: {left.what}" if left.what else ""
+        ask = _RECORD if left.select else ""
+        return Answer(word="Cannot say", because=because, run=name, remedy=ask)
     return _nothing(story, run)
-
-
-def _serious(run: Seen) -> list[Finding]:
-    return [finding for finding in run.diagnosis.findings if finding.severity != "low"]
 
 
 def _ended_early(story: Story) -> list[Seen]:
@@ -97,7 +98,7 @@ def _nothing(story: Story, run: Seen) -> Answer:
     unfinished = any(not one.decided for one in story.runs)
     lost = [one for one in story.unread if one.label != "experiment.json"]
     whose = ["that could be read"] if lost else []
-    if any(one.doses and (_serious(one) or _ended(one)) for one in story.runs):
+    if any(one.doses and (one.diagnosis.serious or _ended(one)) for one in story.runs):
         whose.append("that are no dose-response")
     because = f"of the runs {' and '.join(whose)}, none" if whose else "no run"
     because += " diverged, no loss gave an alarm, and no rule found more than a note (severity low)"
