@@ -101,6 +101,39 @@ def test_what_went_wrong_in_high_precision_too_is_not_said_to_be_fp8(tmp_path: P
     assert answer(broken, healthy, lost)[2].endswith("that is here is known to be its twin")
 
 
+def test_a_remedy_that_was_tried_in_vain_makes_the_answer_less_sure(tmp_path: Path) -> None:
+    found = Finding(
+        cause="delayed_saturation",
+        severity="high",
+        confidence="high",
+        summary="",
+        site="down:input",
+        evidence=(),
+    )
+
+    def answered(*names: str) -> tuple[str, str, bool]:
+        story = load([tmp_path / name for name in names])
+        for one in story.runs:
+            told = (found,) if one.label == "broken" else ()
+            object.__setattr__(one.diagnosis, "findings", told)
+        said = answer_of(story)
+        because = "a run with it in high precision diverged too (run vain)" in said.because
+        return said.word, said.confidence, because
+
+    for name, lost, held in (
+        ("broken", 6, "fp8"),
+        ("vain", 7, "bf16"),
+        ("saved", None, "bf16"),
+        ("other", 7, "fp8"),
+    ):
+        losses = [1.0 if lost is None or step < lost else math.nan for step in range(9)]
+        casts = {"input@output": HELD[held], "weight@output": HELD["fp8"]}
+        info = {"config": {}, "precision": {"down": casts}}
+        write(tmp_path / name, steps=[{"loss": loss} for loss in losses], info=info)
+    assert answered("broken", "saved", "other") == ("Yes", "high", False)
+    assert answered("broken", "saved", "vain") == ("Cannot say", "low", True)
+
+
 def test_where_nothing_is_found_what_was_not_recorded_is_told(tmp_path: Path) -> None:
     said = answer_of(load([run(tmp_path / "lost", "fp8", lost=6)]))
     assert said.because.endswith("not recorded, so not judged: input of 1 layer (down)")

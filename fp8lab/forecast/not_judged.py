@@ -15,6 +15,8 @@ from fp8lab.plan import Plan
 from fp8lab.recipe import OPERANDS, DelayedScaling
 from fp8lab.runs import Run
 
+_WHOLE = Plan(recipe=DelayedScaling())  # any under which every operand of every layer is cast
+
 
 class NotJudged(NamedTuple):
     """`what` names, in words, operands that were cast to less than 16 bits and have no rows;
@@ -32,8 +34,7 @@ class NotJudged(NamedTuple):
 def not_judged(run: Run) -> NotJudged:
     """Of a run whose layers say what they cast; of others nothing. Raises RunError if a run is
     damaged."""
-    whole = Plan(recipe=DelayedScaling())  # any in which every operand of every layer is cast
-    recorded = {(use.layer, use.operand) for use in uses_of(run, recorded_sites(run), whole).cast}
+    recorded = {operand_at(run, site) for site in recorded_sites(run)}
     left = [one for one in low_casts(run) if one not in recorded]
     told = []
     for operand in OPERANDS:
@@ -44,6 +45,12 @@ def not_judged(run: Run) -> NotJudged:
         what=", ".join(told),
         select=select_of(Missing(*one) for one in left if is_watchable(run, one[0])),
     )
+
+
+def operand_at(run: Run, site: str) -> tuple[str, str] | None:
+    """(Layer, operand) that is the tensor recorded there, None if it is no layer's."""
+    uses = uses_of(run, [site], _WHOLE).cast
+    return (uses[0].layer, uses[0].operand) if uses else None
 
 
 def in_short(layers: list[str]) -> str:

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fp8lab.diagnosis import OF_PRECISION
-from fp8lab.forecast.not_judged import not_judged
+from fp8lab.diagnosis.rows import facts_of
+from fp8lab.forecast.not_judged import not_judged, operand_at
+from fp8lab.forecast.recorded import low_casts
 from fp8lab.record import Finding, Severity
 from fp8lab.report.story import Seen, Story
 from fp8lab.report.verdict import in_words
@@ -142,6 +144,10 @@ def _found(story: Story, run: Seen, finding: Finding) -> Answer:
     if saved:
         others = f" and {len(saved) - 2} more" if len(saved) > 2 else ""
         clauses.append(f"with the same seed it survives as {', '.join(saved[:2])}{others}")
+    tried = _lost_without(story, run, finding) if word == "Yes" else []
+    if tried:
+        word, confidence = word if story.twin_of(run) else "Cannot say", "low"
+        clauses.append(f"a run with it in high precision diverged too ({tried[0]})")
     since = "" if finding.since is None else run.when(finding.since)
     where = "" if finding.site is None else f" at {finding.site}"
     where += "" if finding.channel is None else f", channel {finding.channel},"
@@ -211,6 +217,21 @@ def _saved(story: Story, run: Seen) -> list[str]:
         if arm.uses_fp8 and run not in arm.runs
         if any(one.seed == run.seed and one.decided for one in arm.runs)
         if all(one.diverged_at is None for one in arm.runs if one.seed == run.seed)
+    ]
+
+
+def _lost_without(story: Story, run: Seen, finding: Finding) -> list[str]:
+    """Of a cause in FP8, the runs of its seed that diverged in FP8 too, but with that operand in
+    high precision."""
+    operand = operand_at(run.run, finding.site or "")
+    casts = low_casts(run.run)
+    return [
+        named(story, one)
+        for part in story.parts
+        if run in part.runs and operand in casts
+        for one in part.runs
+        if one.seed == run.seed and one.diverged_at is not None and one.uses_fp8
+        if operand[0] in facts_of(one.run.info, "precision") and operand not in low_casts(one.run)
     ]
 
 
