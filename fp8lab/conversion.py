@@ -193,10 +193,14 @@ def _plan(
             overrides=overrides,
             accumulation=accumulation,
         )
-    if include != ("*",) or exclude or overrides or accumulation:
-        raise ValueError(
-            "convert: include, exclude, overrides, accumulation: expected in the plan given"
-        )
+    patterns = {"include": include if include != ("*",) else (), "exclude": exclude}
+    for name, given in {**patterns, "overrides": overrides, "accumulation": accumulation}.items():
+        if given:
+            written = f"{name}: {list(patterns[name])}" if name in patterns else f"{name}: …"
+            raise ValueError(
+                f"convert: {name}= beside a plan, expected in the plan: `{written:.200}` in its "
+                f"file, or dataclasses.replace(plan, {name}=…)"
+            )
     return recipe
 
 

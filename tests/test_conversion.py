@@ -50,9 +50,22 @@ def test_a_pattern_that_matches_nothing_is_refused(options: Any, message: str) -
     assert not any(isinstance(module, Fp8Linear) for module in refused.modules())
 
 
-def test_a_plan_has_its_own_patterns() -> None:
-    with pytest.raises(ValueError, match=r"^convert: include, exclude, .* in the plan given$"):
-        fp8lab.convert(model(), Plan(recipe=DelayedScaling()), exclude=["*.gate"])
+@pytest.mark.parametrize(
+    ("option", "written"),
+    [
+        ({"include": ["0*"]}, "include: ['0*']"),
+        ({"exclude": "lm_head"}, "exclude: ['lm_head']"),
+        ({"overrides": {"*:weight": DelayedScaling()}}, "overrides: …"),
+    ],
+)
+def test_a_plan_has_its_own_patterns(option: dict[str, Any], written: str) -> None:
+    (name,) = option
+    with pytest.raises(ValueError) as caught:
+        fp8lab.convert(model(), Plan(recipe=DelayedScaling()), **option)
+    assert str(caught.value) == (
+        f"convert: {name}= beside a plan, expected in the plan: `{written}` in its file, "
+        f"or dataclasses.replace(plan, {name}=…)"
+    )
 
 
 def test_what_is_converted_is_not_converted_again() -> None:
