@@ -493,6 +493,16 @@ def test_no_code_of_a_pickle_runs(how: str, tmp_path: Path) -> None:
     assert not trace.exists() and "\n" not in str(error.value)
 
 
+def test_a_pickled_model_is_told_from_its_state_dict(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "whole.pt")
+    with pytest.raises(WeightsError) as error:
+        audit(tmp_path / "whole.pt")
+    assert str(error.value) == (
+        f"{tmp_path / 'whole.pt'}: holds a pickled torch.nn.modules.linear.Linear, refused by "
+        "torch.load(weights_only=True), expected tensors alone: torch.save(model.state_dict(), …)"
+    )
+
+
 def test_zips_that_are_no_checkpoints(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -327,6 +327,11 @@ def _torch(path: Path) -> dict[str, Stored]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a foreign unpickler may raise anything; it has run no code
+        if foreign := re.search(r"Unsupported (?:global: GLOBAL|class) ([\w.]{1,200})", str(error)):
+            raise WeightsError(
+                f"{path}: holds a pickled {foreign[1]}, refused by torch.load(weights_only=True), "
+                "expected tensors alone: torch.save(model.state_dict(), …)"
+            ) from None
         reason = " ".join(str(error).split("\n")[0].split())[:200] or type(error).__name__
         raise WeightsError(f"{path}: torch.load(weights_only=True) refused: {reason}") from None
     return {name: _in_torch(tensor) for name, tensor in _state_dict(path, loaded)}
