@@ -150,7 +150,7 @@ CLIPPED_STALENESS = 2.0
 # Events after which rows are not what "steps a to b of this recipe" says.
 NOT_AS_TOLD = (
     *("resumed", "rewound", "repeated", "not_merged"),
-    *("not_seen", "not_run", "unlike", "converted"),
+    *("not_seen", "not_run", "unlike", "converted", "unconverted"),
 )
 # How the detail of `resumed` ends where steps are missing before it.
 NOTHING_BETWEEN = "of those between nothing is recorded"

@@ -329,6 +329,23 @@ def test_a_model_that_is_converted_while_it_is_watched_is_told(tmp_path: Path) -
     assert rows["recipe"].fillna("").tolist() == [*[""] * 4, *["DelayedScaling"] * 2]
 
 
+def test_layers_whose_casts_go_while_they_are_watched_are_an_event(tmp_path: Path) -> None:
+    """And no warning: a training may end in high precision on purpose."""
+    model, path = nn.Sequential(GatedFeedForward(16, 24)), tmp_path / "run"
+    fp8lab.convert(model, fp8lab.Float8CurrentScaling(), include=("*.up", "*.down"))
+    with fp8lab.watch(model, path, every=1) as watching:
+        train(model, watching, range(2))
+        model[0].up.__class__ = model[0].down.__class__ = nn.Linear
+        model.append(nn.Linear(16, 16))  # what was never there was never converted either
+        train(model, watching, range(2, 3))
+    detail = "by step 2, input@output was E4M3 Float8CurrentScaling and is not converted; "
+    detail += "so 6 of 6 operands; 2 layers in all"
+    assert told_of(path) == [[2, "unconverted", detail]]
+    assert fp8lab.diagnose(path).not_as_told == (f"unconverted: 0.up: {detail}",)
+    notes = fp8lab.replay(path, fp8lab.DelayedScaling()).notes
+    assert "from step 2 on rows are of layers that cast otherwise than before" in notes
+
+
 # --- torch.compile ------------------------------------------------------------------------------
 
 

@@ -441,10 +441,12 @@ def _own_casts(run: Run) -> Iterator[str]:
 def _events_told(run: Run) -> Iterator[str]:
     events = run.events(["kind", "detail"])
     twice = "rows of one step stand twice: the last of each are taken, the others are not"
+    otherwise = "rows are of layers that cast otherwise than before"
     for kind, told in {
         "repeated": twice,
         "rewound": twice,
-        "converted": "rows are of layers that cast otherwise than before",
+        "converted": otherwise,
+        "unconverted": otherwise,
         "nonfinite_loss": "the run's own loss is not finite",
         "nonfinite_product": "a product of the run itself is not finite",
         "diverged": "the run itself diverged",

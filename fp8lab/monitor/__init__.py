@@ -416,7 +416,7 @@ class Watch:
                 self._warn(f"run.json cannot be written: {error}", once="info")
         self._events(step, notices)
         for kind, site, why in notices:
-            if kind != "precision_changed":
+            if kind in _TOLD:
                 self._warn(f"{site}: {_TOLD[kind]}: {why}", once=kind)
 
     def _note_unseen(self, step: int, collected: dict[str, Kinds], is_told: bool) -> None:

@@ -11,7 +11,9 @@ gradient, is told: somebody else computes with the weight, in what precision no 
 with a layer of TE's. Of weights that FSDP2 has sharded the gradient is looked for at the whole
 weight, which the module has while it runs: what the shard gets may be another process's.
 
-A layer that is converted while it is watched is told: rows before and after it are of two models.
+A layer that is converted while it is watched, or back, is told: rows before and after it are of two
+models. The way back is an event and no warning: to train the last steps in high precision is usual.
+run.json keeps what such a layer said while it did.
 
 Processes must agree. Precision known from birth is compared before a run begins; what TE's layers
 say of a step with what they say elsewhere in that step, and who says otherwise second leaves an
@@ -165,14 +167,15 @@ class PrecisionProbe:
         if kinds == self._kinds:
             return {}, []
         before, self._said, self._kinds = self._said, in_full(self._model), kinds
-        changed = [name for name, said in self._said.items() if said != before.get(name)]
+        changed = [name for name, said in self._said.items() if said != before.get(name, {})]
         if not changed:  # a hook's or a wrapper's class
             return {}, []
         first = changed[0]
         detail = f"by step {step}, {_change(before.get(first, {}), self._said[first])}"
         site = first.partition(" ")[0]
         detail += f"; {len(changed)} layers in all" if len(changed) > 1 else ""
-        return known_from_birth(self._model), [Notice("converted", site, detail)]
+        kind = "converted" if any(self._said[name] for name in changed) else "unconverted"
+        return known_from_birth(self._model), [Notice(kind, site, detail)]
 
     def _news_of_te(self) -> tuple[Precision, list[Notice]]:
         told = {name: said for name, said in self._latest.items() if said != self._told.get(name)}
@@ -200,10 +203,11 @@ def _outermost_of_te(modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _change(before: dict[str, str], now: dict[str, str]) -> str:
-    changed = [use for use, said in now.items() if said != before.get(use)]
-    use, others = changed[0], f"; so {len(changed)} of {len(now)} operands"
-    was = before.get(use, "not converted")
-    return f"{use} was {was} and is {now[use]}{others if len(changed) > 1 else ''}"
+    uses = dict.fromkeys((*now, *before))
+    changed = [use for use in uses if now.get(use) != before.get(use)]
+    use, others = changed[0], f"; so {len(changed)} of {len(uses)} operands"
+    was, became = (said.get(use, "not converted") for said in (before, now))
+    return f"{use} was {was} and is {became}{others if len(changed) > 1 else ''}"
 
 
 def _weights_of(layer: nn.Module, is_te: bool) -> list[nn.Parameter]:
