@@ -16,7 +16,9 @@ done, for nothing here ends a training.
 A checkpoint is worth something only if it is older than the trouble, and trouble is often older
 than its alarm. So the newest few stay and of the others the oldest of each doubling of age, and an
 alarm keeps for good the newest one from before its finding's onset: what was written after that
-step has the poison in it.
+step has the poison in it. Where that one is kept already, by an alarm before, it is what this one
+names. Those that lie in the folder where a run goes on may be kept too; deleted are only a Guard's
+own.
 
 Without mitigations a guarded training is the unguarded one to the bit. Cost: the rules read frames
 of a few thousand rows, some tens of milliseconds for a few feed-forwards and some hundreds for
@@ -27,6 +29,7 @@ Rejected: rules of its own, quicker and other than those that the report shows.
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from collections import deque
@@ -137,7 +140,9 @@ class Guard:
         self._every, self._burst = every, burst
         self._severities = SEVERITIES[: SEVERITIES.index(least) + 1]
         self._checkpoints = checkpoints
-        self._written: list[tuple[int, Path]] = []
+        self._written: list[tuple[int, Path]] = []  # take turns
+        self._staying: list[tuple[int, Path]] = []  # the kept ones, and those of the run's past
+        self._is_first = True
         self._callbacks = tuple(on_alarm)
         self._mitigations = dict(mitigations or {})
         self._recent = _Recent(watching.path, watching.info, window)
@@ -152,6 +157,9 @@ class Guard:
     def _observe(self, rows: StepRows) -> None:
         """Called by `watch` when a step is over."""
         self._recent.add(rows, self._watch.rank)
+        if self._checkpoints is not None and self._is_first:
+            self._attempt(rows.step, "a checkpoint", lambda: self._look(rows.step))
+        self._is_first = False
         begins, self._was_alarming = rows.is_alarming > self._was_alarming, rows.is_alarming
         if begins or rows.step % self._every == 0:
             self._attempt(rows.step, "the rules", lambda: self._judge(rows.step))
@@ -197,12 +205,21 @@ class Guard:
 
     # --- checkpoints ----------------------------------------------------------------------------
 
+    def _look(self, first: int) -> None:
+        """What the run left there before step `first`; later ones are of steps that gave way."""
+        assert self._checkpoints is not None
+        for path in Path(self._checkpoints.folder).glob("*step-*"):
+            name = re.fullmatch(r"(?:kept-)?step-([0-9]+)", path.name)
+            if name is not None and int(name[1]) <= first:
+                self._staying.append((int(name[1]), path))
+
     def _save(self, next_step: int) -> None:
         assert self._checkpoints is not None
         path = Path(self._checkpoints.folder) / f"step-{next_step}"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._checkpoints.save(path)
-        self._written = [pair for pair in self._written if pair[0] < next_step]  # it went back
+        for known in (self._written, self._staying):
+            known[:] = [pair for pair in known if pair[0] < next_step]  # it went back
         self._written.append((next_step, path))
         stay = dict(self._written[: -self._checkpoints.keep][::-1])
         oldest = {(next_step - step).bit_length(): step for step in stay}
@@ -212,17 +229,24 @@ class Guard:
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
     def _keep(self, onset: int, step: int) -> None:
-        """The newest from before step `onset` ran leaves the turns and stays, by another name."""
-        before = [pair for pair in self._written if pair[0] <= onset]
+        """The newest from before step `onset` ran leaves the turns and stays, by another name; one
+        that is kept already has done so."""
+        lying = [pair for pair in self._staying if pair[1].exists()]  # a user may tidy up
+        before = [pair for pair in (*self._written, *lying) if pair[0] <= onset]
         if not before:
-            told = f"none was written before step {onset} by this guard"
-            self._watch.event(step, "no_checkpoint", told)
+            self._watch.event(step, "no_checkpoint", f"none is from before step {onset}")
             return
-        self._written.remove(before[-1])
-        path = before[-1][1]
-        kept = path.with_name(f"kept-{path.name}")
-        path.rename(kept)
-        self._watch.event(step, "checkpoint_kept", f"{kept.name}: from before step {onset}")
+        # Of a kept one and another of the same step, where a run went back, the other is newer.
+        newest = max(before, key=lambda pair: (pair[0], not pair[1].name.startswith("kept-")))
+        number, path = newest
+        told = f"from before step {onset}, kept already"
+        if not path.name.startswith("kept-"):
+            for known in (self._written, self._staying):
+                known[:] = [pair for pair in known if pair != newest]
+            path = path.rename(path.with_name(f"kept-{path.name}"))
+            self._staying.append((number, path))
+            told = f"from before step {onset}"
+        self._watch.event(step, "checkpoint_kept", f"{path.name}: {told}")
 
     # --- mitigations ----------------------------------------------------------------------------
 

@@ -26,12 +26,12 @@ from fp8lab import (
     guard,
     watch,
 )
-from fp8lab.diagnosis import diagnose
+from fp8lab.diagnosis import Diagnosis, diagnose
 from fp8lab.guard import FIRST_STEPS, Checkpoints, Guard
 from fp8lab.lab.data import RareToken
 from fp8lab.mitigations import AntiWindup, ClampedSwiGLU, HighPrecisionProduct, ZClip
 from fp8lab.monitor.recorder import StepRows
-from fp8lab.record import Finding
+from fp8lab.record import Finding, Severity
 from fp8lab.store import open_run
 
 PLAN = Plan(
@@ -209,6 +209,91 @@ def test_what_gets_worse_is_an_alarm_again(tmp_path: Path) -> None:
     _, _, guard = train(tmp_path / "run", every=1)
     severities = [f.severity for f in guard.findings if f.cause == "delayed_saturation"]
     assert severities == ["medium", "high"]
+
+
+OF_CHECKPOINTS = ("checkpoint_kept", "no_checkpoint", "guard_failed")
+
+
+def kept_on(
+    alarms: dict[int, Finding],
+    tmp_path: Path,
+    steps: range,
+    monkeypatch: pytest.MonkeyPatch,
+    every: int = 20,
+) -> list[tuple[int, str, str]]:
+    """Steps of a run under a Guard whose rules find, at a step, what is told; what became of
+    checkpoints in them."""
+    model, path = nn.Sequential(GatedFeedForward(8, 16)), tmp_path / "run"
+    checkpoints = Checkpoints(folder=tmp_path / "safe", save=Path.mkdir, every=every)
+    planted: list[Finding] = []
+    monkeypatch.setattr(
+        guard, "judge", lambda _: Diagnosis(run="", findings=tuple(planted), loss_alarm=None)
+    )
+    with watch(model, path, every=1000, resume_at=steps.start or None) as watching:
+        Guard(watching, every=1, window=1, checkpoints=checkpoints)
+        for step in steps:
+            planted[:] = [alarms[step]] if step in alarms else []
+            watching.step(step)
+    found = open_run(path).events(["step", "kind", "detail"])
+    rows = found[found["step"].isin(steps) & found["kind"].isin(OF_CHECKPOINTS)]
+    return [(int(row.step), str(row.kind), str(row.detail)) for row in rows.itertuples()]
+
+
+def trouble(site: str, severity: Severity, since: int) -> Finding:
+    return Finding(
+        cause="delayed_saturation",
+        severity=severity,
+        confidence="high",
+        site=f"{site}:product",
+        since=since,
+        summary="planted",
+    )
+
+
+def test_what_is_kept_already_is_what_a_later_alarm_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of trouble that got worse, and of another site's since then."""
+    alarms = {
+        83: trouble("0", "medium", 59),
+        95: trouble("1", "high", 51),
+        107: trouble("0", "high", 59),
+        109: trouble("2", "high", 30),
+        110: trouble("3", "high", 0),
+    }
+    assert kept_on(alarms, tmp_path, range(112), monkeypatch) == [
+        (83, "checkpoint_kept", "kept-step-40: from before step 59"),
+        (95, "checkpoint_kept", "kept-step-40: from before step 51, kept already"),
+        (107, "checkpoint_kept", "kept-step-40: from before step 59, kept already"),
+        (109, "checkpoint_kept", "kept-step-20: from before step 30"),
+        (110, "no_checkpoint", "none is from before step 0"),
+    ]
+
+
+def test_where_a_run_goes_on_its_checkpoints_are_known_and_none_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But those of steps that gave way are not, and what has another name is none."""
+    safe = tmp_path / "safe"
+    kept_on({50: trouble("0", "high", 45)}, tmp_path, range(70), monkeypatch)
+    (safe / "step-20.partial").mkdir()
+    assert {file.name for file in safe.iterdir()} >= {"step-20", "kept-step-40", "step-60"}
+    # The training went back to before step 60.
+    alarms = {
+        62: trouble("0", "high", 61),
+        64: trouble("1", "high", 30),
+        66: trouble("2", "high", 30),
+        67: trouble("3", "high", 19),
+    }
+    assert kept_on(alarms, tmp_path, range(45, 250), monkeypatch, every=25) == [
+        (62, "checkpoint_kept", "kept-step-50: from before step 61"),
+        (64, "checkpoint_kept", "kept-step-20: from before step 30"),
+        (66, "checkpoint_kept", "kept-step-20: from before step 30, kept already"),
+        (67, "no_checkpoint", "none is from before step 19"),
+    ]
+    assert {file.name for file in safe.glob("*0")} >= {
+        *("kept-step-20", "kept-step-40", "kept-step-50", "step-60", "step-250")
+    }
 
 
 def test_a_folder_of_checkpoints_is_that_of_one_run(tmp_path: Path) -> None:
