@@ -21,7 +21,7 @@ demo: $(SETUP) ## Let SwiGLU diverge in FP8, then write the report that says why
 
 reports: demo ## Renew what reports/ holds, from a demo
 	$(BIN)/fp8lab report runs/demo -o reports/swiglu_divergence.html
-	$(BIN)/python -c 'from fp8lab.report import write_pictures as w; w(["runs/demo/divergence/fp8-delayed"], "runs/demo/pictures")'
+	$(BIN)/python -c 'from fp8lab.report import write_pictures as w; w(["runs/demo/divergence/fp8-delayed/seed-9"], "runs/demo/pictures")'
 	cp runs/demo/pictures/timeline.png reports/swiglu_divergence.png
 
 test: $(SETUP) ## Run the tests that take seconds

@@ -229,6 +229,13 @@ def test_of_fp8_that_broke_off_nothing_is_known(tmp_path: Path) -> None:
         said = answer_of(story)
         assert (said.word, said.confidence) == ("Cannot say", "low")
         assert how.replace("run came", "run in FP8 came" if cause else "run came") in said.because
+    write(
+        tmp_path / "whole",
+        steps=steps(9),
+        info={"config": config | {"arm": "fp8"}, "precision": FP8},
+    )
+    said = answer_of(load([tmp_path]))  # one that came to its end tells; of the others it is said
+    assert (said.word, said.confidence) == ("No", "low") and "but not every" in said.because
     (run,) = load([tmp_path / "fp8"]).runs
     run.diagnosis = replace(run.diagnosis, findings=(found("learning_rate"),), loss_alarm=2)
     alone = Part(name="", title="", seeds=(), arms=(Arm(name="a", title="a", runs=(run,)),))

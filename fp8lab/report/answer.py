@@ -90,6 +90,11 @@ def _ended_early(story: Story) -> list[Seen]:
     return [run for run in broken if not _ended(run)]
 
 
+def _none_ended(story: Story, early: list[Seen]) -> bool:
+    """Whether all of FP8 that there is broke off: of several seeds one may, and the others tell."""
+    return bool(early) and all(one in early for one in story.runs if one.uses_fp8)
+
+
 def _in_short(story: Story, early: list[Seen]) -> str:
     more = f" and {len(early) - 1} more" if len(early) > 1 else ""
     return f"{named(story, early[0])}{more}: {early[0].diagnosis.ended}"
@@ -119,11 +124,12 @@ def _nothing(story: Story, run: Seen) -> Answer:
     if missing:
         excluded.append(f"what {missing} planned and not here would show")
     enough = len(run.steps) >= ENOUGH_STEPS and not run.products.empty
+    is_open = bool(lost) or _none_ended(story, early)
     return Answer(
-        word="Cannot say" if lost or early else "No" if is_tried else "Not tried",
+        word="Cannot say" if is_open else "No" if is_tried else "Not tried",
         remedy="" if is_tried else _ASK,
         because=because,
-        confidence="medium" if enough and not (unfinished or missing or lost) else "low",
+        confidence="medium" if enough and not (unfinished or missing or lost or early) else "low",
         cannot_exclude="; ".join(excluded),
     )
 
@@ -137,7 +143,7 @@ def _found(story: Story, run: Seen, finding: Finding) -> Answer:
         word = "Not yet"
     word, confidence, clauses, excluded = _beside_twin(story, run, finding, word)
     early = _ended_early(story)
-    if word == "No" and early and all(one in early for one in story.runs if one.uses_fp8):
+    if word == "No" and _none_ended(story, early):
         word, confidence = "Cannot say", "low"
         clauses.append(f"no run in FP8 came to its end: {_in_short(story, early)}")
     saved = _saved(story, run) if is_precision else []
