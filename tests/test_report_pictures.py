@@ -194,14 +194,22 @@ def test_channels_are_the_rows(worst: Seen) -> None:
     others = [channel for channel in largest.index if channel != place.channel]
     median = (rows["product_amax"] / rows["channel_ratio"]).groupby(rows["step"]).first().dropna()
     assert drawn(upper, 0) == [list(median.index), list(median)]
+    # Points without a neighbour are drawn once more, as dots; where a line has a gap it is NaN.
+    lines = [
+        [one for one in axes.lines if one.get_linestyle() != "None"] for axes in (upper, lower)
+    ]
     for index, channel in enumerate([place.channel, *others[:4]]):
         mine = rows[rows["channel"] == channel]
         finite = mine[np.isfinite(mine["product_amax"])]
-        assert drawn(upper, index + 1) == [list(finite["step"]), list(finite["product_amax"])]
         aligned = mine.dropna(subset="alignment")
-        assert drawn(lower, index) == [list(aligned["step"]), list(aligned["alignment"].abs())]
-    assert len(upper.lines) == 6
-    looks = {(line.get_linestyle(), line.get_marker()) for line in upper.lines}
+        amaxes, cosines = (
+            np.array(one.get_data()) for one in (lines[0][index + 1], lines[1][index])
+        )
+        amaxes, cosines = (data[:, np.isfinite(data[1])].tolist() for data in (amaxes, cosines))
+        assert amaxes == [list(finite["step"]), list(finite["product_amax"])]
+        assert cosines == [list(aligned["step"]), list(aligned["alignment"].abs())]
+    assert len(lines[0]) == 6
+    looks = {(line.get_linestyle(), line.get_marker()) for line in lines[0]}
     assert len(looks) == 6  # apart without their colours
 
 
@@ -413,3 +421,16 @@ def test_the_chart_of_doses_holds_what_the_runs_say(story: Story) -> None:
         run = arm.runs[0]
         rows = run.products.merge(run.steps[["step", "dose"]], on="step")
         assert told["runs"][0][1] == short(rows.dropna(subset=key).groupby("dose")[key].mean())
+
+
+def test_a_track_has_a_gap_where_its_channel_was_not_recorded() -> None:
+    """And what stands alone between two gaps is a dot."""
+    recorded = pd.Series([0, 10, 20, 30, 40, 50, 60])
+    rows = pd.DataFrame({"step": [0, 10, 30, 50, 60], "alignment": [0.1, 0.2, 0.3, 0.4, 0.5]})
+    x, values = drawing.track(rows, "alignment", recorded)
+    np.testing.assert_equal(values, [0.1, 0.2, np.nan, 0.3, np.nan, 0.4, 0.5])
+    assert list(x[np.isfinite(values)]) == list(rows["step"])
+    axes = drawing.new_figure(2.0).subplots()
+    drawing.line(axes, x, values, color="C0")
+    assert drawn(axes, 1) == [[30], [0.3]]
+    assert len(axes.lines) == 2

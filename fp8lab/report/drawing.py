@@ -159,11 +159,21 @@ def points(rows: pd.DataFrame, column: str) -> tuple[Any, Any]:
     return x[finite], values[finite]
 
 
+def track(rows: pd.DataFrame, column: str, recorded: pd.Series[Any]) -> tuple[Any, Any]:
+    """As `points` of one channel, with NaN where `recorded` has steps at which it was not among
+    those recorded: a line has a gap there."""
+    x, values = points(rows, column)
+    gaps = np.flatnonzero(np.diff(np.searchsorted(np.unique(recorded), x)) > 1) + 1
+    return np.insert(x, gaps, x[gaps]), np.insert(values, gaps, np.nan)
+
+
 def line(axes: Axes, x: Any, values: Any, **look: Any) -> None:
-    """A line; a dot where there is but one point."""
-    if len(x) == 1:
-        look |= {"marker": "o", "markersize": 4}
+    """A line, with gaps where values are NaN; a dot where a point has no neighbour."""
     axes.plot(x, values, rasterized=len(x) > LONG, **look)
+    known = np.pad(np.isfinite(np.asarray(values, float)), 1)
+    alone = known[1:-1] & ~known[:-2] & ~known[2:]
+    if alone.any():
+        axes.plot(x[alone], values[alone], "o", color=look["color"], markersize=4)
 
 
 def mark(axes: Axes, x: Any, y: Any, marker: str) -> None:

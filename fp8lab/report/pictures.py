@@ -34,6 +34,7 @@ from fp8lab.report.drawing import (
     power_of_ten,
     say_if_empty,
     step_axis,
+    track,
     wrapped,
 )
 from fp8lab.report.story import Part, Place, Seen
@@ -177,14 +178,13 @@ def timeline(run: Seen, place: Place) -> Figure | str:
 
 
 def _alignment_panel(axes: Axes, run: Seen, place: Place) -> None:
-    rows = run.channels[
-        (run.channels["site"] == place.module) & (run.channels["channel"] == place.channel)
-    ]
+    beside = run.channels[run.channels["site"] == place.module]
+    rows = beside[beside["channel"] == place.channel]
     axes.set_title(f"Alignment of channel {place.channel}: |cos(gate row, up row)|")
     axes.set_ylim(0, 1.02)
-    x, values = points(rows, "alignment")
+    x, values = track(rows, "alignment", beside["step"])
     line(axes, x, np.abs(values), color=BLUE, linewidth=1.3, marker="o", markersize=2.5)
-    control = points(rows, "permuted_alignment")
+    control = track(rows, "permuted_alignment", beside["step"])
     line(axes, control[0], np.abs(control[1]), color=QUIET, linewidth=1.0, linestyle="--")
     axes.set_ylabel("|cosine|")
     say_if_empty(axes, values)

@@ -30,6 +30,7 @@ from fp8lab.report.drawing import (
     power_of_ten,
     say_if_empty,
     step_axis,
+    track,
 )
 from fp8lab.report.story import Place, Seen
 
@@ -152,8 +153,8 @@ def channels(run: Seen, place: Place) -> Figure | str:
         look: dict[str, Any] = {"color": colour, "linestyle": dash, "marker": marker}
         look |= {"markersize": 3.5, "markevery": max(1, len(mine) // 16)}
         look |= {"linewidth": 1.0 if position else 2.0}
-        line(upper, *points(mine, "product_amax"), **look)
-        x, cosines = points(mine, "alignment")
+        line(upper, *track(mine, "product_amax", rows["step"]), **look)
+        x, cosines = track(mine, "alignment", rows["step"])
         line(lower, x, np.abs(cosines), **look)
         keys[f"channel {channel}"] = (colour, dash, marker)
     log_axis(upper.yaxis, rows["product_amax"].to_numpy(float))
