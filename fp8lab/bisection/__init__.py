@@ -45,12 +45,13 @@ from typing import Any, Literal, NamedTuple
 from fp8lab.bisection.reruns import Batch, Judge, Rerun, Reruns, Train
 from fp8lab.diagnosis import diagnose
 from fp8lab.diagnosis.loss import loss_alarm
+from fp8lab.diagnosis.not_fp8 import WIDE
+from fp8lab.diagnosis.rows import facts_of
 from fp8lab.plan import Plan, recipe_to_dict
 from fp8lab.recipe import GEMMS, OPERANDS, Gemm, HighPrecision, Operand, shown
 from fp8lab.store import Run, RunError, open_run
 
 Direction = Literal["saves", "breaks"]
-_HIGH_FORMATS = ("BF16", "FP16", "FP32")
 _AS_GIVEN = "expected train to convert with the plan that it is given"
 
 
@@ -258,7 +259,7 @@ class _Search:
 
     def _cells_in_question(self, run: Run) -> list[Cell]:
         """Every operand of a GEMM that the run cast to less than 16 bits and a pattern covers."""
-        layers = _casts_of(run)
+        layers = facts_of(run.info, "precision")
         for pattern in self.patterns:
             if not any(fnmatchcase(layer, pattern.partition(":")[0]) for layer in layers):
                 known = ", ".join([*layers][:8]) or "none: nothing was converted"
@@ -384,22 +385,15 @@ def patterns_of(cells: Iterable[Cell]) -> list[str]:
     return patterns
 
 
-def _casts_of(run: Run) -> dict[str, dict[str, Any]]:
-    """Layer -> what it said that each operand of each GEMM is."""
-    precision = run.info.get("precision")
-    said = precision.items() if isinstance(precision, dict) else ()
-    return {layer: casts for layer, casts in said if isinstance(casts, dict)}
-
-
 def _low_cells(run: Run) -> list[Cell]:
     """Every operand of a GEMM that the run cast to less than 16 bits."""
     return [
         Cell(layer, operand, gemm)
-        for layer, casts in _casts_of(run).items()
+        for layer, casts in facts_of(run.info, "precision").items()
         for operand in OPERANDS
         for gemm in GEMMS
         if operand in GEMMS[gemm]
-        and str(casts.get(f"{operand}@{gemm}", "BF16")).split(" ")[0] not in _HIGH_FORMATS
+        and str(casts.get(f"{operand}@{gemm}", "BF16")).split(" ")[0] not in WIDE
     ]
 
 
